@@ -1,0 +1,65 @@
+# `make demo` and `make test` set up all they need, in .venv, the first time and whenever it changes.
+
+PYTHON          ?= python3
+TORCH           ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS            ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow check format clean
+
+help:  ## show this
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
+	@echo
+	@echo 'ARGS="..." is passed on: make demo ARGS=--help, make test ARGS="-k causal".'
+	@echo 'PYTHON=python3.12 chooses the interpreter of a new $(VENV).'
+
+demo: build/extension  ## train and distil a small model on real digits
+	$(BIN)/python -m rcm.train $(ARGS)
+
+test: check  ## check, then run the tests
+	$(BIN)/pytest $(ARGS)
+
+test-slow: build/extension  ## run the tests that take long, such as the packaging
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: build/extension  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready  ## reformat, and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove all that make made
+	rm -rf $(VENV) build dist *.egg-info jvp_attn/_C.*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Set-up. A run that was interrupted leaves `unfinished` behind, and the next one starts anew.
+$(VENV)/ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
+	@test ! -e $(VENV)/unfinished || rm -rf $(VENV)
+	@mkdir -p $(VENV) && touch $(VENV)/unfinished
+	@echo 'Setting up $(VENV): a few minutes, once.'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'setuptools>=77' '$(TORCH)' $$($(cpu_index))
+	JVP_ATTN_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test,dev]'
+	@rm $(VENV)/unfinished && touch $@
+
+# PyTorch's own index has CPU builds, right for a machine without a GPU. Where it does not answer
+# within seconds, torch comes from pip's index, as all else does.
+answers   = $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(1)", timeout=5)'
+cpu_index = if ! nvidia-smi && $(call answers,$(TORCH_CPU_INDEX)/torch/); \
+  then echo '--extra-index-url $(TORCH_CPU_INDEX)' >&3; fi 3>&1 >/dev/null 2>&1
+
+# The extension is built apart from the installation, so that only what changed is compiled.
+build/extension: $(VENV)/ready setup.py $(shell find csrc -type f)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build && touch $@

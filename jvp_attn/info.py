@@ -1,0 +1,153 @@
+"""What a bug report needs to say about a machine: ``python -m jvp_attn.info [--json]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from jvp_attn.backends import available_backends, current_backend
+
+if TYPE_CHECKING:
+    from jvp_attn._C import BuildInfo, Device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """The CUDA extension: how it was built, or else why it cannot be used."""
+
+    build: BuildInfo | None = None
+    import_error: str | None = None
+    runtime_version: str | None = None
+    driver_version: str | None = None
+    device_error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that ``python -m jvp_attn.info`` prints."""
+
+    jvp_attn: str
+    python: str
+    torch: str
+    torch_cuda: str | None  # None is a CPU-only torch
+    os: str
+    cpu: str
+    extension: Extension
+    devices: list[Device]
+    available_backends: tuple[str, ...]
+    current_backend: str
+
+
+def collect() -> Report:
+    """Ask this process about itself and its machine."""
+    extension, devices = _extension_and_devices()
+    return Report(
+        jvp_attn=version("jvp-attn"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        os=platform.platform(),
+        cpu=f"{_cpu_model()}, {os.cpu_count()} cores",
+        extension=extension,
+        devices=devices,
+        available_backends=available_backends(),
+        current_backend=current_backend(),
+    )
+
+
+def as_text(report: Report) -> str:
+    """Lay a report out for people, one aligned line a fact."""
+    cuda = f"CUDA {report.torch_cuda}" if report.torch_cuda else "CPU only"
+    lines = [
+        ("jvp_attn", report.jvp_attn),
+        ("python", report.python),
+        ("torch", f"{report.torch} ({cuda})"),
+        ("os", report.os),
+        ("cpu", report.cpu),
+        ("extension", _extension_text(report.extension)),
+        *[("device", _device_text(device)) for device in report.devices],
+    ]
+    if not report.devices:
+        lines.append(("devices", f"none ({report.extension.device_error or 'torch sees none'})"))
+    backends = ", ".join(report.available_backends)
+    lines.append(("backend", f"{report.current_backend} (available: {backends})"))
+    return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+
+def main() -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(prog="python -m jvp_attn.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    report = collect()
+    print(json.dumps(asdict(report), indent=2) if parser.parse_args().json else as_text(report))
+
+
+def _extension_and_devices() -> tuple[Extension, list[Device]]:
+    try:
+        module = importlib.import_module("jvp_attn._C")
+    except ImportError as error:
+        return Extension(import_error=str(error)), _devices_seen_by_torch()
+    extension = Extension(
+        build=module.build_info(),
+        runtime_version=module.runtime_version(),
+        driver_version=module.driver_version(),
+        device_error=module.device_error(),
+    )
+    return extension, module.devices()
+
+
+def _devices_seen_by_torch() -> list[Device]:
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {
+            "name": properties.name,
+            "capability": (properties.major, properties.minor),
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "shared_memory_per_block": properties.shared_memory_per_block_optin,
+        }
+        for properties in every
+    ]
+
+
+def _extension_text(extension: Extension) -> str:
+    if extension.build is None:
+        return f"not available: {extension.import_error}"
+    build = extension.build
+    return (
+        f"{' '.join(build['archs'])}; nvcc {build['nvcc']}, {build['compiler']}, "
+        f"git {build['git_hash']}; CUDA runtime {extension.runtime_version}, "
+        f"driver {extension.driver_version or 'missing'}"
+    )
+
+
+def _device_text(device: Device) -> str:
+    major, minor = device["capability"]
+    return (
+        f"{device['name']}, compute capability {major}.{minor}, "
+        f"{device['multiprocessors']} SMs, {device['memory'] / 2**30:.0f} GiB, "
+        f"{device['shared_memory_per_block'] // 1024} KiB of shared memory a block"
+    )
+
+
+def _cpu_model() -> str:
+    # `platform.processor()` is empty on most Linux systems.
+    try:
+        described = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        described = []
+    models = (line.partition(":")[2].strip() for line in described if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Exponential moving average of a module's parameters, with constant or growing memory.
+
+    constant:  θ̄ ← β θ̄ + (1 - β) θ
+    power:     the same with β = (1 - 1/n)^(γ + 1) at update n: θ̄ weighs θ at n by about n^γ, so its
+               memory is a fixed fraction of the training so far (EDM2, 2312.02696 §3.1)
+
+The average is kept as named tensors beside the module, sharded like its parameters, in float32 or
+better. Buffers are not averaged.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Decay = Callable[[int], float]
+
+
+def constant_decay(beta: float) -> Decay:
+    """β_n = β."""
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}; it must lie in [0, 1)")
+    return lambda n: beta
+
+
+def power_decay(std: float) -> Decay:
+    """β_n = (1 - 1/n)^(γ + 1), γ chosen so the profile has the given relative standard deviation.
+
+    std is in units of the training so far: .05 and .10 are common; ValueError outside (0, .289).
+    """
+    exponent = power_gamma(std) + 1
+    return lambda n: (1 - 1 / n) ** exponent
+
+
+def power_gamma(std: float) -> float:
+    """γ ≥ 0 with (γ + 1) / ((γ + 2)² (γ + 3)) = std² (EDM2 eq. 127 and its algorithm 2)."""
+    if not 0 < std < 12**-0.5:
+        raise ValueError(f"std is {std}; it must lie in (0, {12**-0.5:.4f}), the latter γ = 0")
+    inverse = std**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+class EMA:
+    """The moving average of a module.
+
+    update(module) after each optimizer step; `with ema.applied_to(module):` to sample or save with
+    the averaged weights. Both raise ValueError if the module's parameters are other ones.
+    """
+
+    def __init__(self, module: nn.Module, decay: Decay) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: _master(p).clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """θ̄ ← β θ̄ + (1 - β) θ."""
+        self.updates += 1
+        weight = 1 - self.decay(self.updates)
+        for name, parameter in self._parameters(module).items():
+            self.average[name].lerp_(_master(parameter), weight)
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Inside, the module has the averaged weights; afterwards its own again."""
+        parameters = self._parameters(module)
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        _copy(self.average, parameters)
+        try:
+            yield module
+        finally:
+            _copy(own, parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Strict: ValueError unless names and shapes are those of this average."""
+        _require_same(self.average, state["average"])
+        self.updates = int(state["updates"])
+        with torch.no_grad():
+            _copy(state["average"], self.average)
+
+    def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = dict(module.named_parameters())
+        _require_same(self.average, parameters)
+        return parameters
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
+
+
+def _require_same(expected: dict[str, Tensor], given: dict[str, Any]) -> None:
+    if missing := expected.keys() - given.keys():
+        raise ValueError(f"parameters missing that the average holds: {sorted(missing)}")
+    if unknown := given.keys() - expected.keys():
+        raise ValueError(f"parameters the average does not hold: {sorted(unknown)}")
+    for name, tensor in expected.items():
+        if tensor.shape != given[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(given[name].shape)}; the average holds "
+                f"{tuple(tensor.shape)}"
+            )

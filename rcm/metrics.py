@@ -1,0 +1,72 @@
+"""How good are the samples? Four numbers, none of which knows about networks or images.
+
+A distillation loss says nothing about the samples (sCM's is constant by construction), so a run
+is watched through these.
+"""
+
+import torch
+from torch import Tensor
+
+from rcm.trigflow import check_like
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """‖μa - μb‖² + tr(Σa + Σb - 2 (Σa Σb)^½) of two feature sets (FID's formula, 1706.08500).
+
+    a: (n, dim), b: (m, dim), n and m ≥ 2; computed in float64. The distance of two finite samples
+    of one distribution is not 0: always print that floor beside it. Raises ValueError for other
+    shapes or non-finite features.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"features must be (n, dim) and (m, dim) with n, m ≥ 2, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("features hold NaN or infinity")
+    a, b = a.double(), b.double()
+    mean, cov_a, cov_b = a.mean(0) - b.mean(0), torch.cov(a.T), torch.cov(b.T)
+    # Σa Σb has the eigenvalues of the symmetric Σa^½ Σb Σa^½. Covariances of few samples are
+    # singular; rounding then makes zeros negative.
+    values, vectors = torch.linalg.eigh(cov_a.reshape(a.shape[1], -1))
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b.reshape(a.shape[1], -1) @ root)
+    trace = cov_a.diagonal().sum() + cov_b.diagonal().sum() if cov_a.ndim else cov_a + cov_b
+    return float(mean.square().sum() + trace - 2 * cross.clamp(min=0).sqrt().sum())
+
+
+def same_noise_rmse(samples: Tensor, endpoints: Tensor) -> float:
+    """Root mean square of samples - endpoints, both (n, ...), made from the same noise.
+
+    With the ends of the teacher's ODE it measures consistency directly, without any features.
+    """
+    check_like("samples", samples, "endpoints", endpoints)
+    return float((samples.double() - endpoints.double()).square().mean().sqrt())
+
+
+def label_agreement(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of samples that a classifier puts in the class they were generated for.
+
+    logits: (n, classes); labels: (n,) int64.
+    """
+    predicted = logits.argmax(1)
+    check_like("labels", labels, "predictions", predicted)
+    return float((predicted == labels).double().mean())
+
+
+def pairwise_diversity(samples: Tensor, condition: Tensor) -> float:
+    """Mean over conditions of the mean RMS distance between two samples of one condition.
+
+    samples: (n, ...); condition: (n,) integers. Compare it with that of real data: a student that
+    collapsed to one image per condition has 0. Raises ValueError if no condition has two samples.
+    """
+    if condition.shape != samples.shape[:1]:
+        raise ValueError(
+            f"condition has shape {tuple(condition.shape)}, needed is one integer "
+            f"for each of {len(samples)} samples"
+        )
+    groups = [samples[condition == c].flatten(1).double() for c in condition.unique()]
+    distances = [torch.pdist(g).mean() for g in groups if len(g) > 1]
+    if not distances:
+        raise ValueError("no condition has two samples")
+    return float(torch.stack(distances).mean() / samples[0].numel() ** 0.5)

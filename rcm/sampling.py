@@ -1,0 +1,120 @@
+"""Two samplers: a consistency model in a few steps, a teacher along its ODE with Heun's method.
+
+Both start from pure noise z ~ N(0, 1) (batch, ...), return samples in units of σd, and take their
+schedule as float64 times. Everything random is an argument.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from rcm.trigflow import (
+    Network,
+    check_like,
+    denoise,
+    interpolate,
+    network_time,
+)
+
+# rCM's code samples with these, its paper with (1.3, 1.0, 0.6); sCM's two steps use 1.1.
+MID_TIMES = (1.5, 1.4, 1.0)
+
+
+def consistency_times(
+    steps: int,
+    *,
+    sigma_max: float = 80.0,
+    sigma_data: float = 1.0,
+    mid_times: Sequence[float] = MID_TIMES,
+) -> Tensor:
+    """Times [atan(σ_max / σd), then the first steps - 1 of mid_times]: (steps,) float64.
+
+    Papers append a 0, the time of the result, where no network is evaluated. A larger σ_max
+    trades diversity for quality. Raises ValueError if steps is not in 1..len(mid_times) + 1 or
+    the times do not decrease.
+    """
+    if not 1 <= steps <= len(mid_times) + 1:
+        raise ValueError(
+            f"steps is {steps}; with {len(mid_times)} mid times it must be in "
+            f"1..{len(mid_times) + 1}"
+        )
+    times = [math.atan(sigma_max / sigma_data), *mid_times[: steps - 1]]
+    if any(later >= earlier for earlier, later in pairwise(times)):
+        raise ValueError(f"times must decrease, got {times}")
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def consistency_sample(
+    net: Network,
+    noise: Tensor,
+    times: Tensor,
+    condition: Any,
+    *,
+    fresh: Generator | Sequence[Tensor] = (),
+) -> Tensor:
+    """Alternate x̂0 = f(x, t) and re-noising with fresh noise; return the last x̂0.
+
+    noise: (batch, ...); times: (steps,) for all samples, or (steps, batch). fresh: where the noise
+    of steps 2, 3, ... comes from, a generator or steps - 1 tensors shaped like noise.
+
+    Only the last step can carry gradients, so under autograd this is the student rollout of rCM
+    (2510.08431 §4) and under torch.no_grad a sampler. Raises ValueError for too few fresh noises
+    or ill-shaped ones.
+    """
+    rows = times.to(noise.device).view(len(times), -1).expand(-1, noise.shape[0])
+    if not isinstance(fresh, Generator) and len(fresh) < len(rows) - 1:
+        raise ValueError(
+            f"{len(rows)} steps need {len(rows) - 1} fresh noises or a generator, got {len(fresh)}"
+        )
+    x = interpolate(torch.zeros_like(noise), noise, rows[0])
+    for step, (t, t_next) in enumerate(pairwise(rows)):
+        with torch.no_grad():
+            x0 = denoise(net, x, t, condition)
+        if isinstance(fresh, Generator):
+            z = torch.randn(noise.shape, generator=fresh, device=fresh.device, dtype=noise.dtype)
+        else:
+            z = fresh[step]
+            check_like(f"fresh[{step}]", z, "noise", noise)
+        x = interpolate(x0, z.to(noise), t_next)
+    return denoise(net, x, rows[-1], condition)
+
+
+def heun_times(steps: int, *, sigma_max: float = 80.0, sigma_data: float = 1.0) -> Tensor:
+    """Times even in t from atan(σ_max / σd) to 0: (steps + 1,) float64.
+
+    Even steps are the natural choice in TrigFlow: |dx/dt| is about 1 at every t.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; at least one is needed")
+    start = math.atan(sigma_max / sigma_data)
+    return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)
+
+
+@torch.no_grad()
+def heun_sample(net: Network, noise: Tensor, times: Tensor, condition: Any) -> Tensor:
+    """Follow the probability-flow ODE dx/dt = F(x, t) with Heun's second-order method.
+
+    noise: (batch, ...); times: (steps + 1,) decreasing to 0. 2 steps - 1 evaluations: the last
+    step is the denoiser alone, an Euler step in EDM's σ (2206.00364, alg. 1), because F(x, 0) is
+    never trained. One step is thus the teacher's blurry mean. Raises ValueError unless times
+    decrease to 0.
+    """
+    steps = times.tolist()
+    if steps[-1] != 0 or any(later >= earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"times must decrease to 0, got {steps}")
+    rows = times.to(noise.device).view(-1, 1).expand(-1, noise.shape[0])
+    x = interpolate(torch.zeros_like(noise), noise, rows[0])
+
+    def slope(x: Tensor, t: Tensor) -> Tensor:
+        return net(x, network_time(t, x), condition)
+
+    for t, t_next in pairwise(rows[:-1]):
+        dt = (t_next - t)[0].item()
+        here = slope(x, t)
+        there = slope(x + dt * here, t_next)
+        x = x + dt / 2 * (here + there)
+    return denoise(net, x, rows[-2], condition)

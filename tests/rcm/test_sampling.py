@@ -1,0 +1,99 @@
+"""Samplers against a Gaussian, whose ODE and consistency function are formulas."""
+
+import pytest
+import torch
+from conftest import Gaussian
+from torch import Tensor
+
+from rcm.sampling import consistency_sample, consistency_times, heun_sample, heun_times
+from rcm.trigflow import denoise
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_exact_consistency_function_samples_the_exact_gaussian(
+    steps: int, gaussian: Gaussian, generator: torch.Generator
+) -> None:
+    noise = torch.randn(100_000, 2, generator=generator)
+    samples = consistency_sample(
+        gaussian.consistency, noise, consistency_times(steps), None, fresh=generator
+    )
+    covariance = gaussian.std**2 * torch.eye(2)
+    torch.testing.assert_close(samples.mean(0), torch.full((2,), 0.7), atol=6e-3, rtol=0)
+    torch.testing.assert_close(torch.cov(samples.T), covariance, atol=6e-3, rtol=0)
+
+
+def test_one_consistency_step_is_the_end_of_the_ode(gaussian: Gaussian) -> None:
+    noise = torch.randn(9, 2, dtype=torch.float64)
+    sample = consistency_sample(gaussian.consistency, noise, consistency_times(1), None)
+    ode = heun_sample(gaussian.velocity, noise, heun_times(2000), None)
+    torch.testing.assert_close(sample, ode, atol=1e-5, rtol=0)
+
+
+def test_heuns_error_is_of_second_order(gaussian: Gaussian) -> None:
+    noise = torch.randn(9, 2, dtype=torch.float64)
+    t = heun_times(1)[:1].expand(9)
+    exact = gaussian.endpoint(torch.sin(t)[:, None] * noise, t)
+    errors = torch.stack(
+        [
+            (heun_sample(gaussian.velocity, noise, heun_times(n), None) - exact).abs().max()
+            for n in (40, 80, 160)
+        ]
+    )
+    order = torch.log2(errors[:-1] / errors[1:])
+    torch.testing.assert_close(order, torch.full((2,), 2.0).double(), atol=0.15, rtol=0)
+
+
+def test_one_heun_step_is_the_denoiser(gaussian: Gaussian) -> None:
+    noise, t = torch.randn(9, 2, dtype=torch.float64), heun_times(1)[:1].expand(9)
+    blurry = denoise(gaussian.velocity, torch.sin(t)[:, None] * noise, t, None)
+    torch.testing.assert_close(heun_sample(gaussian.velocity, noise, heun_times(1), None), blurry)
+
+
+def test_given_noises_are_used_in_order(gaussian: Gaussian) -> None:
+    generator = torch.Generator().manual_seed(3)
+    noise, times = torch.randn(4, 2), consistency_times(3)
+    drawn = consistency_sample(gaussian.consistency, noise, times, None, fresh=generator)
+    generator.manual_seed(3)
+    fresh = [torch.randn(4, 2, generator=generator) for _ in range(2)]
+    given = consistency_sample(gaussian.consistency, noise, times, None, fresh=fresh)
+    torch.testing.assert_close(given, drawn)
+    swapped = consistency_sample(gaussian.consistency, noise, times, None, fresh=fresh[::-1])
+    assert not torch.allclose(swapped, drawn)
+
+
+def test_times_may_differ_between_samples(gaussian: Gaussian) -> None:
+    noise, fresh = torch.randn(2, 3), [torch.randn(2, 3)]
+    times = torch.tensor([[1.5, 1.4], [0.9, 0.3]], dtype=torch.float64)
+    both = consistency_sample(gaussian.consistency, noise, times, None, fresh=fresh)
+    for i in range(2):
+        alone = consistency_sample(
+            gaussian.consistency, noise[i, None], times[:, i], None, fresh=[fresh[0][i, None]]
+        )
+        torch.testing.assert_close(both[i, None], alone)
+
+
+def test_schedules_are_float64_from_sigma_max_to_zero() -> None:
+    times: Tensor = consistency_times(4, sigma_max=40, sigma_data=0.5)
+    assert times.dtype == heun_times(8).dtype == torch.float64
+    torch.testing.assert_close(torch.tan(times[0]), torch.tensor(80.0).double())
+    assert times[1:].tolist() == [1.5, 1.4, 1.0]
+    assert heun_times(8)[-1] == 0
+    assert len(heun_times(8)) == 9
+
+
+def test_bad_schedules_are_refused(gaussian: Gaussian) -> None:
+    noise = torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"it must be in 1\.\.4"):
+        consistency_times(5)
+    with pytest.raises(ValueError, match="must decrease"):
+        consistency_times(3, mid_times=(1.0, 1.2))
+    with pytest.raises(ValueError, match="2 steps need 1 fresh noises"):
+        consistency_sample(gaussian.consistency, noise, consistency_times(2), None)
+    with pytest.raises(ValueError, match=r"fresh\[0\] has shape \(4, 1\)"):
+        consistency_sample(
+            gaussian.consistency, noise, consistency_times(2), None, fresh=[torch.randn(4, 1)]
+        )
+    with pytest.raises(ValueError, match="decrease to 0"):
+        heun_sample(gaussian.velocity, noise, heun_times(4)[:-1], None)
+    with pytest.raises(ValueError, match="at least one"):
+        heun_times(0)
