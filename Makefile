@@ -55,9 +55,10 @@ $(VENV)/ready: pyproject.toml Makefile
 
 # PyTorch's own index has CPU builds, right for a machine without a GPU. Where it does not answer
 # within seconds, torch comes from pip's index, as all else does.
-answers   = $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(1)", timeout=5)'
-cpu_index = if ! nvidia-smi && $(call answers,$(TORCH_CPU_INDEX)/torch/); \
-  then echo '--extra-index-url $(TORCH_CPU_INDEX)' >&3; fi 3>&1 >/dev/null 2>&1
+cpu_index = nvidia-smi >/dev/null 2>&1 || \
+  $(BIN)/python -c 'from urllib.request import urlopen; \
+  urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5); \
+  print("--extra-index-url $(TORCH_CPU_INDEX)")' 2>/dev/null
 
 # The extension is built apart from the installation, so that only what changed is compiled.
 build/extension: $(VENV)/ready setup.py $(shell find csrc -type f)

@@ -1,6 +1,6 @@
-"""Builds the CUDA extension ``jvp_attn._C`` where nvcc is found; elsewhere the package is pure Python.
+"""Builds the CUDA extension ``jvp_attn._C`` where nvcc is found, else a pure-Python package.
 
-``JVP_ATTN_CUDA=1`` makes it an error if the extension cannot be built, ``JVP_ATTN_CUDA=0`` skips it.
+``JVP_ATTN_CUDA=1`` turns "else" into an error, ``JVP_ATTN_CUDA=0`` skips the extension.
 ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` work as for PyTorch's own extensions.
 All else about the package is in pyproject.toml.
 """

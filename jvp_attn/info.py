@@ -113,7 +113,8 @@ def _devices_seen_by_torch() -> list[Device]:
             "capability": (properties.major, properties.minor),
             "multiprocessors": properties.multi_processor_count,
             "memory": properties.total_memory,
-            "shared_memory_per_block": properties.shared_memory_per_block_optin,
+            # torch's own stub forgets this attribute.
+            "shared_memory_per_block": properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         }
         for properties in every
     ]
@@ -121,7 +122,7 @@ def _devices_seen_by_torch() -> list[Device]:
 
 def _extension_text(extension: Extension) -> str:
     if extension.build is None:
-        return f"not available: {extension.import_error}"
+        return f"none ({extension.import_error}); JVP_ATTN_CUDA=1 pip install says what is missing"
     build = extension.build
     return (
         f"{' '.join(build['archs'])}; nvcc {build['nvcc']}, {build['compiler']}, "

@@ -3,7 +3,7 @@
 A consistency function f(x, t) = cos(t) x - sin(t) F(x, t) is constant along an ODE dx/dt = V, so
 its derivative along the ODE, written with D = cos(t) sin(t) dF/dt, must vanish:
 
-    g = cos(t) df/dt = -cos²(t) (F - V) - (cos(t) sin(t) x + D)                    (sCM eq. 6)
+    g = cos(t) df/dt = -cos²(t) (F - V) - (cos(t) sin(t) x + D)
 
 Training moves F by a normalised g, with a stopped gradient: L = e^w ‖F - sg(F + ĝ)‖² - w. The
 loss value is then ‖ĝ‖² whatever happens, so watch the diagnostics and samples instead.
@@ -11,7 +11,7 @@ loss value is then ‖ĝ‖² whatever happens, so watch the diagnostics and sam
 V is a teacher's F (distillation) or cos(t) z - sin(t) x0 (training from data alone). Everything
 is in units of σd (see trigflow.py): this g is sCM's divided by σd.
 
-Sources: sCM = 2410.11081 §4, rCM = 2510.08431 §3 and its published code.
+Sources: sCM = 2410.11081, rCM = 2510.08431 and its published code.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def consistency_tangent(
         "rcm":  g = -cos(t) sqrt(1 - r² sin²(t)) (F - V)   - (r cos(t) sin(t) x + D)
 
     rCM leaves D unscaled; at r = 1 both are cos(t) df/dt. The factor cos(t) sin(t) is part of the
-    direction of the jvp (sCM §4.1, "JVP rearrangement"): dF/dt alone overflows as t nears π/2.
+    direction of the jvp (sCM, "JVP rearrangement"): dF/dt alone overflows as t nears π/2.
 
     x, ode_velocity: (batch, ...); t: (batch,). Raises ValueError for bad shapes, times, warmup or
     form.
@@ -114,7 +114,7 @@ def tangent_size(tensor: Tensor, norm: TangentNorm) -> Tensor:
 
 
 def normalized_tangent(g: Tensor, *, norm: TangentNorm, c: float) -> Tensor:
-    """ĝ = g / (‖g‖ + c) per sample (sCM §4.1); ValueError unless c > 0."""
+    """ĝ = g / (‖g‖ + c) per sample (sCM, "tangent normalization"); ValueError unless c > 0."""
     if c <= 0:
         raise ValueError(f"c is {c}; it must be positive, or a zero tangent becomes NaN")
     return g / (tangent_size(g, norm).view(-1, *[1] * (g.ndim - 1)) + c)
@@ -134,7 +134,7 @@ def consistency_loss(
     c: float = 0.1,
     log_weight: Callable[[Tensor], Tensor] | None = None,
 ) -> Loss:
-    """e^w ‖F - sg(F + ĝ)‖² - w per sample (sCM eq. 8).
+    """e^w ‖F - sg(F + ĝ)‖² - w per sample, the objective of sCM.
 
     tangent_norm names the convention of both norms: "rms" averages over the elements of a sample,
     as sCM does; "l2" sums, as rCM does, and is the one to add a summed score_loss to.

@@ -4,7 +4,7 @@ It is a TrigFlow network, F = net(x, t, labels), made for consistency distillati
 forward-mode derivative (jvp_attn), queries and keys are normalised, and time enters through
 sinusoids of low frequency. dF/dt is in the target of the loss, and a frequency ω in the embedding
 multiplies it by ω: Fourier features with frequencies of 100s, harmless in a teacher, make it
-explode (sCM, 2410.11081 §4.1).
+explode (sCM, 2410.11081 §4).
 
 The defaults, for 8×8 digits, have 243k parameters.
 """
@@ -92,7 +92,7 @@ class TimeEmbedding(nn.Module):
         require_precise_time(t)
         angle = t[:, None] * self.frequencies
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class Modulation(nn.Module):

@@ -2,7 +2,7 @@
 
     constant:  θ̄ ← β θ̄ + (1 - β) θ
     power:     the same with β = (1 - 1/n)^(γ + 1) at update n: θ̄ weighs θ at n by about n^γ, so its
-               memory is a fixed fraction of the training so far (EDM2, 2312.02696 §3.1)
+               memory is a fixed fraction of the training so far (EDM2, 2312.02696 §3)
 
 The average is kept as named tensors beside the module, sharded like its parameters, in float32 or
 better. Buffers are not averaged.
@@ -36,7 +36,7 @@ def power_decay(std: float) -> Decay:
 
 
 def power_gamma(std: float) -> float:
-    """γ ≥ 0 with (γ + 1) / ((γ + 2)² (γ + 3)) = std² (EDM2 eq. 127 and its algorithm 2)."""
+    """γ ≥ 0 with (γ + 1) / ((γ + 2)² (γ + 3)) = std² (EDM2, 2312.02696)."""
     if not 0 < std < 12**-0.5:
         raise ValueError(f"std is {std}; it must lie in (0, {12**-0.5:.4f}), the latter γ = 0")
     inverse = std**-2

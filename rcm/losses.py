@@ -1,7 +1,7 @@
 """What a loss is here, and the simplest one: flow matching.
 
 A loss is a plain function that returns one value per sample, unreduced, and what there is to
-watch. Losses add and scale like the formulas they come from; rCM (2510.08431, eq. 12) is
+watch. Losses add and scale like the formulas they come from; rCM (2510.08431) is
 
     consistency_loss(...) + 0.01 * score_loss(...)
 """
@@ -50,7 +50,7 @@ def keep(mask: Tensor, tensor: Tensor) -> Tensor:
 
 
 def flow_matching_loss(net: Network, x0: Tensor, noise: Tensor, t: Tensor, condition: Any) -> Loss:
-    """The mean over elements of (F(x, t) - dx/dt)², x = cos(t) x0 + sin(t) z (sCM eq. 3).
+    """The mean over elements of (F(x, t) - dx/dt)², x = cos(t) x0 + sin(t) z (sCM §3).
 
     It trains a teacher on data, and rCM's critic (the "fake score") on the student's samples.
     x0, noise: (batch, ...) in units of σd; t: (batch,). Raises ValueError for unequal shapes or

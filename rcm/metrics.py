@@ -24,15 +24,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features hold NaN or infinity")
-    a, b = a.double(), b.double()
-    mean, cov_a, cov_b = a.mean(0) - b.mean(0), torch.cov(a.T), torch.cov(b.T)
+    (mean_a, cov_a), (mean_b, cov_b) = _moments(a.double()), _moments(b.double())
     # Σa Σb has the eigenvalues of the symmetric Σa^½ Σb Σa^½. Covariances of few samples are
     # singular; rounding then makes zeros negative.
-    values, vectors = torch.linalg.eigh(cov_a.reshape(a.shape[1], -1))
+    values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b.reshape(a.shape[1], -1) @ root)
-    trace = cov_a.diagonal().sum() + cov_b.diagonal().sum() if cov_a.ndim else cov_a + cov_b
-    return float(mean.square().sum() + trace - 2 * cross.clamp(min=0).sqrt().sum())
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(0)
+    return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
 
 
 def same_noise_rmse(samples: Tensor, endpoints: Tensor) -> float:

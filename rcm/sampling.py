@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rcm.trigflow import (
-    Network,
-    check_like,
-    denoise,
-    interpolate,
-    network_time,
-)
+from rcm.trigflow import Network, check_like, denoise, interpolate, network_time
 
 # rCM's code samples with these, its paper with (1.3, 1.0, 0.6); sCM's two steps use 1.1.
 MID_TIMES = (1.5, 1.4, 1.0)
@@ -62,7 +56,7 @@ def consistency_sample(
     of steps 2, 3, ... comes from, a generator or steps - 1 tensors shaped like noise.
 
     Only the last step can carry gradients, so under autograd this is the student rollout of rCM
-    (2510.08431 §4) and under torch.no_grad a sampler. Raises ValueError for too few fresh noises
+    (2510.08431) and under torch.no_grad a sampler. Raises ValueError for too few fresh noises
     or ill-shaped ones.
     """
     rows = times.to(noise.device).view(len(times), -1).expand(-1, noise.shape[0])
@@ -99,7 +93,7 @@ def heun_sample(net: Network, noise: Tensor, times: Tensor, condition: Any) -> T
     """Follow the probability-flow ODE dx/dt = F(x, t) with Heun's second-order method.
 
     noise: (batch, ...); times: (steps + 1,) decreasing to 0. 2 steps - 1 evaluations: the last
-    step is the denoiser alone, an Euler step in EDM's σ (2206.00364, alg. 1), because F(x, 0) is
+    step is the denoiser alone, an Euler step in EDM's σ (2206.00364), because F(x, 0) is
     never trained. One step is thus the teacher's blurry mean. Raises ValueError unless times
     decrease to 0.
     """

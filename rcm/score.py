@@ -1,7 +1,7 @@
 """The score regulariser of rCM: distribution matching on the student's own samples.
 
 Consistency alone covers all modes and blurs details; its errors add up over t. Distribution
-matching (DMD2, 2405.14867; rCM, 2510.08431 §4) pulls a sample G of the student towards where the
+matching (DMD2, 2405.14867; rCM, 2510.08431) pulls a sample G of the student towards where the
 teacher's density is higher than the student's. The student's density is unknown, so a critic, the
 "fake score", learns it by flow matching on samples of the student:
 
@@ -44,7 +44,7 @@ def score_loss(
     teacher: Network,
     fake_score: Network,
 ) -> Loss:
-    """‖G - sg(G - (f_fake - f_teacher) / m)‖², summed over elements (DMD2 eq. 2, rCM eq. 10).
+    """‖G - sg(G - (f_fake - f_teacher) / m)‖², summed over elements: DMD2's gradient as a loss.
 
     f = x̂0 of either network at x = cos(t) G + sin(t) z, and m = mean |G - f_teacher| per sample,
     at least 1e-5, makes the gradient, 2 (f_fake - f_teacher) / m, comparable over t. The sum

@@ -1,6 +1,6 @@
 """Distributions of the training time t, drawn in float64.
 
-The consistency loss draws from p_G, the score regulariser from p_D (rCM, 2510.08431 §4). Where a
+The consistency loss draws from p_G, the score regulariser from p_D (rCM, 2510.08431). Where a
 published recipe says LogNormal(m, s) it means log(σ) ~ N(m, s²).
 """
 
@@ -42,7 +42,7 @@ class LogNormal:
 class ShiftedUniform:
     """Rectified flow's u uniform in [0, 1), pushed towards noise: s u / (1 + (s - 1) u).
 
-    The time shift of Stable Diffusion 3 (2403.03206, eq. 23); shift = 1 leaves u uniform.
+    The time shift of Stable Diffusion 3 (2403.03206); shift = 1 leaves u uniform.
     """
 
     shift: float

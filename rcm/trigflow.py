@@ -1,4 +1,4 @@
-"""TrigFlow: one angle t for the time, one network output F for the velocity (sCM, 2410.11081 §3.1).
+"""TrigFlow: one angle t for the time, one network output F for the velocity (sCM, 2410.11081 §3).
 
     x = cos(t) x0 + sin(t) z        F(x, t) predicts dx/dt = cos(t) z - sin(t) x0
     x̂0 = cos(t) x - sin(t) F        ẑ = sin(t) x + cos(t) F                  t in [0, π/2]

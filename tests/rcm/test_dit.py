@@ -12,7 +12,7 @@ def awake(**options: int | bool) -> DiT:
     """A DiT without the zeros it starts from, so that every path through it matters."""
     net = DiT(**options).double()  # type: ignore[arg-type]
     for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=0.1)
     return net
 
 

@@ -49,7 +49,7 @@ def test_descent_carries_the_samples_to_the_teachers_distribution(
     gaussian: Gaussian, generator: torch.Generator
 ) -> None:
     """With exact critics the mean and spread of free samples become the teacher's."""
-    samples = -1 + 1.3 * torch.randn(4000, 1, generator=generator, dtype=torch.float64)
+    samples = -1 + 1.3 * torch.randn(200, 64, generator=generator, dtype=torch.float64)
     draw = LogNormal(mean=0.0, std=1.0)
     for _ in range(300):
         critic = Gaussian(samples.mean().item(), samples.std().item())
@@ -58,7 +58,7 @@ def test_descent_carries_the_samples_to_the_teachers_distribution(
         loss = score_loss(
             samples,
             noise,
-            draw(4000, generator),
+            draw(200, generator),
             None,
             teacher=gaussian.velocity,
             fake_score=critic.velocity,

@@ -1,0 +1,59 @@
+"""What a run shows: a picture of samples side by side, and a table of scores."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rcm.checkpoint import write_atomically
+from rcm.evaluation import Scores
+
+
+def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:
+    """Draw panels of images (n, 1, height, width) side by side, each filled row by row, as a PNG.
+
+    Each panel is scaled like the first, so that a pale sample looks pale.
+    """
+    from matplotlib.figure import Figure  # here: training itself needs no plotting
+
+    height = rows * 0.42 + 0.5
+    figure = Figure(figsize=(len(panels) * (height - 0.3), height), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    low, high = next(iter(panels.values())).aminmax()
+    for axis, (title, images) in zip(axes, panels.items(), strict=True):
+        n, _, h, w = images.shape
+        columns = n // rows
+        tiled = images[:, 0].reshape(rows, columns, h, w).permute(0, 2, 1, 3)
+        picture = tiled.reshape(rows * h, columns * w).numpy()
+        axis.imshow(picture, cmap="gray_r", vmin=low.item(), vmax=high.item())
+        axis.set_title(title, fontsize=11)
+        axis.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
+
+
+def table(scores: dict[str, Scores]) -> str:
+    """A Markdown table, one row for each name."""
+    lines = [
+        "| samples | FD ↓ | label agreement ↑ | RMSE to teacher ↓ | diversity |",
+        "|---|---|---|---|---|",
+    ]
+    for name, s in scores.items():
+        rmse = "–" if s.same_noise_rmse is None else f"{s.same_noise_rmse:.3f}"
+        lines.append(
+            f"| {name} | {s.frechet_distance:.2f} | {s.label_agreement:.3f} | {rmse} "
+            f"| {s.diversity:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def save_report(folder: Path, scores: dict[str, Scores], facts: dict[str, Any]) -> None:
+    """Write report.md and report.json."""
+    write_atomically(folder / "report.md", (table(scores) + "\n").encode())
+    content = {**facts, "scores": {name: s.as_dict() for name, s in scores.items()}}
+    write_atomically(folder / "report.json", json.dumps(content, indent=2).encode())
