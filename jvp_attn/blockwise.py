@@ -3,7 +3,7 @@
 The readable specification that the kernels must match. A block of query rows meets all the keys
 that it may see, so softmax and row sums are those of the formulas, without a running maximum.
 Memory beside the outputs is a few blocks of scores: linear in seqlen_k. Half precision is computed
-in float32. An absent tangent or cotangent is None all the way and costs nothing.
+in float32, under autocast too. An absent tangent or cotangent is None all the way and costs nothing.
 
 Query heads that share a key head are stacked as rows of one problem, so grouped heads need neither
 copies of K and V nor a reduction of their gradients.
@@ -11,9 +11,10 @@ copies of K and V nor a reduction of their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from jvp_attn.maps import AttentionOptions, Gradients, TangentGradients
 
 X = TypeVar("X", Tensor, Tensor | None)  # an absent tensor stays absent
+Map = TypeVar("Map", bound=Callable[..., Any])
 
 # Scores in a block: on a CPU it should stay near the cache, a GPU wants more parallel work.
 _CPU_BLOCK = 2**19
@@ -33,6 +35,21 @@ _MIN_ROWS = 64
 # The four maps
 
 
+def _without_autocast(attention_map: Map) -> Map:
+    """Autocast would round each product to half precision, in the middle of the map."""
+
+    @wraps(attention_map)
+    def in_full_precision(q: Tensor, *others: Any) -> Any:
+        device = q.device.type
+        if not torch.amp.is_autocast_available(device):
+            return attention_map(q, *others)
+        with torch.autocast(device, enabled=False):
+            return attention_map(q, *others)
+
+    return cast(Map, in_full_precision)
+
+
+@_without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """O = P V and lse = logsumexp(S)."""
     out, lse = _new_out(q, v), _new_lse(q)
@@ -46,6 +63,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple
     return out, lse
 
 
+@_without_autocast
 def forward_tangent(
     q: Tensor,
     k: Tensor,
@@ -77,6 +95,7 @@ def forward_tangent(
     return out, lse, tout, mu
 
 
+@_without_autocast
 def backward(
     q: Tensor,
     k: Tensor,
@@ -98,6 +117,7 @@ def backward(
     return gradients
 
 
+@_without_autocast
 def tangent_backward(
     q: Tensor,
     k: Tensor,
@@ -126,7 +146,8 @@ def tangent_backward(
         gtq = s Tbar K                gtk = s Tbarᵀ Q                 gtv = Pᵀ gT
 
     beta and delta equal gT·O and gO·O + gT·tO, but as row sums they carry none of the rounding of
-    a half-precision O and tO, which would leak mean(K) into gq.
+    a half-precision O and tO, which would leak mean(K) into gq. So would P = exp(S − lse), whose
+    rows sum to 1 only as exactly as lse is rounded: P is computed anew.
     """
     scale = options.softmax_scale
     gq, gk, gv = _new_zeros(q), _new_zeros(k), _new_zeros(v)
@@ -145,7 +166,7 @@ def tangent_backward(
             queries, tqueries = _times(rows.load(q), scale), _times(rows.load(tq), scale)
             g_out, g_tout = rows.load(grad_out), rows.load(grad_tout)
             g_lse, g_mu = rows.load_sums(grad_lse), rows.load_sums(grad_mu)
-            p = _softmax_given_lse(rows, queries, keys, rows.load_sums(lse))
+            p, _ = _softmax(rows, queries, keys)
 
             tc = _score_tangent(rows, queries, keys, tqueries, tkeys)
             if tc is not None:
@@ -180,19 +201,13 @@ def tangent_backward(
 
 
 def _softmax(rows: _RowBlock, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """P (problems, rows, seen keys) and lse (problems, rows, 1): 0 and −inf in dead rows."""
+    """P (problems, rows, seen keys) and lse (problems, rows, 1)."""
     scores = rows.hide(queries @ rows.seen(keys).mT, -torch.inf)
     maximum = scores.amax(-1, keepdim=True)
-    # exp(−inf − (−inf)) would be NaN in a dead row.
-    p = scores.sub_(maximum.masked_fill(maximum == -torch.inf, 0)).exp_()
+    p = scores.sub_(maximum).exp_()
     total = p.sum(-1, keepdim=True)
-    p.div_(total.masked_fill(total == 0, 1))
+    p.div_(total)
     return p, maximum + total.log()
-
-
-def _softmax_given_lse(rows: _RowBlock, queries: Tensor, keys: Tensor, lse: Tensor) -> Tensor:
-    scores = rows.hide(queries @ rows.seen(keys).mT, -torch.inf)
-    return scores.sub_(lse.masked_fill(lse == -torch.inf, 0)).exp_()
 
 
 def _score_tangent(
@@ -261,13 +276,12 @@ class _HeadBlock:
 
     def row_blocks(self, causal: bool) -> Iterator[_RowBlock]:
         """Blocks of rows, each with the number of leading keys that its last row sees."""
-        for start in range(0, self.seqlen_q, self.rows_per_block):
+        # The first rows may see no key: they keep what the outputs start with.
+        first = max(self.seqlen_q - self.seqlen_k, 0) if causal else 0
+        for start in range(first, self.seqlen_q, self.rows_per_block):
             stop = min(start + self.rows_per_block, self.seqlen_q)
-            seen = self.seqlen_k
-            if causal:
-                seen = min(max(stop + self.seqlen_k - self.seqlen_q, 0), seen)
-            if seen > 0:  # rows that see no key keep what the outputs start with
-                yield _RowBlock(self, slice(start, stop), seen, causal)
+            seen = stop + self.seqlen_k - self.seqlen_q if causal else self.seqlen_k
+            yield _RowBlock(self, slice(start, stop), seen, causal)
 
 
 @dataclass(frozen=True)

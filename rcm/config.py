@@ -56,8 +56,8 @@ class TeacherConfig:
     optimizer: OptimizerConfig
     times: LogNormal
     """Distribution of the noise level."""
-    ema: float
-    """Decay of the moving average that becomes the teacher."""
+    ema_std: float
+    """Relative width of the power-function average that becomes the teacher."""
 
     def __post_init__(self) -> None:
         _require_positive("iterations", self.iterations)
@@ -69,7 +69,7 @@ class StudentConfig:
     """The distillation, rCM: a consistency loss and a score regulariser with a critic."""
 
     iterations: int
-    """Iterations; each trains the critic, and every `student_every`-th the student."""
+    """Iterations; each trains the student, the critic or both."""
     batch: int
     """Samples in one step."""
     student_every: int
@@ -82,13 +82,15 @@ class StudentConfig:
     """p_D, the noise levels of the score regulariser, the critic and the rollout."""
     tangent_warmup: int
     """Iterations over which the tangent's second term rises; the regulariser starts then."""
+    critic_start: int
+    """Iteration at which the critic's training starts, so that the regulariser finds it able."""
     form: Form = "rcm"
     """Which form of the tangent during its warm-up; see rcm.consistency."""
     tangent_norm: TangentNorm = "l2"
     """Norm of the tangent's normalisation."""
     c: float = 0.1
     """Added to the norm of the tangent."""
-    score_weight: float = 0.01
+    score_weight: float
     """Weight of the regulariser; 0 leaves pure sCM, without a critic."""
     rollout_steps: int = 2
     """The student's own samples take 1 to this many steps."""
@@ -132,9 +134,9 @@ def digits() -> RunConfig:
         teacher=TeacherConfig(
             iterations=4000,
             batch=64,
-            optimizer=OptimizerConfig(lr=1e-3, warmup=100),
-            times=LogNormal(mean=0.0, std=1.6),
-            ema=0.999,
+            optimizer=OptimizerConfig(lr=2e-3, warmup=100),
+            times=LogNormal(mean=-0.4, std=1.4),
+            ema_std=0.1,
         ),
         student=StudentConfig(
             iterations=1200,
@@ -145,6 +147,8 @@ def digits() -> RunConfig:
             times=LogNormal(mean=0.0, std=1.6),
             score_times=LogNormal(mean=0.0, std=1.6),
             tangent_warmup=600,
+            critic_start=300,
+            score_weight=0.1,
             ema=0.995,
         ),
         report_every=300,

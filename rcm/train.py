@@ -95,7 +95,7 @@ def shortened(config: RunConfig) -> RunConfig:
     return replace(
         config,
         teacher=replace(config.teacher, iterations=2),
-        student=replace(config.student, iterations=2, tangent_warmup=1),
+        student=replace(config.student, iterations=2, tangent_warmup=1, critic_start=0),
         report_every=2,
         checkpoint_every=2,
     )

@@ -17,7 +17,7 @@ from rcm.config import OptimizerConfig, RunConfig
 from rcm.consistency import consistency_loss
 from rcm.digits import CLASSES, Digits
 from rcm.dit import DiT
-from rcm.ema import EMA, constant_decay
+from rcm.ema import EMA, constant_decay, power_decay
 from rcm.errors import RunError
 from rcm.losses import Loss, flow_matching_loss
 from rcm.sampling import consistency_sample
@@ -101,7 +101,7 @@ class TeacherPhase:
         self.config = config.teacher
         self.iterations, self.iteration = self.config.iterations, 0
         self.network = build_network(config)
-        self.ema = EMA(self.network, constant_decay(self.config.ema))
+        self.ema = EMA(self.network, power_decay(self.config.ema_std))
         self.optimization = Optimization(self.network, self.config.optimizer, self.iterations)
         self.batches = Batches(digits, self.config.batch, seed=2 * config.seed)
 
@@ -161,7 +161,7 @@ class StudentPhase:
         warm = self.iteration >= self.config.tangent_warmup
         if not warm or self.iteration % self.config.student_every == 0:
             metrics |= self._step_student(x0, labels, regularised=warm)
-        if self.config.score_weight > 0:
+        if self.config.score_weight > 0 and self.iteration >= self.config.critic_start:
             metrics |= self._step_critic(x0, labels)
         self.iteration += 1
         return metrics

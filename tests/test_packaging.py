@@ -181,6 +181,14 @@ def test_without_nvcc_a_build_needs_no_torch(project: Path) -> None:
     assert "needs\n" in run(sys.executable, "-c", ASK_REQUIREMENTS, cwd=project).stdout
 
 
+@pytest.mark.usefixtures("fake_nvcc")
+def test_a_declined_extension_needs_no_torch(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JVP_ATTN_CUDA", "0")
+    assert "needs\n" in run(sys.executable, "-c", ASK_REQUIREMENTS, cwd=project).stdout
+
+
 @pytest.mark.usefixtures("fake_nvcc", "no_torch")
 def test_with_nvcc_a_build_asks_for_torch(project: Path) -> None:
     answer = run(sys.executable, "-c", ASK_REQUIREMENTS, cwd=project).stdout

@@ -49,6 +49,16 @@ def test_one_heun_step_is_the_denoiser(gaussian: Gaussian) -> None:
     torch.testing.assert_close(heun_sample(gaussian.velocity, noise, heun_times(1), None), blurry)
 
 
+def test_two_steps_are_denoise_renoise_denoise(gaussian: Gaussian) -> None:
+    first, second = torch.randn(2, 4, 2, dtype=torch.float64)
+    times = consistency_times(2, mid_times=(0.8,))
+    t1, t2 = times[:, None].expand(-1, 4)
+    x0 = denoise(gaussian.consistency, torch.sin(t1)[:, None] * first, t1, None)
+    x = torch.cos(t2)[:, None] * x0 + torch.sin(t2)[:, None] * second
+    sample = consistency_sample(gaussian.consistency, first, times, None, fresh=[second])
+    torch.testing.assert_close(sample, denoise(gaussian.consistency, x, t2, None))
+
+
 def test_given_noises_are_used_in_order(gaussian: Gaussian) -> None:
     generator = torch.Generator().manual_seed(3)
     noise, times = torch.randn(4, 2), consistency_times(3)

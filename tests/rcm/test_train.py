@@ -24,7 +24,16 @@ from rcm.training import StudentPhase, TeacherPhase
 TINY = [
     *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
     *("--teacher.iterations", "12", "--student.iterations", "10"),
-    *("--student.tangent-warmup", "4", "--student.batch", "16", "--teacher.batch", "16"),
+    *(
+        "--student.tangent-warmup",
+        "4",
+        "--student.critic-start",
+        "2",
+        "--student.batch",
+        "16",
+        "--teacher.batch",
+        "16",
+    ),
     *("--report-every", "5", "--checkpoint-every", "4"),
 ]
 
@@ -221,7 +230,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("phase", "term"), [("teacher", "flow matching"), ("student", "consistency")]
+    ("phase", "term"), [("teacher", "flow matching loss"), ("student", "consistency loss")]
 )
 def test_a_loss_that_turns_nan_stops_with_step_term_and_last_checkpoint(
     tmp_path: Path,
@@ -273,7 +282,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
         train.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--run", "--dry-run", "--seed", "--student.tangent-warmup", "--teacher.ema"):
+    for option in ("--run", "--dry-run", "--seed", "--student.tangent-warmup", "--teacher.ema-std"):
         assert option in text
 
 
