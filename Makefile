@@ -46,7 +46,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
 	@test ! -e $(VENV)/unfinished || rm -rf $(VENV)
-	@mkdir -p $(VENV) && touch $(VENV)/unfinished
+	@mkdir -p $(VENV) && touch $(VENV)/unfinished && rm -f $@
 	@echo 'Setting up $(VENV): a few minutes, once.'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'setuptools>=77' '$(TORCH)' $$($(cpu_index))
@@ -61,6 +61,7 @@ cpu_index = nvidia-smi >/dev/null 2>&1 || \
   print("--extra-index-url $(TORCH_CPU_INDEX)")' 2>/dev/null
 
 # The extension is built apart from the installation, so that only what changed is compiled.
+# Without nvcc nothing is built and nothing remembered: the next make looks for nvcc again.
 build/extension: $(VENV)/ready setup.py $(shell find csrc -type f)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
-	@mkdir -p build && touch $@
+	@! ls jvp_attn/_C.*.so >/dev/null 2>&1 || touch $@

@@ -57,7 +57,7 @@ def main() -> None:
     elif choice == "1":
         fail(f"JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: {obstacle}.")
     else:
-        notice(f"{obstacle}: installing without the CUDA extension.")
+        notice(f"{obstacle}: the CUDA extension is left out.")
         setup()
 
 

@@ -3,7 +3,7 @@
 The readable specification that the kernels must match. A block of query rows meets all the keys
 that it may see, so softmax and row sums are those of the formulas, without a running maximum.
 Memory beside the outputs is a few blocks of scores: linear in seqlen_k. Half precision is computed
-in float32, under autocast too. An absent tangent or cotangent is None all the way and costs nothing.
+in float32, under autocast as well. Absent tangents and cotangents are None and cost nothing.
 
 Query heads that share a key head are stacked as rows of one problem, so grouped heads need neither
 copies of K and V nor a reduction of their gradients.

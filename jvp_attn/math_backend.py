@@ -32,16 +32,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
 
     scores = queries @ keys.mT
     seqlen_q, seqlen_k = scores.shape[-2:]
+    dtype = torch.promote_types(q.dtype, torch.float32)
     if seqlen_k == 0:
-        out = queries @ keys.mT @ values
-        return out.transpose(1, 2), scores.new_full(scores.shape[:-1], -torch.inf)
+        lse = scores.new_full(scores.shape[:-1], -torch.inf, dtype=dtype)
+        return (scores @ values).transpose(1, 2), lse
     dead_rows = 0
     if options.causal:
         visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
         visible = visible.tril(seqlen_k - seqlen_q)
         scores = scores.masked_fill(~visible, -torch.inf)
         dead_rows = max(seqlen_q - seqlen_k, 0)
-    dtype = torch.promote_types(q.dtype, torch.float32)
     # Leading rows may see no key: softmax of −inf alone is NaN, so they are cut off and put back.
     alive = scores[..., dead_rows:, :].to(dtype)
     # Spelt out: torch's softmax and logsumexp cannot go backward through a dual number's tangent.

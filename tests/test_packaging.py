@@ -125,7 +125,7 @@ def test_without_nvcc_the_package_is_pure_python(project: Path, tmp_path: Path) 
     result = pip_wheel(project)
     assert result.returncode == 0, result.stdout
     assert notices(result.stdout) == [
-        "jvp-attn: no nvcc in CUDA_HOME, CUDA_PATH or PATH: installing without the CUDA extension."
+        "jvp-attn: no nvcc in CUDA_HOME, CUDA_PATH or PATH: the CUDA extension is left out."
     ]
     wheel = only_file(project / "dist", "*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -163,7 +163,7 @@ def test_the_extension_can_be_declined(project: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("JVP_ATTN_CUDA", "0")
     result = pip_wheel(project)
     assert notices(result.stdout) == [
-        "jvp-attn: JVP_ATTN_CUDA=0: installing without the CUDA extension."
+        "jvp-attn: JVP_ATTN_CUDA=0: the CUDA extension is left out."
     ]
     assert only_file(project / "dist", "*.whl").name.endswith("-py3-none-any.whl")
 

@@ -1,0 +1,257 @@
+"""Forward+tangent of attention: speed and peak memory of every contender, in one run.
+
+    python benchmarks/attention.py [--sizes 1024 4096] [--repeats 5] [--out FOLDER]
+
+Contenders take turns, so that a machine that slows down slows all of them; times are medians. Work
+is counted as 12·B·H·N²·d floating point operations, whatever a contender really executes, and the
+rate of a plain matrix product of the same dtype is measured in between. Peak memory is what a fresh
+process needs beyond its inputs. Writes attention-<device>.json and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import jvp_attn
+
+BATCH, HEADS, HEAD_DIM = 1, 8, 64
+SIZES = (1024, 2048, 4096, 8192)
+MATMUL = 4096
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def ours(primals: Tensors, tangents: Tensors) -> Any:
+    return torch.func.jvp(jvp_attn.flash_attn_jvp, primals, tangents)
+
+
+def torch_math(primals: Tensors, tangents: Tensors) -> Any:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(attention, primals, tangents)
+
+
+CONTENDERS: dict[str, Callable[[Tensors, Tensors], Any]] = {
+    "jvp_attn": ours,
+    "torch SDPA (MATH)": torch_math,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sequence lengths")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each contender")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "N"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        name, size = options.memory_of
+        print(peak_memory_here(CONTENDERS[name], int(size)))
+        return
+
+    result = {**circumstances(), "repeats": options.repeats, "rows": []}
+    print(
+        f"{result['device']}, {result['threads']} threads, float32, B{BATCH} H{HEADS} d{HEAD_DIM}"
+    )
+    peak: dict[str, float] = {}
+    for size in sorted(options.sizes):
+        peak, missing = measure_memory(size, peak)
+        result["rows"].append(row := measure_speed(size, options.repeats, peak))
+        print_row(row, missing)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"attention-{device().type}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
+
+
+# ----------------------------------------------------------------------------
+# Measuring
+
+
+def measure_speed(size: int, repeats: int, contenders: dict[str, float]) -> dict[str, Any]:
+    """Time contenders and the matrix product in turn; the first round only warms up."""
+    primals, tangents = inputs(size)
+    matrix = torch.randn(MATMUL, MATMUL, device=device())
+    samples: dict[str, list[float]] = {name: [] for name in (*contenders, "matmul")}
+    for _ in range(repeats + 1):
+        for name in contenders:
+            samples[name].append(seconds(lambda c=CONTENDERS[name]: c(primals, tangents)))
+        samples["matmul"].append(seconds(lambda: matrix @ matrix))
+    work = 12 * BATCH * HEADS * size**2 * HEAD_DIM
+    median = {name: statistics.median(times[1:]) for name, times in samples.items()}
+    return {
+        "seqlen": size,
+        "seconds": {name: times[1:] for name, times in samples.items()},
+        "gflops": {name: work / median[name] / 1e9 for name in contenders}
+        | {"matmul": 2 * MATMUL**3 / median["matmul"] / 1e9},
+        "peak_bytes": contenders,
+    }
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure_memory(size: int, smaller: dict[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+    """Peak bytes of each contender, tried in a process of its own, and why one is left out."""
+    peak, missing = {}, {}
+    for name in CONTENDERS:
+        if smaller and name not in smaller:
+            missing[name] = "left out, as at the smaller size"
+            continue
+        command = [sys.executable, __file__, "--memory-of", name, str(size)]
+        child = subprocess.run(command, capture_output=True, text=True)
+        if child.returncode == 0:
+            peak[name] = float(child.stdout)
+        else:
+            last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+            missing[name] = f"left out: {last}"
+    return peak, missing
+
+
+def peak_memory_here(contender: Callable[[Tensors, Tensors], Any], size: int) -> float:
+    """Bytes beyond the inputs that one call needs at its peak, its results included."""
+    contender(*inputs(64))  # libraries and thread pools
+    arguments = inputs(size)
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender(*arguments)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident("VmRSS")
+    with torch.no_grad():
+        contender(*arguments)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * float(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def inputs(size: int) -> tuple[Tensors, Tensors]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, size, HEADS, HEAD_DIM)
+    q, k, v, tq, tk, tv = (torch.randn(shape, generator=generator).to(device()) for _ in range(6))
+    return (q, k, v), (tq, tk, tv)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ----------------------------------------------------------------------------
+# Telling
+
+
+def circumstances() -> dict[str, Any]:
+    """What someone needs to know to repeat the measurement."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "jvp_attn": jvp_attn.__version__,
+        "commit": commit or "unknown",
+        "date": datetime.date.today().isoformat(),
+        "batch": BATCH,
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "dtype": "float32",
+        "matmul": MATMUL,
+    }
+
+
+def device_name() -> str:
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def print_row(row: dict[str, Any], missing: dict[str, str]) -> None:
+    print(f"\nN = {row['seqlen']}: matmul {row['gflops']['matmul']:.0f} GFLOP/s")
+    for name, peak in row["peak_bytes"].items():
+        rate, matmul = row["gflops"][name], row["gflops"]["matmul"]
+        times = statistics.median(row["seconds"][name])
+        print(
+            f"  {name:18s} {1e3 * times:9.1f} ms {rate:7.1f} GFLOP/s = {rate / matmul:4.0%} of "
+            f"matmul, peak {peak / 2**20:8.1f} MiB"
+        )
+    for name, reason in missing.items():
+        print(f"  {name:18s} {reason}")
+    if len(row["peak_bytes"]) == len(CONTENDERS):
+        (a, b), (p, q) = (list(row[key].values())[:2] for key in ("gflops", "peak_bytes"))
+        print(f"  {a / b:.1f} times as fast, 1/{q / p:.0f} of the memory")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Rates and peak memory over the sequence length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    rows = result["rows"]
+    for name, colour in zip(CONTENDERS, ("#1f6fb4", "#c8553d"), strict=True):
+        having = [row for row in rows if name in row["peak_bytes"]]
+        sizes = [row["seqlen"] for row in having]
+        style = {"color": colour, "marker": "o", "label": name}
+        speed.plot(sizes, [row["gflops"][name] for row in having], **style)
+        memory.plot(sizes, [row["peak_bytes"][name] / 2**20 for row in having], **style)
+    sizes = [row["seqlen"] for row in rows]
+    matmul = [row["gflops"]["matmul"] for row in rows]
+    speed.plot(sizes, matmul, color="grey", linestyle="--", label=f"matmul, {MATMUL}³")
+    speed.set_ylim(bottom=0)
+    speed.set_ylabel("GFLOP/s")
+    memory.set_ylabel("peak extra memory, MiB")
+    memory.set_yscale("log")
+    for axis in (speed, memory):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_xlabel("sequence length")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    shape = f"float32, B{BATCH} H{HEADS} d{HEAD_DIM}"
+    figure.suptitle(f"Attention forward + tangent, {shape}, {result['device']}", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

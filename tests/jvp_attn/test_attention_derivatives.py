@@ -1,0 +1,98 @@
+"""Values, tangents and gradients are those of softmax(s Q Kᵀ) V, over all kinds of shapes."""
+
+import pytest
+from attention_cases import (
+    Case,
+    assert_close,
+    outputs_and_gradients,
+    projection,
+    without_tangents,
+)
+
+CASES = {
+    "one query, one key": Case(seqlen_q=1, seqlen_k=1),
+    "one query": Case(seqlen_q=1, seqlen_k=9),
+    "one key": Case(seqlen_q=9, seqlen_k=1),
+    "self-attention": Case(seqlen_q=8, seqlen_k=8, heads=2, head_dim=4, head_dim_v=4),
+    "long": Case(batch=1, seqlen_q=130, seqlen_k=257, heads=2, head_dim=16),
+    "causal": Case(seqlen_q=6, seqlen_k=6, causal=True),
+    "causal, more keys": Case(seqlen_q=4, seqlen_k=9, causal=True),
+    "causal, rows that see no key": Case(seqlen_q=9, seqlen_k=4, causal=True),
+    "causal, one query": Case(seqlen_q=1, seqlen_k=5, causal=True),
+    "causal, one key": Case(seqlen_q=5, seqlen_k=1, causal=True),
+    "a key head for each head": Case(heads=3, heads_k=3),
+    "one key head for 8": Case(heads=8, heads_k=1),
+    "2 key heads for 16, causal": Case(heads=16, heads_k=2, causal=True),
+    "head_dim 1": Case(head_dim=1, head_dim_v=1),
+    "head_dim 72": Case(head_dim=72, head_dim_v=80),
+    "head_dim 255": Case(head_dim=255, head_dim_v=1),
+    "head_dim 256": Case(head_dim=256, head_dim_v=256),
+    "own scale": Case(softmax_scale=0.7),
+    "negative scale": Case(softmax_scale=-2),
+    "scale 0": Case(softmax_scale=0),
+    "tangent of q": Case(with_tangent="q"),
+    "tangent of k": Case(with_tangent="k"),
+    "tangent of v": Case(with_tangent="v"),
+    "tangents of q, k": Case(with_tangent="qk"),
+    "tangents of q, v": Case(with_tangent="qv"),
+    "tangents of k, v, causal": Case(with_tangent="kv", seqlen_q=9, causal=True),
+}
+over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@over_cases
+def test_all_that_derives_from_attention_is_that_of_the_naive_formula(case: Case) -> None:
+    data = case.data()
+    assert_close(outputs_and_gradients(case.ours, data), outputs_and_gradients(case.naive, data))
+
+
+@over_cases
+def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(case: Case) -> None:
+    data = case.data()
+    names = ("out", "out_tangent")
+    ours = outputs_and_gradients(
+        case.ours, data, through=lambda outputs: projection({x: outputs[x] for x in names})
+    )
+    del ours["lse"], ours["mu"]  # torch has no such outputs
+    assert_close(ours, outputs_and_gradients(case.torch_math, data))
+
+
+@pytest.mark.parametrize("case", [Case(), Case(seqlen_q=9, causal=True)], ids=["full", "causal"])
+@pytest.mark.parametrize("names", [("out",), ("lse",), ("out", "lse")], ids="+".join)
+def test_gradients_without_tangents_are_those_of_the_naive_formula(
+    case: Case, names: tuple[str, ...]
+) -> None:
+    data = {x: case.data()[x] for x in ("q", "k", "v")}
+    ours, naive = (
+        outputs_and_gradients(
+            attention,
+            data,
+            without_tangents,
+            lambda outputs: projection({x: outputs[x] for x in names}),
+        )
+        for attention in (case.ours, case.naive)
+    )
+    assert_close(ours, naive)
+
+
+@pytest.mark.parametrize("with_tangent", ["qkv", "q", "v"])
+@pytest.mark.parametrize("name", ["out", "lse", "out_tangent", "mu"])
+def test_each_output_alone_has_its_gradients(name: str, with_tangent: str) -> None:
+    case = Case(with_tangent=with_tangent, seqlen_q=9, causal=True)
+    ours, naive = (
+        outputs_and_gradients(
+            attention, case.data(), through=lambda outputs: projection({name: outputs[name]})
+        )
+        for attention in (case.ours, case.naive)
+    )
+    assert_close(ours, naive)
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "tq", "tk", "tv", "q tv", "k tk v"])
+def test_only_the_gradients_that_are_wanted_are_there(wanted: str) -> None:
+    case = Case()
+    data = case.data()
+    every = outputs_and_gradients(case.ours, data)
+    some = outputs_and_gradients(case.ours, data, wanted=wanted.split())
+    assert_close(some, {name: every[name] for name in some})
+    assert [x for x in some if x.startswith("grad_")] == [f"grad_{x}" for x in data if x in wanted.split()]
