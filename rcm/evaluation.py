@@ -2,8 +2,8 @@
 
 Protocol: one sample for each of the 1797 digits, of that digit's class, from noise that is the same
 for every network, step count and run. The Fréchet distance is to all 1797 digits, in the features
-of `rcm.digits.DigitFeatures`. Two random halves of the data are printed beside it: no sampler of
-so many digits can be expected to come much closer than that.
+of `rcm.digits.DigitFeatures`. That of the data's two halves is printed beside it, for scale: it is
+what chance alone makes of 900 digits; 1797 samples can come closer.
 """
 
 from __future__ import annotations

@@ -162,9 +162,7 @@ def test_torch_can_be_required(project: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_extension_can_be_declined(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_CUDA", "0")
     result = pip_wheel(project)
-    assert notices(result.stdout) == [
-        "jvp-attn: JVP_ATTN_CUDA=0: the CUDA extension is left out."
-    ]
+    assert notices(result.stdout) == ["jvp-attn: JVP_ATTN_CUDA=0: the CUDA extension is left out."]
     assert only_file(project / "dist", "*.whl").name.endswith("-py3-none-any.whl")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -17,6 +17,7 @@ from jvp_attn import blockwise, flash_attn_jvp
 
 # (q, k, v) → (out, lse), or only out.
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Case:
         shapes = {"q": q_shape, "k": k_shape, "v": v_shape}
         shapes |= {f"t{x}": shapes[x] for x in self.with_tangent}
         return {x: randn(*shape, seed=x, dtype=self.dtype) for x, shape in shapes.items()}
+
+    def primals(self) -> dict[str, Tensor]:
+        """q, k, v."""
+        return replace(self, with_tangent="").data()
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of `flash_attn_jvp`."""
@@ -83,7 +88,7 @@ def randn(*shape: int, seed: str, dtype: torch.dtype = torch.float64) -> Tensor:
 # All that derives from an attention
 
 
-def with_tangents(attention: Attention, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
     """out, out_tangent and, if the attention returns lse, lse and mu."""
     moving = [x for x in ("q", "k", "v") if f"t{x}" in data]
 
@@ -100,27 +105,36 @@ def with_tangents(attention: Attention, data: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def without_tangents(attention: Attention, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
     """out and, if the attention returns it, lse."""
     return dict(zip(("out", "lse"), attention(data["q"], data["k"], data["v"]), strict=False))
 
 
-def projection(outputs: Mapping[str, Tensor]) -> Tensor:
-    """A random linear function of the outputs; −inf, where a row sees no key, does not count."""
-    total = torch.zeros((), dtype=torch.float64)
-    for name, x in outputs.items():
-        weights = randn(*x.shape, seed=f"weights of {name}", dtype=x.dtype)
-        total = total + (weights * x.masked_fill(x == -torch.inf, 0)).sum()
-    return total
+def projection(*names: str, dtype: torch.dtype | None = None) -> Callable[[Named], Tensor]:
+    """A random linear function of the named outputs, of all if none is named.
+
+    Its weights are exact in the dtype. Where lse is −inf it does not count.
+    """
+
+    def project(outputs: Named) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for name in names or outputs:
+            x = outputs[name]
+            weights = randn(*x.shape, seed=f"weights of {name}", dtype=dtype or x.dtype).to(x.dtype)
+            total = total + (weights * x.masked_fill(x == -torch.inf, 0)).sum()
+        return total
+
+    return project
 
 
 def outputs_and_gradients(
     attention: Attention,
-    data: Mapping[str, Tensor],
-    evaluate: Callable[[Attention, Mapping[str, Tensor]], dict[str, Tensor]] = with_tangents,
-    through: Callable[[Mapping[str, Tensor]], Tensor] = projection,
+    data: Named,
+    *,
+    evaluate: Callable[[Attention, Named], dict[str, Tensor]] = with_tangents,
+    through: Callable[[Named], Tensor] = projection(),  # noqa: B008: it is a constant
 ) -> dict[str, Tensor]:
-    """The outputs, and the gradient of a function of them for each of the data: "grad_q", ..."""
+    """The outputs, and the gradients of a function of them for all data: "grad_q", ..."""
     leaves = {name: x.clone().requires_grad_() for name, x in data.items()}
     outputs = evaluate(attention, leaves)
     gradients = torch.autograd.grad(
@@ -148,7 +162,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-12
+    actual: Named, expected: Named, tolerance: float = 1e-12
 ) -> None:
     """Each of the named tensors has the shape, dtype and, within the tolerance, values expected."""
     assert actual.keys() == expected.keys()

@@ -2,12 +2,19 @@
 
 import pytest
 from attention_cases import (
+    Attention,
     Case,
+    Named,
     assert_close,
     outputs_and_gradients,
     projection,
+    with_tangents,
     without_tangents,
 )
+from torch import Tensor
+
+import jvp_attn
+from jvp_attn import flash_attn_with_tangent
 
 CASES = {
     "one query, one key": Case(seqlen_q=1, seqlen_k=1),
@@ -49,10 +56,7 @@ def test_all_that_derives_from_attention_is_that_of_the_naive_formula(case: Case
 @over_cases
 def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(case: Case) -> None:
     data = case.data()
-    names = ("out", "out_tangent")
-    ours = outputs_and_gradients(
-        case.ours, data, through=lambda outputs: projection({x: outputs[x] for x in names})
-    )
+    ours = outputs_and_gradients(case.ours, data, through=projection("out", "out_tangent"))
     del ours["lse"], ours["mu"]  # torch has no such outputs
     assert_close(ours, outputs_and_gradients(case.torch_math, data))
 
@@ -62,15 +66,10 @@ def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(case: Cas
 def test_gradients_without_tangents_are_those_of_the_naive_formula(
     case: Case, names: tuple[str, ...]
 ) -> None:
-    data = {x: case.data()[x] for x in ("q", "k", "v")}
+    data = case.primals()
     ours, naive = (
-        outputs_and_gradients(
-            attention,
-            data,
-            without_tangents,
-            lambda outputs: projection({x: outputs[x] for x in names}),
-        )
-        for attention in (case.ours, case.naive)
+        outputs_and_gradients(f, data, evaluate=without_tangents, through=projection(*names))
+        for f in (case.ours, case.naive)
     )
     assert_close(ours, naive)
 
@@ -80,19 +79,42 @@ def test_gradients_without_tangents_are_those_of_the_naive_formula(
 def test_each_output_alone_has_its_gradients(name: str, with_tangent: str) -> None:
     case = Case(with_tangent=with_tangent, seqlen_q=9, causal=True)
     ours, naive = (
-        outputs_and_gradients(
-            attention, case.data(), through=lambda outputs: projection({name: outputs[name]})
-        )
-        for attention in (case.ours, case.naive)
+        outputs_and_gradients(f, case.data(), through=projection(name))
+        for f in (case.ours, case.naive)
     )
     assert_close(ours, naive)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "tq", "tk", "tv", "q tv", "k tk v"])
-def test_only_the_gradients_that_are_wanted_are_there(wanted: str) -> None:
+def test_gradients_that_are_not_wanted_change_nothing(wanted: str) -> None:
     case = Case()
-    data = case.data()
+    data, names = case.data(), wanted.split()
+
+    def evaluate(attention: Attention, leaves: Named) -> dict[str, Tensor]:
+        constant = {x: leaf if x in names else leaf.detach() for x, leaf in leaves.items()}
+        return with_tangents(attention, constant)
+
+    some = outputs_and_gradients(case.ours, data, evaluate=evaluate)
     every = outputs_and_gradients(case.ours, data)
-    some = outputs_and_gradients(case.ours, data, wanted=wanted.split())
-    assert_close(some, {name: every[name] for name in some})
-    assert [x for x in some if x.startswith("grad_")] == [f"grad_{x}" for x in data if x in wanted.split()]
+    assert_close({x: some[f"grad_{x}"] for x in names}, {x: every[f"grad_{x}"] for x in names})
+
+
+@pytest.mark.parametrize("backend", jvp_attn.available_backends())
+@pytest.mark.parametrize("with_tangent", ["qkv", "q", "kv", ""])
+def test_tangents_threaded_by_hand_give_what_jvp_gives(with_tangent: str, backend: str) -> None:
+    case = Case(with_tangent=with_tangent, seqlen_q=9, causal=True, softmax_scale=0.3)
+
+    def by_hand(_: Attention, x: Named) -> dict[str, Tensor]:
+        tangents = (x.get("tq"), x.get("tk"), x.get("tv"))
+        with jvp_attn.backend(backend):
+            out, out_tangent, lse, mu = flash_attn_with_tangent(
+                *(x["q"], x["k"], x["v"], *tangents),
+                softmax_scale=0.3,
+                causal=True,
+                return_lse=True,
+            )
+        return {"out": out, "lse": lse, "out_tangent": out_tangent, "mu": mu}
+
+    data = case.data()
+    expected = outputs_and_gradients(case.naive, data)
+    assert_close(outputs_and_gradients(case.ours, data, evaluate=by_hand), expected)

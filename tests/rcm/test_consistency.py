@@ -237,7 +237,7 @@ def test_distilling_a_gaussian_teacher_gives_the_closed_form(
         error = denoise(student, noise, t, None) - gaussian.endpoint(noise, t)
         teacher_error = denoise(gaussian.velocity, noise, t, None) - gaussian.endpoint(noise, t)
     assert teacher_error.square().mean().sqrt() > 0.35  # the mean of the data, whatever the noise
-    assert error.square().mean().sqrt() < 0.05
+    assert error.square().mean().sqrt() < 0.07
 
 
 def test_bad_arguments_are_refused() -> None:
