@@ -26,7 +26,7 @@ Map = TypeVar("Map", bound=Callable[..., Any])
 
 # Scores in a block: on a CPU it should stay near the cache, a GPU wants more parallel work.
 _CPU_BLOCK = 2**19
-_GPU_BLOCK = 2**26
+_GPU_BLOCK = 2**24
 # Fewer rows than this starve the matrix products, however long the rows are.
 _MIN_ROWS = 64
 

@@ -1,0 +1,79 @@
+"""However attention is cut into blocks of batches, heads and rows, the result is the same."""
+
+import pytest
+from attention_cases import (
+    Case,
+    assert_close,
+    outputs_and_gradients,
+    small_blocks,
+    without_tangents,
+)
+
+from jvp_attn import blockwise
+
+Sizes = dict[str, list[int]]
+
+
+def block_sizes(case: Case) -> Sizes:
+    """How many batches, key heads and rows the blocks have, as they follow one another."""
+    data = case.primals()
+    blocks = list(blockwise._head_blocks(data["q"], data["k"]))
+    cuts = {
+        "batches": {(block.batches.start, block.batches.stop) for block in blocks},
+        "key_heads": {(block.key_heads.start, block.key_heads.stop) for block in blocks},
+        "rows": {(r.rows.start, r.rows.stop) for r in blocks[0].row_blocks(case.causal)},
+    }
+    assert len(blocks) == len(cuts["batches"]) * len(cuts["key_heads"])
+    return {name: [stop - start for start, stop in sorted(cut)] for name, cut in cuts.items()}
+
+
+one_head = {"batch": 1, "heads": 1, "heads_k": 1}
+CUTS: dict[str, tuple[Case, int, int, Sizes]] = {
+    # name: case, scores and rows as in `small_blocks`, what the blocks are to be
+    "a row less than a block": (Case(seqlen_q=3, **one_head), 1, 4, {"rows": [3]}),
+    "one block": (Case(seqlen_q=4, **one_head), 1, 4, {"rows": [4]}),
+    "a row more than a block": (Case(seqlen_q=5, **one_head), 1, 4, {"rows": [4, 1]}),
+    "blocks and a rest": (Case(seqlen_q=11, seqlen_k=30, **one_head), 1, 4, {"rows": [4, 4, 3]}),
+    "causal": (Case(seqlen_q=11, seqlen_k=11, causal=True), 1, 4, {"rows": [2, 2, 2, 2, 2, 1]}),
+    "causal, more keys": (
+        Case(seqlen_q=7, seqlen_k=13, causal=True, **one_head), 1, 3, {"rows": [3, 3, 1]}
+    ),
+    "causal, rows that see no key": (
+        Case(seqlen_q=13, seqlen_k=7, causal=True, **one_head), 1, 3, {"rows": [3, 3, 1]}
+    ),
+    "grouped heads": (
+        Case(batch=1, seqlen_q=5, heads=12, heads_k=3), 1, 8, {"key_heads": [1, 1, 1], "rows": [2, 2, 1]}
+    ),
+    "more heads in a group than rows": (
+        Case(seqlen_q=3, heads=8, heads_k=1, causal=True), 1, 4, {"batches": [1, 1], "rows": [1, 1, 1]}
+    ),
+    "some heads of a batch": (
+        Case(heads=10, heads_k=5), 2 * 2 * 5 * 7, 1, {"batches": [1, 1], "key_heads": [2, 2, 1]}
+    ),
+    "some batches": (
+        Case(batch=5, heads=4, heads_k=2), 4 * 2 * 5 * 7, 1, {"batches": [2, 2, 1], "key_heads": [2]}
+    ),
+    "all at once": (Case(), 2**19, 64, {"batches": [2], "key_heads": [2], "rows": [5]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "scores", "rows", "sizes"), CUTS.values(), ids=CUTS.keys())
+def test_blocks_change_nothing(case: Case, scores: int, rows: int, sizes: Sizes) -> None:
+    with small_blocks(scores, rows):
+        found = block_sizes(case)
+        ours = outputs_and_gradients(case.ours, case.data())
+        primal = outputs_and_gradients(case.ours, case.primals(), evaluate=without_tangents)
+    assert sizes.items() <= found.items()
+    assert_close(ours, outputs_and_gradients(case.naive, case.data()))
+    assert_close(
+        primal, outputs_and_gradients(case.naive, case.primals(), evaluate=without_tangents)
+    )
+
+
+def test_blocks_of_their_true_size_change_nothing() -> None:
+    case = Case(batch=1, seqlen_q=1100, seqlen_k=1000, heads=2, heads_k=1, causal=True)
+    assert len(block_sizes(case)["rows"]) > 2
+    assert_close(
+        outputs_and_gradients(case.ours, case.data()),
+        outputs_and_gradients(case.naive, case.data()),
+    )

@@ -1,0 +1,21 @@
+"""The preset that a newcomer runs first keeps its promise, from nothing to a student."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_digits_preset_distils_a_good_student(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rcm.train", "--run", str(tmp_path / "run")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    scores = json.loads((tmp_path / "run" / "report.json").read_text())["scores"]
+    # One step of the teacher is useless, so what the student does in one step it has learnt.
+    assert scores["teacher, 1 step"]["frechet_distance"] >= 30
+    assert scores["student, 1 step"]["frechet_distance"] <= 4.0
+    assert scores["student, 2 steps"]["frechet_distance"] <= 3.0
+    assert scores["student, 1 step"]["label_agreement"] >= 0.94
+    assert scores["student, 2 steps"]["label_agreement"] >= 0.94
