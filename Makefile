@@ -49,7 +49,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	@mkdir -p $(VENV) && touch $(VENV)/unfinished && rm -f $@
 	@echo 'Setting up $(VENV): a few minutes, once.'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet 'setuptools>=77' '$(TORCH)' $$($(cpu_index))
+	$(BIN)/pip install --quiet 'setuptools>=70.1' '$(TORCH)' $$($(cpu_index))
 	JVP_ATTN_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test,dev]'
 	@rm $(VENV)/unfinished && touch $@
 

@@ -1,7 +1,7 @@
-"""Builds the CUDA extension ``jvp_attn._C`` where nvcc is found, else a pure-Python package.
+"""Builds the CUDA extension `jvp_attn._C` where nvcc is found, else a pure-Python package.
 
-``JVP_ATTN_CUDA=1`` turns "else" into an error, ``JVP_ATTN_CUDA=0`` skips the extension.
-``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` work as for PyTorch's own extensions.
+`JVP_ATTN_CUDA=1` turns "else" into an error, `JVP_ATTN_CUDA=0` skips the extension.
+`TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` work as for PyTorch's own extensions.
 All else about the package is in pyproject.toml.
 """
 
@@ -100,7 +100,7 @@ def why_no_torch() -> str | None:
 
 
 def cuda_extension(toolkit: Toolkit) -> Extension:
-    """Describe ``jvp_attn._C``: no header of torch but its pybind11, no library of torch at all.
+    """Describe `jvp_attn._C`: no header of torch but its pybind11, no library of torch at all.
 
     So it builds beside a CPU-only torch, and its own CUDA runtime, linked in, need not be torch's.
     """

@@ -1,4 +1,4 @@
-"""What a bug report needs to say about a machine: ``python -m jvp_attn.info [--json]``."""
+"""What a bug report needs to say about a machine: `python -m jvp_attn.info [--json]`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Extension:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that ``python -m jvp_attn.info`` prints."""
+    """Everything that `python -m jvp_attn.info` prints."""
 
     jvp_attn: str
     python: str
