@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from rcm.checkpoint import write_atomically
 from rcm.evaluation import Scores
@@ -20,21 +21,28 @@ def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:
     """
     from matplotlib.figure import Figure  # here: training itself needs no plotting
 
-    height = rows * 0.42 + 0.5
-    figure = Figure(figsize=(len(panels) * (height - 0.3), height), layout="constrained")
+    low, high = (bound.item() for bound in next(iter(panels.values())).aminmax())
+    pictures = {title: _tiled(images, rows, background=low) for title, images in panels.items()}
+    height, width = next(iter(pictures.values())).shape
+    inches = 0.42 * rows
+    figure = Figure(
+        figsize=((inches * width / height + 0.1) * len(panels), inches + 0.5), layout="constrained"
+    )
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    low, high = next(iter(panels.values())).aminmax()
-    for axis, (title, images) in zip(axes, panels.items(), strict=True):
-        n, _, h, w = images.shape
-        columns = n // rows
-        tiled = images[:, 0].reshape(rows, columns, h, w).permute(0, 2, 1, 3)
-        picture = tiled.reshape(rows * h, columns * w).numpy()
-        axis.imshow(picture, cmap="gray_r", vmin=low.item(), vmax=high.item())
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(picture, cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(path, buffer.getvalue())
+
+
+def _tiled(images: Tensor, rows: int, background: float) -> Tensor:
+    """One picture of images (n, 1, height, width), each with a margin of one pixel around it."""
+    tiles = functional.pad(images[:, 0], (1, 1, 1, 1), value=background)
+    n, h, w = tiles.shape
+    return tiles.reshape(rows, n // rows, h, w).transpose(1, 2).reshape(rows * h, n // rows * w)
 
 
 def table(scores: dict[str, Scores]) -> str:

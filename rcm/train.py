@@ -124,16 +124,18 @@ def _run_in(folder: RunFolder, config: RunConfig) -> None:
     digits = load_digits()
     evaluation = Evaluation(digits, config.student)
     restored = folder.last_checkpoint()
+    for phase, state in restored.items():
+        print(f"continuing {folder.path}: {phase}, iteration {state['iteration']}")
 
     teacher = build_network(config)
     if not folder.teacher_weights.exists():
         if "student" in restored:
             raise RunError(f"{folder.teacher_weights} is missing, which the student needs")
-        phase = TeacherPhase(config, digits)
+        teacher_phase = TeacherPhase(config, digits)
         if "teacher" in restored:
-            phase.load_state_dict(restored["teacher"])
-        _advance(phase, folder, config)
-        save_weights(folder.teacher_weights, phase.weights())
+            teacher_phase.load_state_dict(restored["teacher"])
+        _advance(teacher_phase, folder, config)
+        save_weights(folder.teacher_weights, teacher_phase.weights())
     teacher.load_state_dict(load_weights(folder.teacher_weights))
 
     student_phase = StudentPhase(config, digits, teacher)
