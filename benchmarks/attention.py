@@ -11,9 +11,7 @@ process needs beyond its inputs. Writes attention-<device>.json and a plot besid
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from circumstances import circumstances
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -67,7 +66,16 @@ def main() -> None:
         print(peak_memory_here(CONTENDERS[name], int(size)))
         return
 
-    result = {**circumstances(), "repeats": options.repeats, "rows": []}
+    result: dict[str, Any] = {
+        **circumstances(),
+        "batch": BATCH,
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "dtype": "float32",
+        "matmul": MATMUL,
+        "repeats": options.repeats,
+        "rows": [],
+    }
     print(
         f"{result['device']}, {result['threads']} threads, float32, B{BATCH} H{HEADS} d{HEAD_DIM}"
     )
@@ -174,36 +182,6 @@ def synchronize() -> None:
 
 # ----------------------------------------------------------------------------
 # Telling
-
-
-def circumstances() -> dict[str, Any]:
-    """What someone needs to know to repeat the measurement."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "jvp_attn": jvp_attn.__version__,
-        "commit": commit or "unknown",
-        "date": datetime.date.today().isoformat(),
-        "batch": BATCH,
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "dtype": "float32",
-        "matmul": MATMUL,
-    }
-
-
-def device_name() -> str:
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def print_row(row: dict[str, Any], missing: dict[str, str]) -> None:

@@ -1,50 +1,221 @@
-"""Every transform of torch.func, alone and composed, goes through attention exactly."""
+"""The transforms of torch.func, alone and composed, go through attention exactly."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_close, small_blocks
+from attention_cases import Attention, Case, assert_close, small_blocks
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
 
 from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
 
-Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Tensors = tuple[Tensor, ...]
+QKV = (0, 1, 2)
 
 CASES = {
-    "grouped heads": Case(seqlen_q=3, seqlen_k=4),
+    "grouped heads": Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3),
     "causal": Case(batch=1, seqlen_q=4, seqlen_k=4, heads=2, heads_k=2, head_dim=2, causal=True),
 }
 
 
-def energy(attention: Attention, *x: Tensor) -> Tensor:
-    """A function of out and lse with derivatives of every order."""
-    out, lse = attention(*x)
-    return (out**3).sum() + lse.sin().sum()
+def energy(outputs: Tensors) -> Tensor:
+    """A function with derivatives of every order."""
+    return sum((x**3).sum() for x in outputs)
 
 
 # ----------------------------------------------------------------------------
-# Derivatives of attention at x = (q, k, v), in the direction t
+# Derivatives of f at x = (q, k, v) along t
 
 
-def tangent(f: Attention, x: tuple[Tensor, ...], t: tuple[Tensor, ...]):
+def jvp_(f: Attention, x: Tensors, t: Tensors) -> Any:
     return jvp(f, x, t)
 
 
-def tangent_along_q(f: Attention, x: tuple[Tensor, ...], t: tuple[Tensor, ...]):
-    q, *kv = x
-    return jvp(lambda q: f(q, *kv), (q,), t[:1])
+def jvp_along_q(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jvp(lambda q: f(q, *x[1:]), x[:1], t[:1])
 
 
-def pullback(f, x, t):
-    out, pull = vjp(f, *x)
-    return pull(tuple(y.cos() for y in out))
+def vjp_(f: Attention, x: Tensors, t: Tensors) -> Any:
+    outputs, pull_back = vjp(f, *x)
+    return pull_back(tuple(y.cos() for y in outputs))
 
 
-def gradient_of_the_tangent(f, x, t):
-    def size(*x):
-        tout, mu = jvp(f, x, t)[1]
-        return (tout**3).sum() + mu.sin().sum()
+def vjp_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    outputs, pull_back = vjp(lambda *xt: jvp(f, xt[:3], xt[3:]), *x, *t)
+    return pull_back(tuple(tuple(y.cos() for y in part) for part in outputs))
 
-    return grad(size, argnums=(0, 1, 2))(*x)
+
+def grad_(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return grad(lambda *x: energy(f(*x)), QKV)(*x)
+
+
+def grad_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return grad(lambda *x: energy(jvp(f, x, t)[1]), QKV)(*x)
+
+
+def grad_of_jvp_along_q(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return grad(lambda *x: energy(jvp_along_q(f, x, t)[1]), QKV)(*x)
+
+
+def grad_for_the_direction_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return grad(lambda *t: energy(jvp(f, x, t)[1]), QKV)(*t)
+
+
+def jvp_of_grad(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jvp(grad(lambda *x: energy(f(*x)), QKV), x, t)
+
+
+def jvp_along_q_of_grad(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jvp(lambda q: grad_(f, (q, *x[1:]), t), x[:1], t[:1])
+
+
+def jvp_of_vjp_in_its_cotangent(f: Attention, x: Tensors, t: Tensors) -> Any:
+    outputs, pull_back = vjp(f, *x)
+    return jvp(lambda *y: pull_back(y), outputs, tuple(y.cos() for y in outputs))
+
+
+def grad_of_grad(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return grad(lambda *x: energy(grad_(f, x, t)), QKV)(*x)
+
+
+def hessian_(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return hessian(lambda q, v: energy(f(q, x[1], v)), (0, 1))(x[0], x[2])
+
+
+def jacfwd_(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jacfwd(f, QKV)(*x)
+
+
+def jacrev_(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jacrev(f, QKV)(*x)
+
+
+def jacrev_of_jacfwd(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jacrev(jacfwd(lambda k: energy(f(x[0], k, x[2]))))(x[1])
+
+
+def jacrev_of_jacrev(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jacrev(jacrev(lambda v: energy(f(x[0], x[1], v))))(x[2])
+
+
+def several(x: Tensors, dim: int = 0) -> Tensors:
+    """Each of x thrice, each time another."""
+    return tuple(torch.stack([y, 2 * y, y.cos()], dim) for y in x)
+
+
+def vmap_(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(f)(*several(x))
+
+
+def vmap_over_inner_dimensions(f: Attention, x: Tensors, t: Tensors) -> Any:
+    q, k, v = several(x[:1], 2) + several(x[1:2], 4) + x[2:]
+    return vmap(f, in_dims=(2, 4, None), out_dims=1)(q, k, v)
+
+
+def vmap_over_directions_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(lambda *t: jvp(f, x, t))(*several(t))
+
+
+def vmap_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(lambda *xt: jvp(f, xt[:3], xt[3:]))(*several(x), *several(t))
+
+
+def jvp_of_vmap(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jvp(vmap(f), several(x), several(t))
+
+
+def jvp_of_vmap_over_one(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return jvp(vmap(f, in_dims=(0, None, None)), several(x[:1]) + x[1:], several(t[:1]) + t[1:])
+
+
+def vmap_of_grad(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(lambda *x: grad_(f, x, t))(*several(x))
+
+
+def grad_of_vmap_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return grad(lambda *x: energy(tree_leaves(vmap_of_jvp(f, x, t))), QKV)(*x)
+
+
+def vmap_of_grad_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(lambda *x: grad_of_jvp_along_q(f, x, t))(*several(x))
+
+
+def vmap_of_jvp_of_grad(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(lambda *x: jvp_of_grad(f, x, t))(*several(x))
+
+
+def vmap_of_vmap(f: Attention, x: Tensors, t: Tensors) -> Any:
+    return vmap(vmap(f))(*several(several(x)))
+
+
+DERIVATIVES = [
+    *(jvp_, jvp_along_q, vjp_, vjp_of_jvp, grad_, grad_of_jvp, grad_of_jvp_along_q),
+    *(grad_for_the_direction_of_jvp, jvp_of_grad, jvp_along_q_of_grad),
+    *(jvp_of_vjp_in_its_cotangent, grad_of_grad),
+    *(hessian_, jacfwd_, jacrev_, jacrev_of_jacfwd, jacrev_of_jacrev),
+    *(vmap_, vmap_over_inner_dimensions, vmap_over_directions_of_jvp, vmap_of_jvp, jvp_of_vmap),
+    *(jvp_of_vmap_over_one, vmap_of_grad, grad_of_vmap_of_jvp, vmap_of_grad_of_jvp),
+    *(vmap_of_jvp_of_grad, vmap_of_vmap),
+]
+
+
+def named(tree: Any) -> dict[str, Tensor]:
+    return {str(i): x for i, x in enumerate(tree_leaves(tree))}
+
+
+over_derivatives = pytest.mark.parametrize(
+    "derivative", DERIVATIVES, ids=lambda derivative: derivative.__name__.rstrip("_")
+)
+Derivative = Callable[[Attention, Tensors, Tensors], Any]
+
+
+def named(tree: Any) -> dict[str, Tensor]:
+    return {str(i): x for i, x in enumerate(tree_leaves(tree))}
+
+
+def point_and_direction(case: Case) -> tuple[Tensors, Tensors]:
+    data = case.data()
+    return tuple(data[x] for x in ("q", "k", "v")), tuple(data[x] for x in ("tq", "tk", "tv"))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@over_derivatives
+def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: Case) -> None:
+    x, t = point_and_direction(case)
+    with small_blocks(scores=1, rows=2):
+        ours = derivative(case.ours, x, t)
+    assert_close(named(ours), named(derivative(case.naive, x, t)))
+
+
+# ----------------------------------------------------------------------------
+# The public Functions, applied by hand
+
+
+@over_derivatives
+def test_flash_attention_has_every_derivative_by_itself(derivative: Derivative) -> None:
+    case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
+    x, t = point_and_direction(case)
+    applied = derivative(lambda *x: FlashAttention.apply(*x, AttentionOptions(0.5)), x, t)
+    assert_close(named(applied), named(derivative(case.naive, x, t)))
+
+
+def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
+    case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
+    x, t = point_and_direction(case)
+
+    def applied(*xt: Tensor) -> Tensors:
+        return FlashAttentionTangent.apply(*xt, AttentionOptions(0.5))
+
+    def naive(*xt: Tensor) -> Tensors:
+        return tuple(tree_leaves(jvp(case.naive, xt[:3], xt[3:])))
+
+    ours, expected = (
+        vmap(grad(lambda *xt, f=f: energy(f(*xt)), tuple(range(6))))(*several(x + t))
+        for f in (applied, naive)
+    )
+    assert_close(named(ours), named(expected))
