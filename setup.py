@@ -24,6 +24,8 @@ PREPARATIONS = {"egg_info", "dist_info", "sdist"}
 
 SOURCES = {".cpp", ".cu"}
 
+LICENSE = "Apache-2.0"
+
 DEFAULT_ARCH_LIST = "8.0 9.0+PTX"
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     toolkit = None if choice == "0" else find_toolkit()
 
     if PREPARATIONS.intersection(sys.argv):
-        setup(setup_requires=BUILD_REQUIREMENTS if toolkit else [])
+        setup(license=LICENSE, setup_requires=BUILD_REQUIREMENTS if toolkit else [])
         return
 
     if choice == "0":
@@ -53,12 +55,16 @@ def main() -> None:
         obstacle = why_no_torch()
 
     if toolkit and not obstacle:
-        setup(ext_modules=[cuda_extension(toolkit)], cmdclass={"build_ext": build_command(toolkit)})
+        setup(
+            license=LICENSE,
+            ext_modules=[cuda_extension(toolkit)],
+            cmdclass={"build_ext": build_command(toolkit)},
+        )
     elif choice == "1":
         fail(f"JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: {obstacle}.")
     else:
         notice(f"{obstacle}: the CUDA extension is left out.")
-        setup()
+        setup(license=LICENSE)
 
 
 def notice(text: str) -> None:

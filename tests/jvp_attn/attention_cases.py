@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import jvp_attn
 from jvp_attn import blockwise, flash_attn_jvp
@@ -127,14 +129,23 @@ def projection(*names: str, dtype: torch.dtype | None = None) -> Callable[[Named
     return project
 
 
+def energy(outputs: Iterable[Tensor]) -> Tensor:
+    """A function of the outputs that has derivatives of every order."""
+    return sum(((x**3).sum() for x in outputs), torch.zeros(()))
+
+
 def outputs_and_gradients(
     attention: Attention,
     data: Named,
     *,
     evaluate: Callable[[Attention, Named], dict[str, Tensor]] = with_tangents,
-    through: Callable[[Named], Tensor] = projection(),  # noqa: B008: it is a constant
+    through: Callable[[Named], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a function of them for all data: "grad_q", ..."""
+    """The outputs, and the gradients of a function of them for all data: "grad_q", ...
+
+    That function is a random projection of all outputs if no other is given.
+    """
+    through = through or projection()
     leaves = {name: x.clone().requires_grad_() for name, x in data.items()}
     outputs = evaluate(attention, leaves)
     gradients = torch.autograd.grad(
@@ -152,7 +163,7 @@ def outputs_and_gradients(
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖, infinite where they disagree about what is infinite."""
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.detach().double(), expected.detach().double()
     infinite = expected.isinf()
     if not torch.equal(actual[infinite], expected[infinite]):
         return torch.inf
@@ -161,11 +172,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected[~infinite].norm().clamp(min=0.01))
 
 
+def named(tree: Any) -> dict[str, Tensor]:
+    """The tensors in nested tuples, by their place; there may be None among them."""
+    places = tree_flatten_with_path(tree)[0]
+    return {keystr(place): x for place, x in places if x is not None}
+
+
 def assert_close(
     actual: Named, expected: Named, tolerance: float = 1e-12
 ) -> None:
     """Each of the named tensors has the shape, dtype and, within the tolerance, values expected."""
-    assert actual.keys() == expected.keys()
+    assert actual.keys() == expected.keys() != set()
     for name, x in expected.items():
         assert actual[name].shape == x.shape, name
         assert actual[name].dtype == x.dtype, name

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Attention, Case, assert_close, small_blocks
+from attention_cases import Attention, Case, assert_close, energy, named, small_blocks
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
@@ -18,14 +18,9 @@ Tensors = tuple[Tensor, ...]
 QKV = (0, 1, 2)
 
 CASES = {
-    "grouped heads": Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3),
-    "causal": Case(batch=1, seqlen_q=4, seqlen_k=4, heads=2, heads_k=2, head_dim=2, causal=True),
+    "grouped heads": Case(seqlen_q=3, seqlen_k=2, head_dim=2, head_dim_v=1),
+    "causal": Case(batch=1, seqlen_q=4, seqlen_k=4, heads=2, heads_k=2, head_dim=1, causal=True),
 }
-
-
-def energy(outputs: Tensors) -> Tensor:
-    """A function with derivatives of every order."""
-    return sum((x**3).sum() for x in outputs)
 
 
 # ----------------------------------------------------------------------------
@@ -164,18 +159,10 @@ DERIVATIVES = [
 ]
 
 
-def named(tree: Any) -> dict[str, Tensor]:
-    return {str(i): x for i, x in enumerate(tree_leaves(tree))}
-
-
 over_derivatives = pytest.mark.parametrize(
     "derivative", DERIVATIVES, ids=lambda derivative: derivative.__name__.rstrip("_")
 )
 Derivative = Callable[[Attention, Tensors, Tensors], Any]
-
-
-def named(tree: Any) -> dict[str, Tensor]:
-    return {str(i): x for i, x in enumerate(tree_leaves(tree))}
 
 
 def point_and_direction(case: Case) -> tuple[Tensors, Tensors]:
