@@ -185,7 +185,8 @@ def tangent_backward(
             rows.store(
                 gq, _times(_products((sbar, rows.seen(keys)), (tbar, rows.seen(tkeys))), scale)
             )
-            rows.store(gtq, _times(_products((tbar, rows.seen(keys))), scale))
+            if gtq is not None:
+                rows.store(gtq, _times(_products((tbar, rows.seen(keys))), scale))
             rows.add_products(sum_gk, (sbar, queries), (tbar, tqueries))
             rows.add_products(sum_gv, (p, g_out), (ptc, g_tout))
             rows.add_products(sum_gtk, (tbar, queries))

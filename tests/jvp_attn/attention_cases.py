@@ -146,7 +146,7 @@ def outputs_and_gradients(
     That function is a random projection of all outputs if no other is given.
     """
     through = through or projection()
-    leaves = {name: x.clone().requires_grad_() for name, x in data.items()}
+    leaves = {name: x.detach().requires_grad_() for name, x in data.items()}
     outputs = evaluate(attention, leaves)
     gradients = torch.autograd.grad(
         through(outputs), list(leaves.values()), allow_unused=True, materialize_grads=True
@@ -159,6 +159,11 @@ def outputs_and_gradients(
 
 # ----------------------------------------------------------------------------
 # Comparison
+
+
+def part(tensors: Named, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the names."""
+    return {name: tensors[name] for name in names}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -178,9 +183,7 @@ def named(tree: Any) -> dict[str, Tensor]:
     return {keystr(place): x for place, x in places if x is not None}
 
 
-def assert_close(
-    actual: Named, expected: Named, tolerance: float = 1e-12
-) -> None:
+def assert_close(actual: Named, expected: Named, tolerance: float = 1e-12) -> None:
     """Each of the named tensors has the shape, dtype and, within the tolerance, values expected."""
     assert actual.keys() == expected.keys() != set()
     for name, x in expected.items():

@@ -89,12 +89,14 @@ def test_gradients_of_tangents_that_are_constant_cost_nothing() -> None:
     case = Case()
 
     def constant_tangents(attention: Attention, leaves: Named) -> dict[str, Tensor]:
-        constant = {x: leaf.detach() if x in ("tq", "tk", "tv") else leaf for x, leaf in leaves.items()}
-        return with_tangents(attention, constant)
+        tangents = {x: leaf.detach() for x, leaf in leaves.items() if x.startswith("t")}
+        return with_tangents(attention, {**leaves, **tangents})
 
     data = case.data()
-    run = lambda: outputs_and_gradients(case.ours, data, evaluate=constant_tangents)
-    assert matrix_products(run) == 6 + 15 - 3
+    both = matrix_products(
+        lambda: outputs_and_gradients(case.ours, data, evaluate=constant_tangents)
+    )
+    assert both == 6 + 15 - 3
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,8 @@ def test_gradients_of_tangents_that_are_constant_cost_nothing() -> None:
     [
         ("out", 5),  # as without tangents
         ("lse", 3),  # Q Kᵀ, P K, Pᵀ Q
-        ("out_tangent", 14),  # all but gO Vᵀ and, both in one gradient, Pᵀ gO
-        ("mu", 0),
+        ("out_tangent", 13),  # all but gO Vᵀ and Pᵀ gO
+        ("mu", 9),  # also without gT Vᵀ, gT tVᵀ, (P∘(T − mu))ᵀ gT and Pᵀ gT
     ],
 )
 def test_backward_of_one_output_has_fewer_products(through: str, count: int) -> None:
@@ -120,23 +122,23 @@ def test_backward_of_one_output_has_fewer_products(through: str, count: int) -> 
 
 
 def peak_and_largest_allocation(of: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that a computation has at once, beyond those before it, and of its largest tensor."""
+    """In bytes: of all that a computation holds at once, and of the largest tensor."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         of()
-    events = profiler.profiler.kineto_results.events()
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
-    print(max(accumulate(sizes)), max(sizes), len(sizes));return max(accumulate(sizes)), max(sizes)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(sizes)), max(sizes)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_memory_is_linear_in_the_sequence_length(causal: bool) -> None:
     def memory(seqlen: int) -> tuple[int, int]:
-        case = Case(1, seqlen, seqlen, 2, 1, 4, 4, causal, dtype=torch.float32)
+        case = Case(1, seqlen, seqlen, 2, 1, 4, 4, causal=causal, dtype=torch.float32)
         data = case.data()
         with small_blocks(scores=2**12, rows=4):
             return peak_and_largest_allocation(lambda: outputs_and_gradients(case.ours, data))
 
     (peak, largest), (peak_of_twice, largest_of_twice) = memory(512), memory(1024)
     assert peak_of_twice < 2.1 * peak
-    assert largest <= 4 * 512 * 512 / 16
-    assert largest_of_twice <= 2.1 * largest
+    assert largest_of_twice < 2.1 * largest
+    assert largest_of_twice < 1024 * 1024 * 4 / 32  # there are 1024 × 1024 scores a head

@@ -1,0 +1,148 @@
+"""What a row does not see has no influence on it; what it sees has, whatever it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import (
+    Case,
+    Named,
+    assert_close,
+    outputs_and_gradients,
+    part,
+    projection,
+    small_blocks,
+    with_tangents,
+)
+from torch import Tensor
+
+import jvp_attn
+
+over_backends = pytest.mark.parametrize("backend", jvp_attn.available_backends())
+OUTPUTS = ("out", "lse", "out_tangent", "mu")
+GRADIENTS = tuple(f"grad_{name}" for name in ("q", "k", "v", "tq", "tk", "tv"))
+over_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
+)
+
+
+def rows(outputs: Named, which: slice) -> dict[str, Tensor]:
+    """Some rows of out, lse, out_tangent and mu."""
+    return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
+
+
+# ----------------------------------------------------------------------------
+# Hidden keys
+
+
+@over_dtypes
+def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype) -> None:
+    case = Case(seqlen_q=8, seqlen_k=8, causal=True, dtype=dtype)
+    clean = case.data()
+    garbage = {name: x.clone() for name, x in clean.items()}
+    for name in ("k", "v", "tk", "tv"):
+        garbage[name][:, 5:] = 1e30 * clean[name][:, 5:].sign()
+
+    def through_the_first_rows(outputs: Named) -> Tensor:
+        return projection()(rows(outputs, slice(5)))
+
+    with small_blocks(scores=1, rows=6):  # in blocks of 3 rows: a row beside one that sees garbage
+        expected, found = (
+            outputs_and_gradients(case.ours, data, through=through_the_first_rows)
+            for data in (clean, garbage)
+        )
+    assert_close(rows(part(found, OUTPUTS), slice(5)), rows(part(expected, OUTPUTS), slice(5)))
+    assert_close(part(found, GRADIENTS), part(expected, GRADIENTS))
+    for name in ("grad_k", "grad_v", "grad_tk", "grad_tv"):
+        assert (found[name][:, 5:] == 0).all(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "affected"),
+    [
+        ("q", {"out", "lse", "out_tangent", "mu"}),
+        ("k", {"out", "lse", "out_tangent", "mu"}),
+        ("v", {"out", "out_tangent"}),
+        ("tq", {"out_tangent", "mu"}),
+        ("tk", {"out_tangent", "mu"}),
+        ("tv", {"out_tangent"}),
+    ],
+)
+def test_nan_is_passed_on_by_every_row_that_sees_it(name: str, affected: set[str]) -> None:
+    case = Case(seqlen_q=6, seqlen_k=6, causal=True)
+    data = case.data()
+    data[name][:, 2:3] = torch.nan
+    outputs = with_tangents(case.ours, data)
+    seeing = slice(2, 3) if "q" in name else slice(2, None)
+    assert {n for n, x in rows(outputs, seeing).items() if x.isnan().all()} == affected
+    assert {n for n, x in outputs.items() if x.isnan().any()} == affected
+
+
+# ----------------------------------------------------------------------------
+# Rows that see no key
+
+DEAD = Case(seqlen_q=9, seqlen_k=4, causal=True)  # five of nine rows
+
+
+@over_backends
+@over_dtypes
+def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
+    dtype: torch.dtype, backend: str
+) -> None:
+    with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
+        found = outputs_and_gradients(DEAD.ours, replace(DEAD, dtype=dtype).data())
+    dead = rows(part(found, OUTPUTS), slice(5))
+    assert (dead["lse"] == -torch.inf).all()
+    for zero in (dead["out"], dead["out_tangent"], dead["mu"]):
+        assert (zero == 0).all()
+    for name in GRADIENTS:
+        assert found[name].isfinite().all(), name
+    for name in ("grad_q", "grad_tq"):
+        assert (found[name][:, :5] == 0).all(), name
+        assert (found[name][:, 5:] != 0).any(), name
+
+
+@over_backends
+def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
+    backend: str,
+) -> None:
+    def through(outputs: Named) -> Tensor:
+        alive = projection()(rows(outputs, slice(5, None)))
+        normalised = [x / x.norm() for x in rows(outputs, slice(5)).values()]  # 0 / 0
+        return alive + sum(x.nansum() for x in normalised)
+
+    with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
+        found, expected = (
+            outputs_and_gradients(DEAD.ours, DEAD.data(), through=f)
+            for f in (through, lambda outputs: projection()(rows(outputs, slice(5, None))))
+        )
+    assert_close(found, expected)
+
+
+# ----------------------------------------------------------------------------
+# Nothing there
+
+
+@over_backends
+@over_dtypes
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k"])
+def test_batch_queries_or_keys_may_be_none(
+    empty: str, causal: bool, dtype: torch.dtype, backend: str
+) -> None:
+    case = replace(Case(causal=causal, dtype=dtype), **{empty: 0})
+    with jvp_attn.backend(backend):
+        found = outputs_and_gradients(case.ours, case.data())
+    out_shape = (case.batch, case.seqlen_q, case.heads, case.head_dim_v)
+    lse_shape = (case.batch, case.heads, case.seqlen_q)
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = {
+        "out": torch.zeros(out_shape, dtype=dtype),
+        "lse": torch.full(lse_shape, -torch.inf, dtype=lse_dtype),
+        "out_tangent": torch.zeros(out_shape, dtype=dtype),
+        "mu": torch.zeros(lse_shape, dtype=lse_dtype),
+    }
+    gradients = {f"grad_{name}": torch.zeros_like(x) for name, x in case.data().items()}
+    assert_close(found, expected | gradients, tolerance=0)

@@ -1,0 +1,102 @@
+"""In each dtype the error is at most twice that of torch's own operations, also on hard data.
+
+Errors are ‖x − exact‖ / ‖exact‖ against float64, and one rounding of the dtype is always allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_cases import (
+    Case,
+    Named,
+    assert_close,
+    outputs_and_gradients,
+    projection,
+    relative_error,
+)
+from torch import Tensor
+
+
+def plain(data: Named) -> Named:
+    return data
+
+
+def offset(data: Named) -> Named:
+    """Means that cancel: softmax does not see that of K, nor the gradient of Q that of V."""
+    return {**data, "k": data["k"] + 5, "tk": data["tk"] + 5, "v": data["v"] + 3}
+
+
+def large_logits(data: Named) -> Named:
+    """Softmax is nearly a choice of one key."""
+    return {**data, "q": 10 * data["q"], "tq": 10 * data["tq"]}
+
+
+def in_dtype(data: Named, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) for name, x in data.items()}
+
+
+def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> None:
+    errors = {name: relative_error(ours[name], exact[name]) for name in torchs}
+    allowed = {
+        name: max(2 * relative_error(x, exact[name]), torch.finfo(x.dtype).eps / 2)
+        for name, x in torchs.items()
+    }
+    assert all(errors[name] <= allowed[name] for name in torchs), (errors, allowed)
+
+
+over_data = pytest.mark.parametrize(
+    "kind", [plain, offset, large_logits], ids=lambda kind: kind.__name__
+)
+over_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
+over_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+Kind = Callable[[Named], Named]
+
+
+@over_data
+@over_dtypes
+@over_masks
+def test_out_its_tangent_and_gradients_through_both(
+    causal: bool, dtype: torch.dtype, kind: Kind
+) -> None:
+    case = Case(1, 96, 160, heads=4, heads_k=2, head_dim=64, head_dim_v=64, causal=causal)
+    data = in_dtype(kind(case.data()), dtype)
+    through = projection("out", "out_tangent", dtype=dtype)
+    assert_at_most_twice_the_error(
+        outputs_and_gradients(case.ours, data, through=through),
+        outputs_and_gradients(case.torch_math, data, through=through),
+        outputs_and_gradients(case.naive, in_dtype(data, torch.float64), through=through),
+    )
+
+
+@over_data
+@over_dtypes
+@over_masks
+def test_all_four_outputs_and_gradients_through_them(
+    causal: bool, dtype: torch.dtype, kind: Kind
+) -> None:
+    case = Case(1, 96, 160, heads=4, heads_k=2, head_dim=64, head_dim_v=64, causal=causal)
+    data = in_dtype(kind(case.data()), dtype)
+    through = projection(dtype=dtype)
+    ours = outputs_and_gradients(case.ours, data, through=through)
+    # As torch's own attention does it: half precision is computed in float32, and rounded.
+    torchs = outputs_and_gradients(case.naive, in_dtype(data, torch.float32), through=through)
+    assert_at_most_twice_the_error(
+        ours,
+        {name: x.to(ours[name].dtype) for name, x in torchs.items()},
+        outputs_and_gradients(case.naive, in_dtype(data, torch.float64), through=through),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    case = Case()
+    data = in_dtype(case.data(), dtype)
+    expected = outputs_and_gradients(case.ours, data)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = outputs_and_gradients(case.ours, data)
+    assert_close(under_autocast, expected, tolerance=0)
