@@ -204,11 +204,9 @@ def tangent_backward(
 def _softmax(rows: _RowBlock, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """P (problems, rows, seen keys) and lse (problems, rows, 1)."""
     scores = rows.hide(queries @ rows.seen(keys).mT, -torch.inf)
-    maximum = scores.amax(-1, keepdim=True)
-    p = scores.sub_(maximum).exp_()
-    total = p.sum(-1, keepdim=True)
-    p.div_(total)
-    return p, maximum + total.log()
+    p = torch.softmax(scores, -1)
+    # The largest weight of a row is exp(max − lse).
+    return p, scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
 
 
 def _score_tangent(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from jvp_attn import blockwise, flash_attn_jvp
 
 # (q, k, v) → (out, lse), or only out.
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
 Named = Mapping[str, Tensor]
 
 
@@ -51,6 +53,11 @@ class Case:
         """q, k, v."""
         return replace(self, with_tangent="").data()
 
+    def point_and_direction(self) -> tuple[Tensors, Tensors]:
+        """(q, k, v) and (tq, tk, tv)."""
+        data = self.data()
+        return tuple(data[x] for x in ("q", "k", "v")), tuple(data[x] for x in ("tq", "tk", "tv"))
+
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of `flash_attn_jvp`."""
         return flash_attn_jvp(
@@ -82,7 +89,7 @@ class Case:
 
 def randn(*shape: int, seed: str, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal random numbers, the same for the same seed and shape."""
-    generator = torch.Generator().manual_seed(int.from_bytes(seed.encode()) % 2**63)
+    generator = torch.Generator().manual_seed(crc32(seed.encode()))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 

@@ -174,9 +174,7 @@ TANGENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("function", [flash_attn_jvp, flash_attn_with_tangent])
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"), ARGUMENTS.values(), ids=ARGUMENTS.keys()
-)
+@pytest.mark.parametrize(("wrong", "error", "message"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
 def test_wrong_arguments_are_named(
     wrong: dict[str, Any], error: type[Exception], message: str, function: Any
 ) -> None:

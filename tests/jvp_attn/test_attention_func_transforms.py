@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Attention, Case, assert_close, energy, named, small_blocks
+from attention_cases import (
+    Attention,
+    Case,
+    Tensors,
+    assert_close,
+    energy,
+    named,
+    small_blocks,
+)
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
 
-Tensors = tuple[Tensor, ...]
 QKV = (0, 1, 2)
 
 CASES = {
@@ -165,15 +172,10 @@ over_derivatives = pytest.mark.parametrize(
 Derivative = Callable[[Attention, Tensors, Tensors], Any]
 
 
-def point_and_direction(case: Case) -> tuple[Tensors, Tensors]:
-    data = case.data()
-    return tuple(data[x] for x in ("q", "k", "v")), tuple(data[x] for x in ("tq", "tk", "tv"))
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @over_derivatives
 def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: Case) -> None:
-    x, t = point_and_direction(case)
+    x, t = case.point_and_direction()
     with small_blocks(scores=1, rows=2):
         ours = derivative(case.ours, x, t)
     assert_close(named(ours), named(derivative(case.naive, x, t)))
@@ -186,14 +188,14 @@ def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: C
 @over_derivatives
 def test_flash_attention_has_every_derivative_by_itself(derivative: Derivative) -> None:
     case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
-    x, t = point_and_direction(case)
+    x, t = case.point_and_direction()
     applied = derivative(lambda *x: FlashAttention.apply(*x, AttentionOptions(0.5)), x, t)
     assert_close(named(applied), named(derivative(case.naive, x, t)))
 
 
 def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
     case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
-    x, t = point_and_direction(case)
+    x, t = case.point_and_direction()
 
     def applied(*xt: Tensor) -> Tensors:
         return FlashAttentionTangent.apply(*xt, AttentionOptions(0.5))

@@ -13,11 +13,6 @@ over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 TANGENTS = ("out_tangent", "mu")
 
 
-def point_and_direction(case: Case) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    data = case.data()
-    return (data["q"], data["k"], data["v"]), (data["tq"], data["tk"], data["tv"])
-
-
 def scores_with(case: Case, q: Tensor, k_vector: Tensor) -> Tensor:
     """s times each query's product with one vector, (batch, heads, seqlen_q)."""
     return (q @ k_vector).transpose(1, 2) * case.head_dim**-0.5
@@ -71,7 +66,7 @@ def test_primal_is_the_same_with_and_without_a_tangent(case: Case) -> None:
 
 @over_cases
 def test_forward_and_reverse_mode_are_adjoint(case: Case) -> None:
-    x, t = point_and_direction(case)
+    x, t = case.point_and_direction()
 
     def out(*x: Tensor) -> Tensor:
         return case.ours(*x)[0]
@@ -86,7 +81,7 @@ def test_forward_and_reverse_mode_are_adjoint(case: Case) -> None:
 
 def test_the_three_hessian_vector_products_agree() -> None:
     case = Case()
-    x, t = point_and_direction(case)
+    x, t = case.point_and_direction()
 
     def f(*x: Tensor) -> Tensor:
         return energy(case.ours(*x))
