@@ -30,7 +30,7 @@ def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:
     )
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-        axis.imshow(picture, cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
+        axis.imshow(picture.numpy(), cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
     buffer = io.BytesIO()
