@@ -73,7 +73,7 @@ def flash_attn_jvp(
         TypeError, ValueError: an argument that does not fit; the message names it.
         NotImplementedError: a derivative of third order, from the transform that asks for it.
 
-    Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081, appendix F)
+    Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081)
     for the tangent.
     """
     check_attention(q, k, v)
