@@ -1,8 +1,9 @@
-"""Tangents that are absent cost no matrix product; memory is linear in the sequence length."""
+"""Work is what the formulas need, hidden keys and absent tangents left out; memory is linear."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,24 +26,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_}
 
+
 # ----------------------------------------------------------------------------
 # Matrix products
 
 
-class CountMatrixProducts(TorchDispatchMode):
-    """How many there are of them."""
+class MatrixProducts(TorchDispatchMode):
+    """How many there are, and of how many operations."""
 
     count = 0
+    operations = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.count += function.overloadpacket in MATRIX_PRODUCTS
+        if function.overloadpacket in MATRIX_PRODUCTS:
+            *_, a, b = args
+            self.count += 1
+            self.operations += 2 * a.numel() * b.shape[-1]
         return function(*args, **(kwargs or {}))
 
 
 def matrix_products(of: Callable[[], object]) -> int:
-    with CountMatrixProducts() as products:
+    with MatrixProducts() as products:
         of()
     return products.count
 
@@ -115,6 +121,36 @@ def test_backward_of_one_output_has_fewer_products(through: str, count: int) -> 
         lambda: outputs_and_gradients(case.ours, data, through=projection(through))
     )
     assert both - 6 == count
+
+
+# ----------------------------------------------------------------------------
+# Floating point operations
+
+
+def operations(case: Case) -> tuple[int, int]:
+    """Those of forward+tangent, and of that and its backward pass."""
+    data = case.data()
+    with MatrixProducts() as forward:
+        with_tangents(case.ours, data)
+    with MatrixProducts() as both:
+        outputs_and_gradients(case.ours, data)
+    return forward.operations, both.operations
+
+
+def test_operations_are_12_and_30_times_batch_heads_seqlens_and_head_dim() -> None:
+    case = Case(batch=2, seqlen_q=30, seqlen_k=50, heads=4, heads_k=2, head_dim=8, head_dim_v=8)
+    unit = 2 * 4 * 30 * 50 * 8
+    with small_blocks(scores=200, rows=1):
+        assert operations(case) == (12 * unit, 12 * unit + 30 * unit)
+
+
+def test_causal_attention_takes_about_half_the_operations() -> None:
+    full = Case(batch=1, seqlen_q=64, seqlen_k=64)
+    with small_blocks(scores=1, rows=8):
+        for operations_full, operations_causal in zip(
+            operations(full), operations(replace(full, causal=True)), strict=True
+        ):
+            assert operations_causal < 0.55 * operations_full
 
 
 # ----------------------------------------------------------------------------
