@@ -18,6 +18,8 @@ from attention_cases import (
 from torch import Tensor
 from torch.func import vmap
 
+from jvp_attn import flash_attn_with_tangent
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -85,6 +87,16 @@ def test_jvp_lays_a_tangent_out_as_its_primal(
     assert outputs["out"].dtype == dtype
     assert_laid_out_alike(outputs["out_tangent"], outputs["out"])
     assert_laid_out_alike(outputs["mu"], outputs["lse"])
+
+
+@over_layouts
+def test_a_tangent_threaded_by_hand_is_laid_out_as_its_primal(
+    layout: Callable[[Tensor], Tensor],
+) -> None:
+    data = {name: layout(x) for name, x in Case().data().items()}
+    out, out_tangent, lse, mu = flash_attn_with_tangent(**data, return_lse=True)
+    assert_laid_out_alike(out_tangent, out)
+    assert_laid_out_alike(mu, lse)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
