@@ -1,0 +1,23 @@
+// A compiled kernel as plain data: what it is called, what it needs, how to launch it.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace jvp_attn {
+
+struct Kernel {
+    const char* name;  // as in jvp_attn/kernel_table.py
+    int threads;       // per block
+    std::size_t shared_bytes;
+    // Enqueues the kernel on a CUDA stream of the current device. Returns an error, empty if none.
+    std::string (*launch)(const AttentionParams& params, void* stream);
+};
+
+// Every kernel of this build, from the sources that setup.py generates.
+const std::vector<Kernel>& all_kernels();
+
+}  // namespace jvp_attn

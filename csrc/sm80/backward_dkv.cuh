@@ -1,0 +1,345 @@
+// The gradients of K and V; with kFull, through the output's tangent as well, and those of tK, tV.
+//
+//     P, Tc, Bc, Sbar, Tbar as in backward_dq.cuh
+//     gV = Pᵀ gO + (P∘Tc)ᵀ gT      gtV = Pᵀ gT
+//     gK = s (Sbarᵀ Q + Tbarᵀ tQ)  gtK = s Tbarᵀ Q
+//
+// A block has some keys of one head; tiles of queries stream by, those of every query head that
+// shares the keys. All is transposed: a warp's 16 rows are keys, its columns queries. Two warps
+// share 16 keys, because the registers of one cannot hold all gradients. The value warp computes P
+// and Tc, hands them over in shared memory, and adds to gV and gtV; the key warp meanwhile computes
+// Bc and gO Vᵀ + gT tVᵀ − delta, and then adds to gK and gtK.
+#pragma once
+
+#include "sm80/problem.cuh"
+
+namespace jvp_attn {
+
+template <class Element, int HeadDim, int Rows, int Keys, bool kFull, bool kMasked>
+struct BackwardDkv {
+    using RowTile = Tile<Rows, HeadDim>;
+    using KeyTile = Tile<Keys, HeadDim>;
+    using Scores = Accumulator<Rows>;
+    using Weights = Packed<Element, Rows>;
+    using Gradient = Accumulator<HeadDim>;
+
+    static constexpr int kPairs = Keys / 16;  // of a value warp and a key warp
+    static constexpr int kThreads = 2 * kPairs * 32;
+
+    static constexpr int kTensors = kFull ? 4 : 2;
+    static constexpr int kScoresBytes = 16 * Rows * 4;
+    static constexpr int kExchangeBytes = kPairs * (kFull ? 2 : 1) * kScoresBytes;
+    static constexpr int kStatisticBytes = Rows * 4;
+    static constexpr int kSharedBytes = kTensors * (KeyTile::kBytes + RowTile::kBytes) +
+                                        kExchangeBytes + kTensors * kStatisticBytes;
+
+    static int64_t blocks(const AttentionParams& p) {
+        return int64_t{p.batch} * p.heads_k * ((p.seqlen_k + Keys - 1) / Keys);
+    }
+
+    DEVICE static void run(const AttentionParams& p) {
+        const Block block(p);
+        if (block.first_key >= block.sequence.key_rows) return;
+        if (block.is_value_warp())
+            stream<ValueWarp>(block);
+        else
+            stream<KeyWarp>(block);
+    }
+
+private:
+    // What the warps of a block share.
+    struct Block {
+        const AttentionParams& p;
+        int head_k;
+        Sequence sequence;
+        int first_key;
+        bool has_tq, has_tk, has_tv, has_go, has_gt;
+
+        int group;      // query heads that share the keys
+        int first_row;  // of the queries that see any key of the block
+        int tiles;      // of queries of one head
+
+        KeyTile k_tile, v_tile, tk_tile, tv_tile;
+        RowTile q_tile, go_tile, tq_tile, gt_tile;
+        SharedAddress exchange;
+        SharedAddress log2_sum, delta, mu, beta;  // of the queries of the tile
+
+        DEVICE explicit Block(const AttentionParams& params)
+            : p(params),
+              head_k(block_index() / ceil_div(p.seqlen_k, Keys) % p.heads_k),
+              sequence(p, block_index() / ceil_div(p.seqlen_k, Keys) / p.heads_k),
+              first_key(block_index() % ceil_div(p.seqlen_k, Keys) * Keys),
+              has_tq(kFull && p.tq.data),
+              has_tk(kFull && p.tk.data),
+              has_tv(kFull && p.tv.data && p.grad_tout.data),
+              has_go(p.grad_out.data),
+              has_gt(kFull && p.grad_tout.data),
+              group(p.heads / p.heads_k),
+              first_row(min(sequence.first_query_of(first_key), sequence.queries)),
+              tiles(first_key < sequence.keys ? ceil_div(sequence.queries - first_row, Rows) : 0) {
+            SharedAddress next = shared_memory();
+            const auto take = [&](int bytes) {
+                const SharedAddress start = next;
+                next += bytes;
+                return start;
+            };
+            k_tile.base = take(KeyTile::kBytes);
+            v_tile.base = take(KeyTile::kBytes);
+            q_tile.base = take(RowTile::kBytes);
+            go_tile.base = take(RowTile::kBytes);
+            exchange = take(kExchangeBytes);
+            log2_sum = take(kStatisticBytes);
+            delta = take(kStatisticBytes);
+            if (kFull) {
+                mu = take(kStatisticBytes);
+                beta = take(kStatisticBytes);
+                tk_tile.base = take(KeyTile::kBytes);
+                tv_tile.base = take(KeyTile::kBytes);
+                tq_tile.base = take(RowTile::kBytes);
+                gt_tile.base = take(RowTile::kBytes);
+            }
+        }
+
+        DEVICE bool is_value_warp() const { return warp_index() < kPairs; }
+        DEVICE int pair() const { return warp_index() % kPairs; }
+        DEVICE int key_in_block() const { return 16 * pair(); }  // the first of a warp
+
+        DEVICE int head_of_tile(int tile) const { return head_k * group + tile / tiles; }
+        DEVICE int row_of_tile(int tile) const { return first_row + tile % tiles * Rows; }
+
+        DEVICE void load_keys() const {
+            const auto load = [&](const KeyTile& tile, const Tensor& x, int columns) {
+                load_tile<kThreads>(tile, sequence.keys_of(x, head_k, columns), first_key);
+            };
+            load(k_tile, p.k, p.head_dim);
+            load(v_tile, p.v, p.head_dim_v);
+            if (has_tk) load(tk_tile, p.tk, p.head_dim);
+            if (has_tv) load(tv_tile, p.tv, p.head_dim_v);
+        }
+
+        DEVICE void load_queries(int tile) const {
+            const int head = head_of_tile(tile), row = row_of_tile(tile);
+            const auto load = [&](const RowTile& target, const Tensor& x, int columns) {
+                load_tile<kThreads>(target, sequence.queries_of(x, head, columns), row);
+            };
+            load(q_tile, p.q, p.head_dim);
+            if (has_go) load(go_tile, p.grad_out, p.head_dim_v);
+            if (has_tq) load(tq_tile, p.tq, p.head_dim);
+            if (has_gt) load(gt_tile, p.grad_tout, p.head_dim_v);
+            copy_async_commit();
+
+            const int thread = thread_index();
+            if (thread >= Rows) return;
+            const bool exists = row + thread < sequence.queries;
+            const auto value = [&](const RowVector& x, float otherwise) {
+                return exists ? global_load(sequence.rows_of(x, head) + row + thread) : otherwise;
+            };
+            shared_store_float(log2_sum + 4 * thread, log2_of_sum(value(p.lse, -kInfinity)));
+            shared_store_float(delta + 4 * thread, value(p.delta, 0));
+            if (kFull) shared_store_float(mu + 4 * thread, value(p.mu, 0));
+            if (kFull) shared_store_float(beta + 4 * thread, value(p.beta, 0));
+        }
+
+        // Where a pair's value warp puts P (which = 0) and Tc (which = 1).
+        DEVICE SharedAddress place_of(int which, int i) const {
+            return exchange + (pair() * (kFull ? 2 : 1) + which) * kScoresBytes +
+                   (i * 32 + lane_index()) * 16;
+        }
+
+        DEVICE void hand_over(int which, const Scores& scores) const {
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+                shared_store_words4(place_of(which, i), scores.words(i));
+        }
+
+        DEVICE void take_over(int which, Scores& scores) const {
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+                scores.set_words(i, shared_load_words4(place_of(which, i)));
+        }
+
+        DEVICE float of_query(SharedAddress statistic, int i, int side) const {
+            return shared_load_float(statistic + 4 * column_of(i, side));
+        }
+
+        DEVICE void store(const Tensor& target, const Gradient& gradient, int columns) const {
+            if (!target.data) return;
+            store_rows<Element>(sequence.key_rows_of(target, head_k, columns), Matrix{},
+                                first_key + key_in_block(), gradient);
+        }
+    };
+
+    template <class Warp>
+    DEVICE static void stream(const Block& block) {
+        Warp warp;
+        const int count = block.group * block.tiles;
+        if (count > 0) {
+            block.load_keys();
+            block.load_queries(0);
+        }
+#pragma unroll 1
+        for (int tile = 0; tile < count; ++tile) {
+            copy_async_wait<0>();
+            block_barrier();  // the queries are here
+            warp.compute(block, tile);
+            block_barrier();  // P and Tc are handed over
+            warp.accumulate(block);
+            block_barrier();  // no warp needs these queries any more
+            if (tile + 1 < count) block.load_queries(tile + 1);
+        }
+        warp.store(block);
+    }
+
+    struct ValueWarp {
+        Gradient grad_v, grad_tv;
+        Weights weights, weighted;
+
+        DEVICE void compute(const Block& block, int tile) {
+            const int row = block.key_in_block();
+            Scores scores, tangents;
+            if (block.has_tk)
+                multiply_transposed<Element>(scores, block.k_tile, tangents, block.tk_tile, row,
+                                             block.q_tile);
+            else
+                multiply_transposed<Element>(scores, block.k_tile, row, block.q_tile);
+            if (block.has_tq)
+                multiply_transposed<Element>(tangents, block.k_tile, row, block.tq_tile);
+
+            scores.scale(block.p.softmax_scale * kLog2E);
+            tangents.scale(block.p.softmax_scale);
+            const int first_row = block.row_of_tile(tile);
+            const int end = block.first_key + Keys;
+            if (kMasked || end > block.sequence.keys ||
+                block.sequence.first_query_of(end - 1) > first_row)
+                hide(block, scores, tangents, block.head_of_tile(tile), first_row);
+
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const float log2_sum = block.of_query(block.log2_sum, i, side);
+                    const float mu = kFull ? block.of_query(block.mu, i, side) : 0;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        scores.at(i, half, side) =
+                            fast_exp2(scores.at(i, half, side) - log2_sum);
+                        tangents.at(i, half, side) -= mu;
+                    }
+                }
+            block.hand_over(0, scores);
+            if (kFull) block.hand_over(1, tangents);
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float low = scores.at(i, half, 0), high = scores.at(i, half, 1);
+                    weights.set(i, half, low, high);
+                    if (kFull)
+                        weighted.set(i, half, low * tangents.at(i, half, 0),
+                                     high * tangents.at(i, half, 1));
+                }
+        }
+
+        DEVICE void accumulate(const Block& block) {
+            if (block.has_go) multiply<Element>(grad_v, weights, block.go_tile);
+            if (block.has_gt && block.p.grad_tv.data)
+                multiply<Element>(grad_v, weighted, grad_tv, weights, block.gt_tile);
+            else if (block.has_gt)
+                multiply<Element>(grad_v, weighted, block.gt_tile);
+        }
+
+        DEVICE void store(const Block& block) {
+            block.store(block.p.grad_v, grad_v, block.p.head_dim_v);
+            if (kFull) block.store(block.p.grad_tv, grad_tv, block.p.head_dim_v);
+        }
+
+        // Adds the mask to scores; those of hidden keys become -inf, their tangents 0.
+        DEVICE static void hide(const Block& block, Scores& scores, Scores& tangents, int head,
+                                int first_row) {
+            const MaskOfHead<Element> mask(block.p.mask, block.sequence.batch, head);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int key = block.first_key + block.key_in_block() + row_in_warp(half);
+#pragma unroll
+                for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        const int query = first_row + column_of(i, side);
+                        float bias = 0;
+                        if (key >= block.sequence.visible_keys(query))
+                            bias = -kInfinity;
+                        else if (kMasked)
+                            bias = mask.bias(query, key);
+                        const bool hidden = bias == -kInfinity;
+                        float& score = scores.at(i, half, side);
+                        score = hidden ? -kInfinity : score + bias;
+                        if (hidden) tangents.at(i, half, side) = 0;
+                    }
+            }
+        }
+    };
+
+    struct KeyWarp {
+        Gradient grad_k, grad_tk;
+        Scores x, bc;  // gO Vᵀ + gT tVᵀ − delta and gT Vᵀ − beta, transposed
+
+        DEVICE void compute(const Block& block, int) {
+            const int row = block.key_in_block();
+            x = Scores();
+            bc = Scores();
+            if (block.has_go) multiply_transposed<Element>(x, block.v_tile, row, block.go_tile);
+            if (block.has_tv)
+                multiply_transposed<Element>(bc, block.v_tile, x, block.tv_tile, row,
+                                             block.gt_tile);
+            else if (block.has_gt)
+                multiply_transposed<Element>(bc, block.v_tile, row, block.gt_tile);
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const float delta = block.of_query(block.delta, i, side);
+                    const float beta = kFull ? block.of_query(block.beta, i, side) : 0;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        x.at(i, half, side) -= delta;
+                        bc.at(i, half, side) -= beta;
+                    }
+                }
+        }
+
+        DEVICE void accumulate(const Block& block) {
+            Scores weights, tangents;
+            block.take_over(0, weights);
+            if (kFull) block.take_over(1, tangents);
+            Weights sbar, tbar;
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float low = weights.at(i, half, 0), high = weights.at(i, half, 1);
+                    float x_low = x.at(i, half, 0), x_high = x.at(i, half, 1);
+                    if (kFull) {
+                        const float bc_low = bc.at(i, half, 0), bc_high = bc.at(i, half, 1);
+                        tbar.set(i, half, low * bc_low, high * bc_high);
+                        x_low += bc_low * tangents.at(i, half, 0);
+                        x_high += bc_high * tangents.at(i, half, 1);
+                    }
+                    sbar.set(i, half, low * x_low, high * x_high);
+                }
+            if (kFull && block.p.grad_tk.data)
+                multiply<Element>(grad_k, sbar, grad_tk, tbar, block.q_tile);
+            else
+                multiply<Element>(grad_k, sbar, block.q_tile);
+            if (block.has_tq) multiply<Element>(grad_k, tbar, block.tq_tile);
+        }
+
+        DEVICE void store(const Block& block) {
+            grad_k.scale(block.p.softmax_scale);
+            grad_tk.scale(block.p.softmax_scale);
+            block.store(block.p.grad_k, grad_k, block.p.head_dim);
+            if (kFull) block.store(block.p.grad_tk, grad_tk, block.p.head_dim);
+        }
+    };
+};
+
+}  // namespace jvp_attn

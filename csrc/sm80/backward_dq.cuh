@@ -1,0 +1,243 @@
+// The gradient of Q; with kFull, through the output's tangent as well, and that of tQ.
+//
+//     P = exp(S − lse)     Tc = T − mu     Bc = gT Vᵀ − beta     X = gO Vᵀ + gT tVᵀ + Bc∘Tc − delta
+//     Sbar = P∘X           Tbar = P∘Bc     gQ = s (Sbar K + Tbar tK)             gtQ = s Tbar K
+//
+// A block has some rows of one head, as in forward.cuh; beta and delta come from preprocess.cuh.
+#pragma once
+
+#include "sm80/softmax.cuh"
+
+namespace jvp_attn {
+
+template <class Element, int HeadDim, int Rows, int Keys, bool kFull, bool kMasked>
+struct BackwardDq {
+    using RowTile = Tile<Rows, HeadDim>;
+    using KeyTile = Tile<Keys, HeadDim>;
+
+    static constexpr int kThreads = Rows / 16 * 32;
+    static constexpr int kSharedBytes =
+        (kFull ? 4 : 2) * RowTile::kBytes + (kFull ? 4 : 2) * KeyTile::kBytes;
+
+    static int64_t blocks(const AttentionParams& p) {
+        return int64_t{p.batch} * p.heads * ((p.seqlen_q + Rows - 1) / Rows);
+    }
+
+    DEVICE static void run(const AttentionParams& p) {
+        const int row_blocks = ceil_div(p.seqlen_q, Rows);
+        const int row_block = row_blocks - 1 - block_index() % row_blocks;  // the longest first
+        const int head = block_index() / row_blocks % p.heads;
+        const int head_k = head / (p.heads / p.heads_k);
+        const Sequence sequence(p, block_index() / row_blocks / p.heads);
+        const int first_row = row_block * Rows;
+        if (first_row >= sequence.queries) return;
+
+        const Matrix k = sequence.keys_of(p.k, head_k, p.head_dim);
+        const Matrix v = sequence.keys_of(p.v, head_k, p.head_dim_v);
+        const Matrix tk = sequence.keys_of(p.tk, head_k, p.head_dim);
+        const Matrix tv = sequence.keys_of(p.tv, head_k, p.head_dim_v);
+        const bool has_tq = kFull && p.tq.data, has_tk = kFull && p.tk.data;
+        const bool has_go = p.grad_out.data, has_gt = kFull && p.grad_tout.data;
+        const bool has_tv = has_gt && p.tv.data;
+
+        const SharedAddress memory = shared_memory();
+        const RowTile q_tile{memory}, go_tile{memory + RowTile::kBytes};
+        const KeyTile k_tile{go_tile.base + RowTile::kBytes};
+        const KeyTile v_tile{k_tile.base + KeyTile::kBytes};
+        const RowTile tq_tile{v_tile.base + KeyTile::kBytes};
+        const RowTile gt_tile{tq_tile.base + RowTile::kBytes};
+        const KeyTile tk_tile{gt_tile.base + RowTile::kBytes};
+        const KeyTile tv_tile{tk_tile.base + KeyTile::kBytes};
+
+        const auto load_rows = [&](const RowTile& tile, const Tensor& x, int columns) {
+            load_tile<kThreads>(tile, sequence.queries_of(x, head, columns), first_row);
+        };
+        const auto load_keys = [&](int first_key) {
+            load_tile<kThreads>(k_tile, k, first_key);
+            if (has_tk) load_tile<kThreads>(tk_tile, tk, first_key);
+            copy_async_commit();
+        };
+        const auto load_values = [&](int first_key) {
+            load_tile<kThreads>(v_tile, v, first_key);
+            if (has_tv) load_tile<kThreads>(tv_tile, tv, first_key);
+            copy_async_commit();
+        };
+
+        // Keys from `end` on are seen by no row of the block, those before `clear` by all.
+        const int end = sequence.visible_keys(min(first_row + Rows, sequence.queries) - 1);
+        const int clear = kMasked ? 0 : sequence.visible_keys(first_row);
+        const int row = 16 * warp_index();  // within the block
+        const VisibleKeys<Element, kMasked> visible(p, sequence, head, first_row + row);
+        const float scale = p.softmax_scale;
+        const Statistics rows(p, sequence, head, first_row + row);
+
+        Accumulator<HeadDim> grad_q, grad_tq;
+        // This thread's shares of the row sums of the rounded Sbar and Tbar.
+        float sbar_sum[2] = {0, 0}, tbar_sum[2] = {0, 0};
+
+        if (end > 0) {
+            load_rows(q_tile, p.q, p.head_dim);
+            if (has_go) load_rows(go_tile, p.grad_out, p.head_dim_v);
+            if (has_tq) load_rows(tq_tile, p.tq, p.head_dim);
+            if (has_gt) load_rows(gt_tile, p.grad_tout, p.head_dim_v);
+            load_keys(0);
+            load_values(0);
+        }
+#pragma unroll 1
+        for (int first_key = 0; first_key < end; first_key += Keys) {
+            copy_async_wait<0>();
+            block_barrier();  // K and V are here
+
+            Accumulator<Keys> scores, tangents;
+            if (has_tq)
+                multiply_transposed<Element>(scores, q_tile, tangents, tq_tile, row, k_tile);
+            else
+                multiply_transposed<Element>(scores, q_tile, row, k_tile);
+            if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
+
+            scores.scale(scale * kLog2E);
+            tangents.scale(scale);
+            if (first_key + Keys > clear) {
+                visible.apply(scores, first_key);
+                silence_hidden(tangents, scores);
+            }
+            exponentiate(scores, rows.log2_sum);
+            const Accumulator<Keys>& weights = scores;
+
+            Accumulator<Keys> x;
+            Packed<Element, Keys> sbar, tbar;
+            if (has_gt) multiply_transposed<Element>(x, gt_tile, row, v_tile);
+            if (kFull) {
+#pragma unroll
+                for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        float& low = x.at(i, half, 0);
+                        float& high = x.at(i, half, 1);
+                        low -= rows.beta[half];
+                        high -= rows.beta[half];
+                        tbar.set(i, half, weights.at(i, half, 0) * low,
+                                 weights.at(i, half, 1) * high);
+                        tbar_sum[half] += tbar.low(i, half) + tbar.high(i, half);
+                        low *= tangents.at(i, half, 0) - rows.mu[half];
+                        high *= tangents.at(i, half, 1) - rows.mu[half];
+                    }
+            }
+            if (has_go) multiply_transposed<Element>(x, go_tile, row, v_tile);
+            if (has_tv) multiply_transposed<Element>(x, gt_tile, row, tv_tile);
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    sbar.set(i, half, weights.at(i, half, 0) * (x.at(i, half, 0) - rows.delta[half]),
+                             weights.at(i, half, 1) * (x.at(i, half, 1) - rows.delta[half]));
+                    sbar_sum[half] += sbar.low(i, half) + sbar.high(i, half);
+                }
+
+            block_barrier();  // no warp needs V any more
+            if (first_key + Keys < end) load_values(first_key + Keys);
+            add_products(grad_q, grad_tq, sbar, tbar, k_tile, tk_tile, has_tk);
+            block_barrier();  // no warp needs K any more
+            if (first_key + Keys < end) load_keys(first_key + Keys);
+        }
+
+        // Along a row Sbar sums to g_lse and Tbar to g_mu; rounded they do not, and the mean of K and
+        // tK would leak into the gradients. What is too much is taken back from keys that the row
+        // sees: from all in the first tile where it sees any.
+        bool balanced[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            sbar_sum[half] = quad_sum(sbar_sum[half]) - rows.grad_lse[half];
+            tbar_sum[half] = quad_sum(tbar_sum[half]) - rows.grad_mu[half];
+            balanced[half] = rows.log2_sum[half] == kInfinity;  // it sees no key
+        }
+#pragma unroll 1
+        for (int first_key = 0; first_key < end; first_key += Keys) {
+            load_keys(first_key);
+            copy_async_wait<0>();
+            block_barrier();
+            Packed<Element, Keys> sbar, tbar;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                Packed<Element, Keys> seen;
+                const float count = visible_in_tile(seen, visible, half, first_key);
+                const bool balance = !balanced[half] && count > 0;
+                const float sbar_share = balance ? -sbar_sum[half] / count : 0;
+                const float tbar_share = balance ? -tbar_sum[half] / count : 0;
+#pragma unroll
+                for (int i = 0; i < sbar.kBlocks; ++i) {
+                    const float low = seen.low(i, half), high = seen.high(i, half);
+                    sbar.set(i, half, sbar_share * low, sbar_share * high);
+                    tbar.set(i, half, tbar_share * low, tbar_share * high);
+                }
+                balanced[half] |= balance;
+            }
+            add_products(grad_q, grad_tq, sbar, tbar, k_tile, tk_tile, has_tk);
+            if (!block_any(!balanced[0] || !balanced[1])) break;
+        }
+
+        const auto store = [&](const Tensor& target, Accumulator<HeadDim>& rows_of_target) {
+            rows_of_target.scale(scale);
+            store_rows<Element>(sequence.queries_of(target, head, p.head_dim), Matrix{},
+                                first_row + row, rows_of_target);
+        };
+        store(p.grad_q, grad_q);
+        if (kFull && p.grad_tq.data) store(p.grad_tq, grad_tq);
+    }
+
+private:
+    // What is known beforehand of the two rows of a thread.
+    struct Statistics {
+        float log2_sum[2] = {kInfinity, kInfinity};
+        float mu[2] = {0, 0}, beta[2] = {0, 0}, delta[2] = {0, 0};
+        float grad_lse[2] = {0, 0}, grad_mu[2] = {0, 0};
+
+        DEVICE Statistics(const AttentionParams& p, const Sequence& sequence, int head,
+                          int first_row) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first_row + row_in_warp(half);
+                if (row >= sequence.queries) continue;
+                const auto value = [&](const RowVector& x) {
+                    return x.data ? global_load(sequence.rows_of(x, head) + row) : 0;
+                };
+                log2_sum[half] = log2_of_sum(value(p.lse));
+                delta[half] = value(p.delta);
+                grad_lse[half] = value(p.grad_lse);
+                if (!kFull) continue;
+                mu[half] = value(p.mu);
+                beta[half] = value(p.beta);
+                grad_mu[half] = value(p.grad_mu);
+            }
+        }
+    };
+
+    DEVICE static void add_products(Accumulator<HeadDim>& grad_q, Accumulator<HeadDim>& grad_tq,
+                                    const Packed<Element, Keys>& sbar,
+                                    const Packed<Element, Keys>& tbar, const KeyTile& k_tile,
+                                    const KeyTile& tk_tile, bool has_tk) {
+        if (kFull)
+            multiply<Element>(grad_q, sbar, grad_tq, tbar, k_tile);
+        else
+            multiply<Element>(grad_q, sbar, k_tile);
+        if (has_tk) multiply<Element>(grad_q, tbar, tk_tile);
+    }
+
+    // 1 for each key of the tile that a row sees, else 0; returns how many there are.
+    DEVICE static float visible_in_tile(Packed<Element, Keys>& seen,
+                                        const VisibleKeys<Element, kMasked>& visible, int half,
+                                        int first_key) {
+        float count = 0;
+#pragma unroll
+        for (int i = 0; i < seen.kBlocks; ++i) {
+            const int key = first_key + column_of(i, 0);
+            const float low = visible.bias(half, key) == -kInfinity ? 0 : 1;
+            const float high = visible.bias(half, key + 1) == -kInfinity ? 0 : 1;
+            seen.set(i, half, low, high);
+            count += low + high;
+        }
+        return quad_sum(count);
+    }
+};
+
+}  // namespace jvp_attn

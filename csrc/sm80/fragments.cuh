@@ -1,0 +1,86 @@
+// Matrices spread over the registers of a warp, in the layout of the tensor cores' accumulators.
+//
+// A warp holds 16 rows. With g = lane / 4 and t = lane % 4, a thread has rows g and g + 8, and of
+// every 8 columns the two at 2t. The four lanes of one g, a quad, share their rows.
+#pragma once
+
+#include <cstring>
+
+#include "machine.cuh"
+
+namespace jvp_attn {
+
+DEVICE int warp_index() { return thread_index() / 32; }
+
+DEVICE int lane_index() { return thread_index() % 32; }
+
+// The rows and columns of a thread: half is 0 or 1, block counts 8 columns, side is 0 or 1.
+DEVICE int row_in_warp(int half) { return lane_index() / 4 + 8 * half; }
+
+DEVICE int column_of(int block, int side) { return 8 * block + 2 * (lane_index() % 4) + side; }
+
+DEVICE float quad_max(float x) {
+    x = fmaxf(x, shuffle_xor(x, 1));
+    return fmaxf(x, shuffle_xor(x, 2));
+}
+
+DEVICE float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+// 16 x Columns in float32.
+template <int Columns>
+struct Accumulator {
+    static constexpr int kBlocks = Columns / 8;
+    float value[kBlocks][4] = {};
+
+    DEVICE float& at(int block, int half, int side) { return value[block][2 * half + side]; }
+    DEVICE float at(int block, int half, int side) const { return value[block][2 * half + side]; }
+
+    // The four elements of a block as they are, for shared memory.
+    DEVICE Words4 words(int block) const {
+        Words4 words;
+        memcpy(&words, value[block], sizeof words);
+        return words;
+    }
+
+    DEVICE void set_words(int block, const Words4& words) {
+        memcpy(value[block], &words, sizeof words);
+    }
+
+    DEVICE void scale(float factor) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) value[i][e] *= factor;
+    }
+
+    DEVICE void scale_rows(const float (&factor)[2]) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) value[i][e] *= factor[e / 2];
+    }
+};
+
+// 16 x Columns rounded to elements: the left factor of a product, straight from an accumulator.
+template <class Element, int Columns>
+struct Packed {
+    static constexpr int kBlocks = Columns / 8;
+    uint32_t word[kBlocks][2];
+
+    DEVICE void set(int block, int half, float low, float high) {
+        word[block][half] = pack<Element>(low, high);
+    }
+
+    DEVICE float low(int block, int half) const { return unpack_low<Element>(word[block][half]); }
+    DEVICE float high(int block, int half) const { return unpack_high<Element>(word[block][half]); }
+
+    // Columns 16 step to 16 step + 15, as `multiply_add` takes them.
+    DEVICE Words4 fragment(int step) const {
+        return {word[2 * step][0], word[2 * step][1], word[2 * step + 1][0], word[2 * step + 1][1]};
+    }
+};
+
+}  // namespace jvp_attn

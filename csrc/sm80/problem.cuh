@@ -1,0 +1,103 @@
+// Where a block finds its data, and which keys its queries may see.
+#pragma once
+
+#include "params.h"
+#include "sm80/tile.cuh"
+
+namespace jvp_attn {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInfinity = INFINITY;
+
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// One sequence: its lengths, and where it starts if sequences are packed.
+struct Sequence {
+    int batch;
+    int64_t first_query, first_key;
+    int queries, keys;
+    int key_rows;  // of which the first `keys` are used, the others are padding
+    int diagonal;  // query i sees the keys j <= i + diagonal
+
+    DEVICE Sequence(const AttentionParams& p, int batch_index)
+        : batch(batch_index), first_query(0), first_key(0), queries(p.seqlen_q), keys(p.seqlen_k) {
+        if (p.cu_seqlens_q) {
+            first_query = global_load(p.cu_seqlens_q + batch);
+            queries = global_load(p.cu_seqlens_q + batch + 1) - static_cast<int>(first_query);
+        }
+        if (p.cu_seqlens_k) {
+            first_key = global_load(p.cu_seqlens_k + batch);
+            keys = global_load(p.cu_seqlens_k + batch + 1) - static_cast<int>(first_key);
+        }
+        key_rows = keys;
+        if (p.seqused_k) keys = min(max(global_load(p.seqused_k + batch), 0), keys);
+        diagonal = p.causal == Causal::no             ? 1 << 30
+                   : p.causal == Causal::bottom_right ? keys - queries
+                                                      : 0;
+    }
+
+    // How many keys, counted from the first, a query sees; none beyond the last query.
+    DEVICE int visible_keys(int query) const {
+        return query < queries ? min(max(query + 1 + diagonal, 0), keys) : 0;
+    }
+
+    // The first query that sees a key.
+    DEVICE int first_query_of(int key) const { return max(key - diagonal, 0); }
+
+    DEVICE Matrix queries_of(const Tensor& x, int head, int columns) const {
+        return matrix(x, head, first_query, queries, columns);
+    }
+
+    DEVICE Matrix keys_of(const Tensor& x, int head, int columns) const {
+        return matrix(x, head, first_key, keys, columns);
+    }
+
+    // Padding included.
+    DEVICE Matrix key_rows_of(const Tensor& x, int head, int columns) const {
+        return matrix(x, head, first_key, key_rows, columns);
+    }
+
+    // The statistics of the queries of one head; null where there are none.
+    DEVICE float* rows_of(const RowVector& x, int head) const {
+        if (!x.data) return nullptr;
+        return x.data + batch * x.batch_stride + head * x.head_stride + first_query;
+    }
+
+private:
+    DEVICE Matrix matrix(const Tensor& x, int head, int64_t first_row, int rows,
+                         int columns) const {
+        auto* data = static_cast<uint16_t*>(x.data);
+        if (data) data += batch * x.batch_stride + head * x.head_stride + first_row * x.row_stride;
+        return {data, x.row_stride, rows, columns};
+    }
+};
+
+// What a mask adds to a score, in units of log2; -inf hides the key.
+template <class Element>
+struct MaskOfHead {
+    const void* data;
+    int64_t row_stride, column_stride;
+    MaskKind kind;
+
+    DEVICE MaskOfHead(const Mask& mask, int batch, int head)
+        : row_stride(mask.row_stride), column_stride(mask.column_stride), kind(mask.kind) {
+        const int size = kind == MaskKind::boolean ? 1 : kind == MaskKind::additive_float32 ? 4 : 2;
+        const int64_t start = batch * mask.batch_stride + head * mask.head_stride;
+        data = static_cast<const uint8_t*>(mask.data) + start * size;
+    }
+
+    DEVICE float bias(int query, int key) const {
+        const int64_t place = query * row_stride + key * column_stride;
+        if (kind == MaskKind::boolean)
+            return global_load(static_cast<const uint8_t*>(data) + place) ? 0.f : -kInfinity;
+        if (kind == MaskKind::additive_float32)
+            return global_load(static_cast<const float*>(data) + place) * kLog2E;
+        return unpack_low<Element>(global_load(static_cast<const uint16_t*>(data) + place)) * kLog2E;
+    }
+};
+
+// lse in units of log2, such that exp2(score - result) is 0 in a row that sees no key.
+DEVICE float log2_of_sum(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
+
+}  // namespace jvp_attn

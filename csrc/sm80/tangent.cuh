@@ -1,0 +1,153 @@
+// The tangent of an output that is known already, with its lse: 5 products where the fused pass
+// needs 6, and one accumulator, so that head_dim 256 fits.
+//
+//     P = exp(S − lse)      T = s (tQ Kᵀ + Q tKᵀ)
+//     mu = rowsum(P∘T)      tO = (P∘T) V + P tV − mu O
+//
+// The stages are those of forward.cuh.
+#pragma once
+
+#include "sm80/softmax.cuh"
+
+namespace jvp_attn {
+
+template <class Element, int HeadDim, int Rows, int Keys, bool kMasked>
+struct TangentGivenForward {
+    using RowTile = Tile<Rows, HeadDim>;
+    using KeyTile = Tile<Keys, HeadDim>;
+
+    static constexpr int kThreads = Rows / 16 * 32;
+    static constexpr int kSharedBytes = 2 * RowTile::kBytes + 4 * KeyTile::kBytes;
+
+    static int64_t blocks(const AttentionParams& p) {
+        return int64_t{p.batch} * p.heads * ((p.seqlen_q + Rows - 1) / Rows);
+    }
+
+    DEVICE static void run(const AttentionParams& p) {
+        const int row_blocks = ceil_div(p.seqlen_q, Rows);
+        const int row_block = row_blocks - 1 - block_index() % row_blocks;  // the longest first
+        const int head = block_index() / row_blocks % p.heads;
+        const int head_k = head / (p.heads / p.heads_k);
+        const Sequence sequence(p, block_index() / row_blocks / p.heads);
+        const int first_row = row_block * Rows;
+        if (first_row >= sequence.queries) return;
+
+        const Matrix k = sequence.keys_of(p.k, head_k, p.head_dim);
+        const Matrix v = sequence.keys_of(p.v, head_k, p.head_dim_v);
+        const Matrix tk = sequence.keys_of(p.tk, head_k, p.head_dim);
+        const Matrix tv = sequence.keys_of(p.tv, head_k, p.head_dim_v);
+        const bool has_tq = p.tq.data, has_tk = p.tk.data, has_tv = p.tv.data;
+        const bool has_t = has_tq || has_tk;
+
+        const SharedAddress memory = shared_memory();
+        const RowTile q_tile{memory}, tq_tile{memory + RowTile::kBytes};
+        const KeyTile k_tile{tq_tile.base + RowTile::kBytes};
+        const KeyTile tk_tile{k_tile.base + KeyTile::kBytes};
+        const KeyTile v_tile{tk_tile.base + KeyTile::kBytes};
+        const KeyTile tv_tile{v_tile.base + KeyTile::kBytes};
+
+        const auto load_keys = [&](int first_key) {
+            load_tile<kThreads>(k_tile, k, first_key);
+            if (has_tk) load_tile<kThreads>(tk_tile, tk, first_key);
+            copy_async_commit();
+        };
+        const auto load_values = [&](int first_key) {
+            if (has_t) load_tile<kThreads>(v_tile, v, first_key);
+            if (has_tv) load_tile<kThreads>(tv_tile, tv, first_key);
+            copy_async_commit();
+        };
+
+        const int end = sequence.visible_keys(min(first_row + Rows, sequence.queries) - 1);
+        const int clear = kMasked ? 0 : sequence.visible_keys(first_row);
+        const int row = 16 * warp_index();  // within the block
+        const VisibleKeys<Element, kMasked> visible(p, sequence, head, first_row + row);
+        const float scale = p.softmax_scale;
+
+        float log2_sum[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int query = first_row + row + row_in_warp(half);
+            const float* lse = sequence.rows_of(p.lse, head);
+            log2_sum[half] =
+                query < sequence.queries ? log2_of_sum(global_load(lse + query)) : kInfinity;
+        }
+        TangentWeights tangent_weights;
+        Accumulator<HeadDim> tout;
+
+        if (end > 0) {
+            load_tile<kThreads>(q_tile, sequence.queries_of(p.q, head, p.head_dim), first_row);
+            if (has_tq)
+                load_tile<kThreads>(tq_tile, sequence.queries_of(p.tq, head, p.head_dim),
+                                    first_row);
+            load_keys(0);
+        }
+#pragma unroll 1
+        for (int first_key = 0; first_key < end; first_key += Keys) {
+            copy_async_wait<0>();
+            block_barrier();  // K is here, and no warp needs the last V any more
+            load_values(first_key);
+
+            Accumulator<Keys> scores, tangents;
+            if (has_tq)
+                multiply_transposed<Element>(scores, q_tile, tangents, tq_tile, row, k_tile);
+            else
+                multiply_transposed<Element>(scores, q_tile, row, k_tile);
+            if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
+
+            scores.scale(scale * kLog2E);
+            tangents.scale(scale);
+            if (first_key + Keys > clear) {
+                visible.apply(scores, first_key);
+                silence_hidden(tangents, scores);
+            }
+            if (has_t) tangent_weights.find_reference(scores, tangents);
+
+            Packed<Element, Keys> weights, weighted;
+            exponentiate(scores, log2_sum);
+            round_weights(weights, scores);
+            tangent_weights.update(weighted, scores, tangents);
+
+            copy_async_wait<0>();
+            block_barrier();  // V is here, and no warp needs K any more
+            if (first_key + Keys < end) load_keys(first_key + Keys);
+
+            if (has_t) multiply<Element>(tout, weighted, v_tile);
+            if (has_tv) multiply<Element>(tout, weights, tv_tile);
+        }
+        finish(p, sequence, head, first_row + row, tangent_weights, tout);
+    }
+
+private:
+    DEVICE static void finish(const AttentionParams& p, const Sequence& sequence, int head,
+                              int first_row, const TangentWeights& tangent_weights,
+                              Accumulator<HeadDim>& tout) {
+        const Matrix out = sequence.queries_of(p.out, head, p.head_dim_v);
+        const Matrix residual = sequence.queries_of(p.out_residual, head, p.head_dim_v);
+        const Matrix target = sequence.queries_of(p.tout, head, p.head_dim_v);
+        const Matrix target_residual = sequence.queries_of(p.tout_residual, head, p.head_dim_v);
+        float* const mu = sequence.rows_of(p.mu, head);
+        float rounded_mean[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + row_in_warp(half);
+            rounded_mean[half] = quad_sum(tangent_weights.rounded_sum[half]);
+            const float mean = quad_sum(tangent_weights.exact_sum[half]);
+            if (lane_index() % 4 == 0 && row < sequence.queries)
+                global_store(mu + row, tangent_weights.reference[half] + mean);
+        }
+#pragma unroll
+        for (int i = 0; i < tout.kBlocks; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first_row + row_in_warp(half), column = column_of(i, 0);
+                const Pair rounded = load_pair<Element>(out, row, column);
+                const Pair rest = load_pair<Element>(residual, row, column);
+                tout.at(i, half, 0) -= rounded_mean[half] * (rounded.low + rest.low);
+                tout.at(i, half, 1) -= rounded_mean[half] * (rounded.high + rest.high);
+            }
+            store_block<Element>(target, target_residual, first_row, tout, i);
+        }
+    }
+};
+
+}  // namespace jvp_attn

@@ -1,0 +1,254 @@
+// Tiles of elements in shared memory: filled from global memory, multiplied by the tensor cores.
+#pragma once
+
+#include "sm80/fragments.cuh"
+
+namespace jvp_attn {
+
+// The rows of one head of one sequence in global memory.
+struct Matrix {
+    uint16_t* data;
+    int64_t row_stride;
+    int rows;
+    int columns;
+
+    DEVICE bool exists() const { return data != nullptr; }
+
+    // Whether every row starts at a multiple of so many bytes.
+    DEVICE bool aligned_to(int bytes) const {
+        const auto start = reinterpret_cast<uintptr_t>(data);
+        return (start | static_cast<uintptr_t>(row_stride * 2)) % bytes == 0;
+    }
+
+    DEVICE uint16_t* element(int row, int column) const { return data + row * row_stride + column; }
+};
+
+template <int Rows, int Columns>
+struct Tile {
+    static constexpr int kRows = Rows;
+    static constexpr int kColumns = Columns;
+    static constexpr int kChunks = Columns / 8;  // of 16 bytes in a row
+    static constexpr int kBytes = Rows * Columns * 2;
+
+    SharedAddress base;
+
+    // Chunks change places within groups of a row, such that one chunk of 8 successive rows, which
+    // is what a matrix load reads, comes from 8 different groups of banks.
+    static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
+
+    DEVICE static int place(int row, int chunk) {
+        const int twist = kGroup == 8 ? row % 8 : row / 2 % 4;
+        return (row * kChunks + (chunk ^ twist)) * 16;
+    }
+
+    DEVICE SharedAddress chunk(int row, int chunk) const { return base + place(row, chunk); }
+
+    // 16 x 16 elements as the left factor of `multiply_add`.
+    DEVICE Words4 left(int row, int step) const {
+        const int lane = lane_index();
+        return load_matrices(moved(place(lane % 16, lane / 16), row, 2 * step));
+    }
+
+    // 16 rows x 16 columns as the right factor of A Bᵀ: words 0 and 1 are the first 8 rows.
+    DEVICE Words4 right_transposed(int row, int step) const {
+        const int lane = lane_index();
+        return load_matrices(moved(place(lane % 8 + lane / 16 * 8, lane / 8 % 2), row, 2 * step));
+    }
+
+    // 16 rows x 16 columns as the right factor of A B: words 0 and 1 are the first 8 columns.
+    DEVICE Words4 right(int row, int step) const {
+        const int lane = lane_index();
+        return load_matrices_transposed(moved(place(lane % 16, lane / 16), row, 2 * step));
+    }
+
+private:
+    // The address of a place moved by a multiple of 16 rows and of 2 chunks. It costs one
+    // instruction: the place of a lane is computed once, the rest is known to the compiler.
+    DEVICE SharedAddress moved(int place, int rows, int chunks) const {
+        const int groups = chunks / kGroup * kGroup;
+        return base + (rows * kChunks + groups) * 16 + (place ^ (chunks - groups) * 16);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Loading
+
+// Eight elements of a row from any address, zeros beyond the matrix.
+DEVICE Words4 gather_chunk(const Matrix& matrix, int row, int column) {
+    uint32_t element[8] = {};
+    if (row < matrix.rows) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+            if (column + e < matrix.columns)
+                element[e] = global_load(matrix.element(row, column + e));
+    }
+    Words4 words;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) words.word[w] = element[2 * w] | element[2 * w + 1] << 16;
+    return words;
+}
+
+// Fills a tile with the rows from `first_row` on, zeros beyond the matrix. All threads of the block
+// take part; the tile can be read after `copy_async_wait` and a barrier.
+template <int Threads, int Rows, int Columns>
+DEVICE void load_tile(const Tile<Rows, Columns>& tile, const Matrix& matrix, int first_row) {
+    constexpr int kChunks = Rows * Tile<Rows, Columns>::kChunks;
+    constexpr int kRounds = (kChunks + Threads - 1) / Threads;
+    if (matrix.aligned_to(16)) {
+#pragma unroll 2  // more would cost the callers registers
+        for (int round = 0; round < kRounds; ++round) {
+            const int index = round * Threads + thread_index();
+            if (kChunks % Threads != 0 && index >= kChunks) break;
+            const int row = index / tile.kChunks;
+            const int chunk = index % tile.kChunks;
+            const int columns = min(max(matrix.columns - 8 * chunk, 0), 8);
+            const int bytes = first_row + row < matrix.rows ? 2 * columns : 0;
+            // Where nothing is read the address is that of the matrix: always a valid one.
+            const uint16_t* source =
+                bytes > 0 ? matrix.element(first_row + row, 8 * chunk) : matrix.data;
+            copy_async(tile.chunk(row, chunk), source, bytes);
+        }
+    } else {
+        // No asynchronous copy of 16 bytes can start here.
+#pragma unroll 1
+        for (int index = thread_index(); index < kChunks; index += Threads) {
+            const int row = index / tile.kChunks;
+            const int chunk = index % tile.kChunks;
+            shared_store_words4(tile.chunk(row, chunk),
+                                gather_chunk(matrix, first_row + row, 8 * chunk));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Products. A warp multiplies 16 rows.
+
+// c += A Bᵀ, where A is 16 rows of a tile.
+template <class Element, int N, int M, int D>
+DEVICE void multiply_transposed(Accumulator<N>& c, const Tile<M, D>& a, int row,
+                                const Tile<N, D>& b) {
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const Words4 left = a.left(row, step);
+#pragma unroll
+        for (int n = 0; n < N / 16; ++n) {
+            const Words4 right = b.right_transposed(16 * n, step);
+            multiply_add<Element>(c.value[2 * n], left, right.word[0], right.word[1]);
+            multiply_add<Element>(c.value[2 * n + 1], left, right.word[2], right.word[3]);
+        }
+    }
+}
+
+// c0 += A0 Bᵀ and c1 += A1 Bᵀ, reading B once.
+template <class Element, int N, int M, int D>
+DEVICE void multiply_transposed(Accumulator<N>& c0, const Tile<M, D>& a0, Accumulator<N>& c1,
+                                const Tile<M, D>& a1, int row, const Tile<N, D>& b) {
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const Words4 left0 = a0.left(row, step);
+        const Words4 left1 = a1.left(row, step);
+#pragma unroll
+        for (int n = 0; n < N / 16; ++n) {
+            const Words4 right = b.right_transposed(16 * n, step);
+            multiply_add<Element>(c0.value[2 * n], left0, right.word[0], right.word[1]);
+            multiply_add<Element>(c0.value[2 * n + 1], left0, right.word[2], right.word[3]);
+            multiply_add<Element>(c1.value[2 * n], left1, right.word[0], right.word[1]);
+            multiply_add<Element>(c1.value[2 * n + 1], left1, right.word[2], right.word[3]);
+        }
+    }
+}
+
+// c += A B.
+template <class Element, int K, int D>
+DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<K, D>& b) {
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {
+        const Words4 left = a.fragment(step);
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            const Words4 right = b.right(16 * step, n);
+            multiply_add<Element>(c.value[2 * n], left, right.word[0], right.word[1]);
+            multiply_add<Element>(c.value[2 * n + 1], left, right.word[2], right.word[3]);
+        }
+    }
+}
+
+// c0 += A0 B and c1 += A1 B, reading B once.
+template <class Element, int K, int D>
+DEVICE void multiply(Accumulator<D>& c0, const Packed<Element, K>& a0, Accumulator<D>& c1,
+                     const Packed<Element, K>& a1, const Tile<K, D>& b) {
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {
+        const Words4 left0 = a0.fragment(step);
+        const Words4 left1 = a1.fragment(step);
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            const Words4 right = b.right(16 * step, n);
+            multiply_add<Element>(c0.value[2 * n], left0, right.word[0], right.word[1]);
+            multiply_add<Element>(c0.value[2 * n + 1], left0, right.word[2], right.word[3]);
+            multiply_add<Element>(c1.value[2 * n], left1, right.word[0], right.word[1]);
+            multiply_add<Element>(c1.value[2 * n + 1], left1, right.word[2], right.word[3]);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Elements of a matrix in global memory, two at a time
+
+struct Pair {
+    float low, high;
+};
+
+// The elements at an even column and the next, zero beyond the matrix.
+template <class Element>
+DEVICE Pair load_pair(const Matrix& matrix, int row, int column) {
+    if (!matrix.exists() || row >= matrix.rows || column >= matrix.columns) return {0, 0};
+    const uint16_t* source = matrix.element(row, column);
+    uint32_t word = 0;
+    if (column + 1 == matrix.columns)
+        word = global_load(source);
+    else if (matrix.aligned_to(4))
+        word = global_load(reinterpret_cast<const uint32_t*>(source));
+    else
+        word = global_load(source) | static_cast<uint32_t>(global_load(source + 1)) << 16;
+    return {unpack_low<Element>(word), unpack_high<Element>(word)};
+}
+
+DEVICE void store_pair(const Matrix& matrix, int row, int column, uint32_t word) {
+    if (row >= matrix.rows || column >= matrix.columns) return;
+    uint16_t* target = matrix.element(row, column);
+    if (column + 1 < matrix.columns && matrix.aligned_to(4)) {
+        global_store(reinterpret_cast<uint32_t*>(target), word);
+        return;
+    }
+    global_store(target, static_cast<uint16_t>(word));
+    if (column + 1 < matrix.columns) global_store(target + 1, static_cast<uint16_t>(word >> 16));
+}
+
+// Rounds and stores columns 8 block to 8 block + 7 of the 16 rows of a warp; and what rounding took
+// away, if there is a place for it.
+template <class Element, int Columns>
+DEVICE void store_block(const Matrix& target, const Matrix& residual, int first_row,
+                        const Accumulator<Columns>& rows, int block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float low = rows.at(block, half, 0), high = rows.at(block, half, 1);
+        const uint32_t rounded = pack<Element>(low, high);
+        const int row = first_row + row_in_warp(half), column = column_of(block, 0);
+        store_pair(target, row, column, rounded);
+        if (residual.exists())
+            store_pair(residual, row, column,
+                       pack<Element>(low - unpack_low<Element>(rounded),
+                                     high - unpack_high<Element>(rounded)));
+    }
+}
+
+template <class Element, int Columns>
+DEVICE void store_rows(const Matrix& target, const Matrix& residual, int first_row,
+                       const Accumulator<Columns>& rows) {
+#pragma unroll
+    for (int i = 0; i < rows.kBlocks; ++i)
+        store_block<Element>(target, residual, first_row, rows, i);
+}
+
+}  // namespace jvp_attn
