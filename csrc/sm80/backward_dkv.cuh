@@ -55,14 +55,13 @@ private:
         int first_key;
         bool has_tq, has_tk, has_tv, has_go, has_gt;
 
-        int group;      // query heads that share the keys
-        int first_row;  // of the queries that see any key of the block
-        int tiles;      // of queries of one head
+        int first_head, last_head;  // of the query heads that share the keys
+        int first_row;              // of the queries that see any key of the block
 
         KeyTile k_tile, v_tile, tk_tile, tv_tile;
         RowTile q_tile, go_tile, tq_tile, gt_tile;
         SharedAddress exchange;
-        SharedAddress log2_sum, delta, mu, beta;  // of the queries of the tile
+        SharedAddress lse, delta, mu, beta;  // of the queries of the tile
 
         DEVICE explicit Block(const AttentionParams& params)
             : p(params),
@@ -74,9 +73,9 @@ private:
               has_tv(kFull && p.tv.data && p.grad_tout.data),
               has_go(p.grad_out.data),
               has_gt(kFull && p.grad_tout.data),
-              group(p.heads / p.heads_k),
-              first_row(min(sequence.first_query_of(first_key), sequence.queries)),
-              tiles(first_key < sequence.keys ? ceil_div(sequence.queries - first_row, Rows) : 0) {
+              first_head(head_k * (p.heads / p.heads_k)),
+              last_head(first_head + p.heads / p.heads_k - 1),
+              first_row(sequence.first_query_of(first_key)) {
             SharedAddress next = shared_memory();
             const auto take = [&](int bytes) {
                 const SharedAddress start = next;
@@ -88,7 +87,7 @@ private:
             q_tile.base = take(RowTile::kBytes);
             go_tile.base = take(RowTile::kBytes);
             exchange = take(kExchangeBytes);
-            log2_sum = take(kStatisticBytes);
+            lse = take(kStatisticBytes);
             delta = take(kStatisticBytes);
             if (kFull) {
                 mu = take(kStatisticBytes);
@@ -104,9 +103,6 @@ private:
         DEVICE int pair() const { return warp_index() % kPairs; }
         DEVICE int key_in_block() const { return 16 * pair(); }  // the first of a warp
 
-        DEVICE int head_of_tile(int tile) const { return head_k * group + tile / tiles; }
-        DEVICE int row_of_tile(int tile) const { return first_row + tile % tiles * Rows; }
-
         DEVICE void load_keys() const {
             const auto load = [&](const KeyTile& tile, const Tensor& x, int columns) {
                 load_tile<kThreads>(tile, sequence.keys_of(x, head_k, columns), first_key);
@@ -117,27 +113,8 @@ private:
             if (has_tv) load(tv_tile, p.tv, p.head_dim_v);
         }
 
-        DEVICE void load_queries(int tile) const {
-            const int head = head_of_tile(tile), row = row_of_tile(tile);
-            const auto load = [&](const RowTile& target, const Tensor& x, int columns) {
-                load_tile<kThreads>(target, sequence.queries_of(x, head, columns), row);
-            };
-            load(q_tile, p.q, p.head_dim);
-            if (has_go) load(go_tile, p.grad_out, p.head_dim_v);
-            if (has_tq) load(tq_tile, p.tq, p.head_dim);
-            if (has_gt) load(gt_tile, p.grad_tout, p.head_dim_v);
-            copy_async_commit();
-
-            const int thread = thread_index();
-            if (thread >= Rows) return;
-            const bool exists = row + thread < sequence.queries;
-            const auto value = [&](const RowVector& x, float otherwise) {
-                return exists ? global_load(sequence.rows_of(x, head) + row + thread) : otherwise;
-            };
-            shared_store_float(log2_sum + 4 * thread, log2_of_sum(value(p.lse, -kInfinity)));
-            shared_store_float(delta + 4 * thread, value(p.delta, 0));
-            if (kFull) shared_store_float(mu + 4 * thread, value(p.mu, 0));
-            if (kFull) shared_store_float(beta + 4 * thread, value(p.beta, 0));
+        DEVICE bool sees_queries() const {
+            return first_key < sequence.keys && first_row < sequence.queries;
         }
 
         // Where a pair's value warp puts P (which = 0) and Tc (which = 1).
@@ -169,23 +146,80 @@ private:
         }
     };
 
+    // Walks over the tiles of queries, head by head, and loads them.
+    struct QueryLoader {
+        const Block& block;
+        int head, row;  // of the tile to load next
+        Matrix q, go, tq, gt;
+
+        DEVICE explicit QueryLoader(const Block& b) : block(b), row(b.first_row) {
+            enter(block.first_head);
+        }
+
+        DEVICE bool at_end() const { return head > block.last_head; }
+
+        DEVICE void load() {
+            load_tile<kThreads>(block.q_tile, q, row);
+            if (block.has_go) load_tile<kThreads>(block.go_tile, go, row);
+            if (block.has_tq) load_tile<kThreads>(block.tq_tile, tq, row);
+            if (block.has_gt) load_tile<kThreads>(block.gt_tile, gt, row);
+            copy_async_commit();
+            load_statistics();
+
+            row += Rows;
+            if (row < block.sequence.queries) return;
+            row = block.first_row;
+            enter(head + 1);
+        }
+
+    private:
+        DEVICE void enter(int next_head) {
+            const AttentionParams& p = block.p;
+            const auto queries_of = [&](const Tensor& x, int columns) {
+                return block.sequence.queries_of(x, next_head, columns);
+            };
+            head = next_head;
+            q = queries_of(p.q, p.head_dim);
+            go = queries_of(p.grad_out, p.head_dim_v);
+            tq = queries_of(p.tq, p.head_dim);
+            gt = queries_of(p.grad_tout, p.head_dim_v);
+        }
+
+        DEVICE void load_statistics() const {
+            const AttentionParams& p = block.p;
+            const int thread = thread_index();
+            if (thread >= Rows) return;
+            const bool exists = row + thread < block.sequence.queries;
+            const auto load = [&](SharedAddress statistic, const RowVector& x) {
+                const float* source = block.sequence.rows_of(x, head) + row + thread;
+                shared_store_float(statistic + 4 * thread, exists ? global_load(source) : 0);
+            };
+            load(block.lse, p.lse);
+            load(block.delta, p.delta);
+            if (kFull) load(block.mu, p.mu);
+            if (kFull) load(block.beta, p.beta);
+        }
+    };
+
     template <class Warp>
     DEVICE static void stream(const Block& block) {
         Warp warp;
-        const int count = block.group * block.tiles;
-        if (count > 0) {
+        if (block.sees_queries()) {
             block.load_keys();
-            block.load_queries(0);
-        }
+            QueryLoader loader(block);
+            loader.load();
 #pragma unroll 1
-        for (int tile = 0; tile < count; ++tile) {
-            copy_async_wait<0>();
-            block_barrier();  // the queries are here
-            warp.compute(block, tile);
-            block_barrier();  // P and Tc are handed over
-            warp.accumulate(block);
-            block_barrier();  // no warp needs these queries any more
-            if (tile + 1 < count) block.load_queries(tile + 1);
+            for (int head = block.first_head; head <= block.last_head; ++head)
+#pragma unroll 1
+                for (int row = block.first_row; row < block.sequence.queries; row += Rows) {
+                    copy_async_wait<0>();
+                    block_barrier();  // the queries are here
+                    warp.compute(block, head, row);
+                    block_barrier();  // P and Tc are handed over
+                    warp.accumulate(block);
+                    block_barrier();  // no warp needs these queries any more
+                    if (!loader.at_end()) loader.load();
+                }
         }
         warp.store(block);
     }
@@ -194,7 +228,7 @@ private:
         Gradient grad_v, grad_tv;
         Weights weights, weighted;
 
-        DEVICE void compute(const Block& block, int tile) {
+        DEVICE void compute(const Block& block, int head, int first_row) {
             const int row = block.key_in_block();
             Scores scores, tangents;
             if (block.has_tk)
@@ -206,24 +240,23 @@ private:
                 multiply_transposed<Element>(tangents, block.k_tile, row, block.tq_tile);
 
             scores.scale(block.p.softmax_scale * kLog2E);
-            tangents.scale(block.p.softmax_scale);
-            const int first_row = block.row_of_tile(tile);
             const int end = block.first_key + Keys;
             if (kMasked || end > block.sequence.keys ||
                 block.sequence.first_query_of(end - 1) > first_row)
-                hide(block, scores, tangents, block.head_of_tile(tile), first_row);
+                hide(block, scores, tangents, head, first_row);
 
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
-                    const float log2_sum = block.of_query(block.log2_sum, i, side);
+                    const float log2_sum = log2_of_sum(block.of_query(block.lse, i, side));
                     const float mu = kFull ? block.of_query(block.mu, i, side) : 0;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         scores.at(i, half, side) =
                             fast_exp2(scores.at(i, half, side) - log2_sum);
-                        tangents.at(i, half, side) -= mu;
+                        float& tangent = tangents.at(i, half, side);
+                        tangent = tangent * block.p.softmax_scale - mu;
                     }
                 }
             block.hand_over(0, scores);
@@ -283,7 +316,7 @@ private:
         Gradient grad_k, grad_tk;
         Scores x, bc;  // gO Vᵀ + gT tVᵀ − delta and gT Vᵀ − beta, transposed
 
-        DEVICE void compute(const Block& block, int) {
+        DEVICE void compute(const Block& block, int, int) {
             const int row = block.key_in_block();
             x = Scores();
             bc = Scores();

@@ -72,8 +72,7 @@ struct BackwardDq {
         const Statistics rows(p, sequence, head, first_row + row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
-        // This thread's shares of the row sums of the rounded Sbar and Tbar.
-        float sbar_sum[2] = {0, 0}, tbar_sum[2] = {0, 0};
+        RowSums sbar_sum, tbar_sum;  // of the rounded Sbar and Tbar
 
         if (end > 0) {
             load_rows(q_tile, p.q, p.head_dim);
@@ -96,7 +95,6 @@ struct BackwardDq {
             if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
 
             scores.scale(scale * kLog2E);
-            tangents.scale(scale);
             if (first_key + Keys > clear) {
                 visible.apply(scores, first_key);
                 silence_hidden(tangents, scores);
@@ -118,10 +116,10 @@ struct BackwardDq {
                         high -= rows.beta[half];
                         tbar.set(i, half, weights.at(i, half, 0) * low,
                                  weights.at(i, half, 1) * high);
-                        tbar_sum[half] += tbar.low(i, half) + tbar.high(i, half);
-                        low *= tangents.at(i, half, 0) - rows.mu[half];
-                        high *= tangents.at(i, half, 1) - rows.mu[half];
+                        low *= tangents.at(i, half, 0) * scale - rows.mu[half];
+                        high *= tangents.at(i, half, 1) * scale - rows.mu[half];
                     }
+                tbar_sum.add(tbar);
             }
             if (has_go) multiply_transposed<Element>(x, go_tile, row, v_tile);
             if (has_tv) multiply_transposed<Element>(x, gt_tile, row, tv_tile);
@@ -131,8 +129,8 @@ struct BackwardDq {
                 for (int half = 0; half < 2; ++half) {
                     sbar.set(i, half, weights.at(i, half, 0) * (x.at(i, half, 0) - rows.delta[half]),
                              weights.at(i, half, 1) * (x.at(i, half, 1) - rows.delta[half]));
-                    sbar_sum[half] += sbar.low(i, half) + sbar.high(i, half);
                 }
+            sbar_sum.add(sbar);
 
             block_barrier();  // no warp needs V any more
             if (first_key + Keys < end) load_values(first_key + Keys);
@@ -144,11 +142,12 @@ struct BackwardDq {
         // Along a row Sbar sums to g_lse and Tbar to g_mu; rounded they do not, and the mean of K and
         // tK would leak into the gradients. What is too much is taken back from keys that the row
         // sees: from all in the first tile where it sees any.
+        float sbar_excess[2], tbar_excess[2];
         bool balanced[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            sbar_sum[half] = quad_sum(sbar_sum[half]) - rows.grad_lse[half];
-            tbar_sum[half] = quad_sum(tbar_sum[half]) - rows.grad_mu[half];
+            sbar_excess[half] = sbar_sum.at(half) - rows.grad_lse[half];
+            tbar_excess[half] = tbar_sum.at(half) - rows.grad_mu[half];
             balanced[half] = rows.log2_sum[half] == kInfinity;  // it sees no key
         }
 #pragma unroll 1
@@ -162,8 +161,8 @@ struct BackwardDq {
                 Packed<Element, Keys> seen;
                 const float count = visible_in_tile(seen, visible, half, first_key);
                 const bool balance = !balanced[half] && count > 0;
-                const float sbar_share = balance ? -sbar_sum[half] / count : 0;
-                const float tbar_share = balance ? -tbar_sum[half] / count : 0;
+                const float sbar_share = balance ? -sbar_excess[half] / count : 0;
+                const float tbar_share = balance ? -tbar_excess[half] / count : 0;
 #pragma unroll
                 for (int i = 0; i < sbar.kBlocks; ++i) {
                     const float low = seen.low(i, half), high = seen.high(i, half);

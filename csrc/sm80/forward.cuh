@@ -90,23 +90,23 @@ struct Forward {
             if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
 
             scores.scale(scale * kLog2E);
-            tangents.scale(scale);
             if (first_key + Keys > clear) {
                 visible.apply(scores, first_key);
                 silence_hidden(tangents, scores);
             }
-            if (has_t) tangent_weights.find_reference(scores, tangents);
+            if (has_t) tangent_weights.find_reference(scores, tangents, scale);
 
             float rescaling[2];
             softmax.update(scores, rescaling);
             Packed<Element, Keys> weights, weighted;
             round_weights(weights, scores);
-            out.scale_rows(rescaling);
-            if (kTangent) {
+            // The maximum settles soon: most tiles leave it as it is.
+            if (warp_any(rescaling[0] != 1 || rescaling[1] != 1)) {
+                out.scale_rows(rescaling);
                 tout.scale_rows(rescaling);
                 tangent_weights.rescale(rescaling);
-                tangent_weights.update(weighted, scores, tangents);
             }
+            if (kTangent) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
             block_barrier();  // V is here, and no warp needs K any more
@@ -134,7 +134,7 @@ private:
             const float sum = quad_sum(softmax.sum[half]);
             const bool sees_no_key = sum == 0;
             normalisation[half] = sees_no_key ? 0 : 1 / sum;
-            rounded_mean[half] = quad_sum(tangent_weights.rounded_sum[half]) * normalisation[half];
+            rounded_mean[half] = tangent_weights.rounded_sum.at(half) * normalisation[half];
             const float mean = quad_sum(tangent_weights.exact_sum[half]) * normalisation[half];
 
             const int row = first_row + row_in_warp(half);

@@ -83,4 +83,19 @@ struct Packed {
     }
 };
 
+// The sums of the rows of rounded matrices: products with a vector of ones, exact in float32.
+struct RowSums {
+    float value[4] = {};  // of a thread's rows, each twice
+
+    DEVICE float at(int half) const { return value[2 * half]; }
+
+    template <class Element, int Columns>
+    DEVICE void add(const Packed<Element, Columns>& x) {
+        const uint32_t ones = pack<Element>(1, 1);
+#pragma unroll
+        for (int step = 0; step < Columns / 16; ++step)
+            multiply_add<Element>(value, x.fragment(step), ones, ones);
+    }
+};
+
 }  // namespace jvp_attn

@@ -109,12 +109,13 @@ struct OnlineSoftmax {
 struct TangentWeights {
     float reference[2] = {0, 0};
     bool known[2] = {false, false};
-    float rounded_sum[2] = {0, 0};  // this thread's shares, of the rounded P∘(T − c)
-    float exact_sum[2] = {0, 0};    // and of P∘(T − c)
+    RowSums rounded_sum;          // of the rounded P∘(T − c)
+    float exact_sum[2] = {0, 0};  // this thread's share of those of P∘(T − c)
 
-    // Scores are still scores here, with -inf where a key is hidden.
+    // Scores are still scores here, with -inf where a key is hidden. Tangents lack the softmax scale.
     template <int Keys>
-    DEVICE void find_reference(const Accumulator<Keys>& scores, const Accumulator<Keys>& tangents) {
+    DEVICE void find_reference(const Accumulator<Keys>& scores, const Accumulator<Keys>& tangents,
+                               float scale) {
         if (!warp_any(!known[0] || !known[1])) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -130,35 +131,36 @@ struct TangentWeights {
             total = quad_sum(total);
             count = quad_sum(count);
             if (!known[half] && count > 0) {
-                reference[half] = total / count;
+                reference[half] = total / count * scale;
                 known[half] = true;
             }
         }
     }
 
-    // `rescaling` brings older weights to the scale of these.
-    DEVICE void rescale(const float (&rescaling)[2]) {
+    // Brings older weights to a new scale.
+    DEVICE void rescale(const float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            rounded_sum[half] *= rescaling[half];
-            exact_sum[half] *= rescaling[half];
+            rounded_sum.value[2 * half] *= factor[half];
+            rounded_sum.value[2 * half + 1] *= factor[half];
+            exact_sum[half] *= factor[half];
         }
     }
 
     template <class Element, int Keys>
     DEVICE void update(Packed<Element, Keys>& weighted, const Accumulator<Keys>& weights,
-                       const Accumulator<Keys>& tangents) {
+                       const Accumulator<Keys>& tangents, float scale) {
 #pragma unroll
         for (int i = 0; i < tangents.kBlocks; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float c = reference[half];
-                const float low = weights.at(i, half, 0) * (tangents.at(i, half, 0) - c);
-                const float high = weights.at(i, half, 1) * (tangents.at(i, half, 1) - c);
+                const float low = weights.at(i, half, 0) * (tangents.at(i, half, 0) * scale - c);
+                const float high = weights.at(i, half, 1) * (tangents.at(i, half, 1) * scale - c);
                 weighted.set(i, half, low, high);
                 exact_sum[half] += low + high;
-                rounded_sum[half] += weighted.low(i, half) + weighted.high(i, half);
             }
+        rounded_sum.add(weighted);
     }
 };
 

@@ -95,17 +95,16 @@ struct TangentGivenForward {
             if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
 
             scores.scale(scale * kLog2E);
-            tangents.scale(scale);
             if (first_key + Keys > clear) {
                 visible.apply(scores, first_key);
                 silence_hidden(tangents, scores);
             }
-            if (has_t) tangent_weights.find_reference(scores, tangents);
+            if (has_t) tangent_weights.find_reference(scores, tangents, scale);
 
             Packed<Element, Keys> weights, weighted;
             exponentiate(scores, log2_sum);
             round_weights(weights, scores);
-            tangent_weights.update(weighted, scores, tangents);
+            tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
             block_barrier();  // V is here, and no warp needs K any more
@@ -130,7 +129,7 @@ private:
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + row_in_warp(half);
-            rounded_mean[half] = quad_sum(tangent_weights.rounded_sum[half]);
+            rounded_mean[half] = tangent_weights.rounded_sum.at(half);
             const float mean = quad_sum(tangent_weights.exact_sum[half]);
             if (lane_index() % 4 == 0 && row < sequence.queries)
                 global_store(mu + row, tangent_weights.reference[half] + mean);

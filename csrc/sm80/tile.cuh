@@ -92,31 +92,37 @@ DEVICE Words4 gather_chunk(const Matrix& matrix, int row, int column) {
 // take part; the tile can be read after `copy_async_wait` and a barrier.
 template <int Threads, int Rows, int Columns>
 DEVICE void load_tile(const Tile<Rows, Columns>& tile, const Matrix& matrix, int first_row) {
-    constexpr int kChunks = Rows * Tile<Rows, Columns>::kChunks;
-    constexpr int kRounds = (kChunks + Threads - 1) / Threads;
+    using T = Tile<Rows, Columns>;
+    // In each round the threads take a group of chunks of so many rows, a multiple of 8: from round
+    // to round both addresses of a thread move by the same distance.
+    constexpr int kRowsAtOnce = Threads / T::kGroup;
+    static_assert(kRowsAtOnce % 8 == 0, "places repeat every 8 rows");
+    const int thread_row = thread_index() / T::kGroup;
+    const int thread_chunk = thread_index() % T::kGroup;
+    const SharedAddress target = tile.base + T::place(thread_row, thread_chunk);
+    const int row = first_row + thread_row;
     if (matrix.aligned_to(16)) {
-#pragma unroll 2  // more would cost the callers registers
-        for (int round = 0; round < kRounds; ++round) {
-            const int index = round * Threads + thread_index();
-            if (kChunks % Threads != 0 && index >= kChunks) break;
-            const int row = index / tile.kChunks;
-            const int chunk = index % tile.kChunks;
-            const int columns = min(max(matrix.columns - 8 * chunk, 0), 8);
-            const int bytes = first_row + row < matrix.rows ? 2 * columns : 0;
-            // Where nothing is read the address is that of the matrix: always a valid one.
-            const uint16_t* source =
-                bytes > 0 ? matrix.element(first_row + row, 8 * chunk) : matrix.data;
-            copy_async(tile.chunk(row, chunk), source, bytes);
+        const uint16_t* source = matrix.element(row, 8 * thread_chunk);
+#pragma unroll
+        for (int round = 0; round < Rows; round += kRowsAtOnce) {
+            if (Rows % kRowsAtOnce != 0 && thread_row + round >= Rows) break;  // too many threads
+#pragma unroll
+            for (int group = 0; group < T::kChunks; group += T::kGroup) {
+                const int columns = matrix.columns - 8 * (group + thread_chunk);
+                const int bytes = row + round < matrix.rows ? 2 * min(max(columns, 0), 8) : 0;
+                copy_async(target + (round * T::kChunks + group) * 16, source + 8 * group, bytes);
+            }
+            source += kRowsAtOnce * matrix.row_stride;
         }
     } else {
         // No asynchronous copy of 16 bytes can start here.
 #pragma unroll 1
-        for (int index = thread_index(); index < kChunks; index += Threads) {
-            const int row = index / tile.kChunks;
-            const int chunk = index % tile.kChunks;
-            shared_store_words4(tile.chunk(row, chunk),
-                                gather_chunk(matrix, first_row + row, 8 * chunk));
-        }
+        for (int round = 0; thread_row + round < Rows; round += kRowsAtOnce)
+#pragma unroll 1
+            for (int group = 0; group < T::kChunks; group += T::kGroup)
+                shared_store_words4(
+                    target + (round * T::kChunks + group) * 16,
+                    gather_chunk(matrix, row + round, 8 * (group + thread_chunk)));
     }
 }
 
