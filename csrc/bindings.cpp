@@ -3,12 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "device_info.h"
+#include "kernel_bindings.h"
 
-// setup.py defines JVP_ATTN_ARCHS, JVP_ATTN_NVCC_VERSION and JVP_ATTN_GIT_HASH for this file only,
+// setup.py defines JVP_ATTN_ARCHS, JVP_ATTN_NVCC_VERSION and JVP_ATTN_GIT_HASH for .cpp files only,
 // so that a new commit does not recompile the kernels.
 
 namespace py = pybind11;
@@ -65,6 +67,12 @@ py::object device_error() {
     return py::str(error);
 }
 
+void select_device(int ordinal) {
+    const std::string error = jvp_attn::select_device(ordinal);
+    if (error.empty()) return;
+    throw std::runtime_error("CUDA device " + std::to_string(ordinal) + ": " + error);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -78,4 +86,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "runtime_version", [] { return version_text(jvp_attn::query_devices().runtime_version); },
         "The CUDA runtime inside this extension.");
+    module.def("select_device", &select_device, py::arg("ordinal"),
+               "Make a device the current one of this thread.");
+    jvp_attn::bind_kernels(module);
 }

@@ -42,11 +42,19 @@ DeviceQuery query_devices() noexcept {
         return query;
     }
     if (cudaError_t status = describe_all(query); status != cudaSuccess) {
-        cudaGetLastError();  // CUDA would report this failure once more, to the next caller that asks
+        cudaGetLastError();  // CUDA would report this failure once more, to the next caller that
+                             // asks
         query.devices.clear();
         query.error = cudaGetErrorString(status);
     }
     return query;
+}
+
+std::string select_device(int ordinal) noexcept {
+    const cudaError_t status = cudaSetDevice(ordinal);
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();  // as above
+    return cudaGetErrorString(status);
 }
 
 }  // namespace jvp_attn

@@ -1,4 +1,5 @@
-// The CUDA devices of this machine as plain data: a caller needs no CUDA header and catches no exception.
+// The CUDA devices of this machine as plain data: a caller needs no CUDA header and catches no
+// exception.
 #pragma once
 
 #include <cstddef>
@@ -25,5 +26,8 @@ struct DeviceQuery {
 
 // Creates no CUDA context: it costs no device memory.
 DeviceQuery query_devices() noexcept;
+
+// Makes a device the current one of this thread. Returns an error, empty if none.
+std::string select_device(int ordinal) noexcept;
 
 }  // namespace jvp_attn

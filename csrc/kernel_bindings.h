@@ -39,7 +39,7 @@ inline void bind_params(pybind11::module_& module) {
     py::class_<Mask>(module, "Mask", py::module_local())
         .def(py::init([](std::uintptr_t data, int64_t batch, int64_t head, int64_t row,
                          int64_t column, int kind) {
-                 return Mask{pointer_from<void>(data), batch, head, row, column,
+                 return Mask{pointer_from<void>(data),   batch, head, row, column,
                              static_cast<MaskKind>(kind)};
              }),
              py::arg("data"), py::arg("batch_stride"), py::arg("head_stride"),
@@ -84,12 +84,11 @@ inline void bind_params(pybind11::module_& module) {
     JVP_ATTN_FIELD(softmax_scale);
 #undef JVP_ATTN_FIELD
 
-#define JVP_ATTN_LENGTHS(NAME)                                                             \
-    params.def_property(                                                                   \
-        #NAME,                                                                             \
-        [](const AttentionParams& p) { return reinterpret_cast<std::uintptr_t>(p.NAME); }, \
-        [](AttentionParams& p, std::uintptr_t address) {                                   \
-            p.NAME = pointer_from<const int32_t>(address);                                 \
+#define JVP_ATTN_LENGTHS(NAME)                                                                    \
+    params.def_property(                                                                          \
+        #NAME, [](const AttentionParams& p) { return reinterpret_cast<std::uintptr_t>(p.NAME); }, \
+        [](AttentionParams& p, std::uintptr_t address) {                                          \
+            p.NAME = pointer_from<const int32_t>(address);                                        \
         })
     JVP_ATTN_LENGTHS(cu_seqlens_q);
     JVP_ATTN_LENGTHS(cu_seqlens_k);

@@ -14,8 +14,8 @@
 namespace jvp_attn {
 
 template <class K>
-__global__ void __launch_bounds__(K::kThreads) run_kernel(const __grid_constant__
-                                                          AttentionParams params) {
+__global__ void __launch_bounds__(K::kThreads)
+    run_kernel(const __grid_constant__ AttentionParams params) {
     K::run(params);
 }
 
@@ -32,9 +32,9 @@ std::string launch(const AttentionParams& params, void* stream) {
 }  // namespace jvp_attn
 
 // Defines the Kernel called NAME; the rest of the arguments is its class.
-#define JVP_ATTN_KERNEL(NAME, ...)                                                              \
-    namespace jvp_attn {                                                                        \
-    extern const Kernel NAME;                                                                   \
-    const Kernel NAME = {#NAME, __VA_ARGS__::kThreads, __VA_ARGS__::kSharedBytes,               \
-                         launch<__VA_ARGS__>};                                                  \
+#define JVP_ATTN_KERNEL(NAME, ...)                                                \
+    namespace jvp_attn {                                                          \
+    extern const Kernel NAME;                                                     \
+    const Kernel NAME = {#NAME, __VA_ARGS__::kThreads, __VA_ARGS__::kSharedBytes, \
+                         launch<__VA_ARGS__>};                                    \
     }

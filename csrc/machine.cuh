@@ -234,15 +234,16 @@ std::string launch_kernel(void (*kernel)(Params), int blocks, int threads, std::
                           void* stream, const Params& params) {
     const void* function = reinterpret_cast<const void*>(kernel);
     // Without this call a kernel may have 48 KiB at most.
-    cudaError_t status = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              static_cast<int>(shared_bytes));
     if (status == cudaSuccess) {
         void* arguments[] = {const_cast<Params*>(&params)};
         status = cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes,
                                   static_cast<cudaStream_t>(stream));
     }
     if (status == cudaSuccess) return "";
-    cudaGetLastError();  // or CUDA would report this failure once more, to the next caller that asks
+    cudaGetLastError();  // or CUDA would report this failure once more, to the next caller that
+                         // asks
     return cudaGetErrorString(status);
 }
 

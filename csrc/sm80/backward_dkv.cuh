@@ -231,14 +231,9 @@ private:
         DEVICE void compute(const Block& block, int head, int first_row) {
             const int row = block.key_in_block();
             Scores scores, tangents;
-            if (block.has_tk)
-                multiply_transposed<Element>(scores, block.k_tile, tangents, block.tk_tile, row,
-                                             block.q_tile);
-            else
-                multiply_transposed<Element>(scores, block.k_tile, row, block.q_tile);
-            if (block.has_tq)
-                multiply_transposed<Element>(tangents, block.k_tile, row, block.tq_tile);
-
+            multiply_transposed_with_tangent<Element>(scores, tangents, block.k_tile, block.tk_tile,
+                                                      block.has_tk, row, block.q_tile,
+                                                      block.tq_tile, block.has_tq);
             scores.scale(block.p.softmax_scale * kLog2E);
             const int end = block.first_key + Keys;
             if (kMasked || end > block.sequence.keys ||
@@ -253,8 +248,7 @@ private:
                     const float mu = kFull ? block.of_query(block.mu, i, side) : 0;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        scores.at(i, half, side) =
-                            fast_exp2(scores.at(i, half, side) - log2_sum);
+                        scores.at(i, half, side) = fast_exp2(scores.at(i, half, side) - log2_sum);
                         float& tangent = tangents.at(i, half, side);
                         tangent = tangent * block.p.softmax_scale - mu;
                     }

@@ -19,23 +19,16 @@ struct BackwardDq {
     static constexpr int kSharedBytes =
         (kFull ? 4 : 2) * RowTile::kBytes + (kFull ? 4 : 2) * KeyTile::kBytes;
 
-    static int64_t blocks(const AttentionParams& p) {
-        return int64_t{p.batch} * p.heads * ((p.seqlen_q + Rows - 1) / Rows);
-    }
+    static int64_t blocks(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     DEVICE static void run(const AttentionParams& p) {
-        const int row_blocks = ceil_div(p.seqlen_q, Rows);
-        const int row_block = row_blocks - 1 - block_index() % row_blocks;  // the longest first
-        const int head = block_index() / row_blocks % p.heads;
-        const int head_k = head / (p.heads / p.heads_k);
-        const Sequence sequence(p, block_index() / row_blocks / p.heads);
-        const int first_row = row_block * Rows;
-        if (first_row >= sequence.queries) return;
+        const RowBlock<Rows> block(p);
+        if (block.is_empty()) return;
 
-        const Matrix k = sequence.keys_of(p.k, head_k, p.head_dim);
-        const Matrix v = sequence.keys_of(p.v, head_k, p.head_dim_v);
-        const Matrix tk = sequence.keys_of(p.tk, head_k, p.head_dim);
-        const Matrix tv = sequence.keys_of(p.tv, head_k, p.head_dim_v);
+        const Matrix k = block.keys_of(p.k, p.head_dim);
+        const Matrix v = block.keys_of(p.v, p.head_dim_v);
+        const Matrix tk = block.keys_of(p.tk, p.head_dim);
+        const Matrix tv = block.keys_of(p.tv, p.head_dim_v);
         const bool has_tq = kFull && p.tq.data, has_tk = kFull && p.tk.data;
         const bool has_go = p.grad_out.data, has_gt = kFull && p.grad_tout.data;
         const bool has_tv = has_gt && p.tv.data;
@@ -50,7 +43,7 @@ struct BackwardDq {
         const KeyTile tv_tile{tk_tile.base + KeyTile::kBytes};
 
         const auto load_rows = [&](const RowTile& tile, const Tensor& x, int columns) {
-            load_tile<kThreads>(tile, sequence.queries_of(x, head, columns), first_row);
+            load_tile<kThreads>(tile, block.rows_of(x, columns), block.first_row);
         };
         const auto load_keys = [&](int first_key) {
             load_tile<kThreads>(k_tile, k, first_key);
@@ -64,12 +57,13 @@ struct BackwardDq {
         };
 
         // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = sequence.visible_keys(min(first_row + Rows, sequence.queries) - 1);
-        const int clear = kMasked ? 0 : sequence.visible_keys(first_row);
+        const int end = block.seen_by_none();
+        const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
-        const VisibleKeys<Element, kMasked> visible(p, sequence, head, first_row + row);
+        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
+                                                    block.first_row + row);
         const float scale = p.softmax_scale;
-        const Statistics rows(p, sequence, head, first_row + row);
+        const Statistics rows(p, block, block.first_row + row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
         RowSums sbar_sum, tbar_sum;  // of the rounded Sbar and Tbar
@@ -88,12 +82,8 @@ struct BackwardDq {
             block_barrier();  // K and V are here
 
             Accumulator<Keys> scores, tangents;
-            if (has_tq)
-                multiply_transposed<Element>(scores, q_tile, tangents, tq_tile, row, k_tile);
-            else
-                multiply_transposed<Element>(scores, q_tile, row, k_tile);
-            if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
-
+            multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
+                                                      row, k_tile, tk_tile, has_tk);
             scores.scale(scale * kLog2E);
             if (first_key + Keys > clear) {
                 visible.apply(scores, first_key);
@@ -127,7 +117,8 @@ struct BackwardDq {
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    sbar.set(i, half, weights.at(i, half, 0) * (x.at(i, half, 0) - rows.delta[half]),
+                    sbar.set(i, half,
+                             weights.at(i, half, 0) * (x.at(i, half, 0) - rows.delta[half]),
                              weights.at(i, half, 1) * (x.at(i, half, 1) - rows.delta[half]));
                 }
             sbar_sum.add(sbar);
@@ -139,9 +130,9 @@ struct BackwardDq {
             if (first_key + Keys < end) load_keys(first_key + Keys);
         }
 
-        // Along a row Sbar sums to g_lse and Tbar to g_mu; rounded they do not, and the mean of K and
-        // tK would leak into the gradients. What is too much is taken back from keys that the row
-        // sees: from all in the first tile where it sees any.
+        // Along a row Sbar sums to g_lse and Tbar to g_mu; rounded they do not, and the mean of K
+        // and tK would leak into the gradients. What is too much is taken back from keys that the
+        // row sees: from all in the first tile where it sees any.
         float sbar_excess[2], tbar_excess[2];
         bool balanced[2];
 #pragma unroll
@@ -177,8 +168,8 @@ struct BackwardDq {
 
         const auto store = [&](const Tensor& target, Accumulator<HeadDim>& rows_of_target) {
             rows_of_target.scale(scale);
-            store_rows<Element>(sequence.queries_of(target, head, p.head_dim), Matrix{},
-                                first_row + row, rows_of_target);
+            store_rows<Element>(block.rows_of(target, p.head_dim), Matrix{}, block.first_row + row,
+                                rows_of_target);
         };
         store(p.grad_q, grad_q);
         if (kFull && p.grad_tq.data) store(p.grad_tq, grad_tq);
@@ -191,14 +182,13 @@ private:
         float mu[2] = {0, 0}, beta[2] = {0, 0}, delta[2] = {0, 0};
         float grad_lse[2] = {0, 0}, grad_mu[2] = {0, 0};
 
-        DEVICE Statistics(const AttentionParams& p, const Sequence& sequence, int head,
-                          int first_row) {
+        DEVICE Statistics(const AttentionParams& p, const RowBlock<Rows>& block, int first_row) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = first_row + row_in_warp(half);
-                if (row >= sequence.queries) continue;
+                if (row >= block.sequence.queries) continue;
                 const auto value = [&](const RowVector& x) {
-                    return x.data ? global_load(sequence.rows_of(x, head) + row) : 0;
+                    return x.data ? global_load(block.statistic(x) + row) : 0;
                 };
                 log2_sum[half] = log2_of_sum(value(p.lse));
                 delta[half] = value(p.delta);

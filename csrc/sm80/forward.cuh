@@ -20,23 +20,16 @@ struct Forward {
     static constexpr int kSharedBytes =
         (kTangent ? 2 : 1) * (RowTile::kBytes + 2 * KeyTile::kBytes);
 
-    static int64_t blocks(const AttentionParams& p) {
-        return int64_t{p.batch} * p.heads * ((p.seqlen_q + Rows - 1) / Rows);
-    }
+    static int64_t blocks(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     DEVICE static void run(const AttentionParams& p) {
-        const int row_blocks = ceil_div(p.seqlen_q, Rows);
-        const int row_block = row_blocks - 1 - block_index() % row_blocks;  // the longest first
-        const int head = block_index() / row_blocks % p.heads;
-        const int head_k = head / (p.heads / p.heads_k);
-        const Sequence sequence(p, block_index() / row_blocks / p.heads);
-        const int first_row = row_block * Rows;
-        if (first_row >= sequence.queries) return;
+        const RowBlock<Rows> block(p);
+        if (block.is_empty()) return;
 
-        const Matrix k = sequence.keys_of(p.k, head_k, p.head_dim);
-        const Matrix v = sequence.keys_of(p.v, head_k, p.head_dim_v);
-        const Matrix tk = sequence.keys_of(p.tk, head_k, p.head_dim);
-        const Matrix tv = sequence.keys_of(p.tv, head_k, p.head_dim_v);
+        const Matrix k = block.keys_of(p.k, p.head_dim);
+        const Matrix v = block.keys_of(p.v, p.head_dim_v);
+        const Matrix tk = block.keys_of(p.tk, p.head_dim);
+        const Matrix tv = block.keys_of(p.tv, p.head_dim_v);
         const bool has_tq = kTangent && p.tq.data, has_tk = kTangent && p.tk.data;
         const bool has_tv = kTangent && p.tv.data, has_t = has_tq || has_tk;
 
@@ -59,10 +52,11 @@ struct Forward {
         };
 
         // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = sequence.visible_keys(min(first_row + Rows, sequence.queries) - 1);
-        const int clear = kMasked ? 0 : sequence.visible_keys(first_row);
+        const int end = block.seen_by_none();
+        const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
-        const VisibleKeys<Element, kMasked> visible(p, sequence, head, first_row + row);
+        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
+                                                    block.first_row + row);
         const float scale = p.softmax_scale;
 
         OnlineSoftmax softmax;
@@ -70,10 +64,9 @@ struct Forward {
         Accumulator<HeadDim> out, tout;
 
         if (end > 0) {
-            load_tile<kThreads>(q_tile, sequence.queries_of(p.q, head, p.head_dim), first_row);
+            load_tile<kThreads>(q_tile, block.rows_of(p.q, p.head_dim), block.first_row);
             if (has_tq)
-                load_tile<kThreads>(tq_tile, sequence.queries_of(p.tq, head, p.head_dim),
-                                    first_row);
+                load_tile<kThreads>(tq_tile, block.rows_of(p.tq, p.head_dim), block.first_row);
             load_keys(0);
         }
 #pragma unroll 1
@@ -83,12 +76,8 @@ struct Forward {
             load_values(first_key);
 
             Accumulator<Keys> scores, tangents;
-            if (has_tq)
-                multiply_transposed<Element>(scores, q_tile, tangents, tq_tile, row, k_tile);
-            else
-                multiply_transposed<Element>(scores, q_tile, row, k_tile);
-            if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
-
+            multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
+                                                      row, k_tile, tk_tile, has_tk);
             scores.scale(scale * kLog2E);
             if (first_key + Keys > clear) {
                 visible.apply(scores, first_key);
@@ -106,7 +95,7 @@ struct Forward {
                 tout.scale_rows(rescaling);
                 tangent_weights.rescale(rescaling);
             }
-            if (kTangent) tangent_weights.update(weighted, scores, tangents, scale);
+            if (has_t) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
             block_barrier();  // V is here, and no warp needs K any more
@@ -118,16 +107,15 @@ struct Forward {
                 multiply<Element>(out, weights, v_tile);
             if (has_tv) multiply<Element>(tout, weights, tv_tile);
         }
-        finish(p, sequence, head, first_row + row, softmax, tangent_weights, out, tout);
+        finish(p, block, block.first_row + row, softmax, tangent_weights, out, tout);
     }
 
 private:
-    DEVICE static void finish(const AttentionParams& p, const Sequence& sequence, int head,
-                              int first_row, const OnlineSoftmax& softmax,
-                              const TangentWeights& tangent_weights, Accumulator<HeadDim>& out,
-                              Accumulator<HeadDim>& tout) {
-        float* const lse = sequence.rows_of(p.lse, head);
-        float* const mu = sequence.rows_of(p.mu, head);
+    DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
+                              const OnlineSoftmax& softmax, const TangentWeights& tangent_weights,
+                              Accumulator<HeadDim>& out, Accumulator<HeadDim>& tout) {
+        float* const lse = block.statistic(p.lse);
+        float* const mu = block.statistic(p.mu);
         float normalisation[2], rounded_mean[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -138,25 +126,23 @@ private:
             const float mean = quad_sum(tangent_weights.exact_sum[half]) * normalisation[half];
 
             const int row = first_row + row_in_warp(half);
-            if (lane_index() % 4 == 0 && row < sequence.queries) {
+            if (lane_index() % 4 == 0 && row < block.sequence.queries) {
                 global_store(lse + row,
                              sees_no_key ? -kInfinity : (softmax.max[half] + log2f(sum)) * kLn2);
                 if (kTangent) global_store(mu + row, tangent_weights.reference[half] + mean);
             }
         }
         out.scale_rows(normalisation);
-        store_rows<Element>(sequence.queries_of(p.out, head, p.head_dim_v),
-                            sequence.queries_of(p.out_residual, head, p.head_dim_v), first_row,
-                            out);
+        store_rows<Element>(block.rows_of(p.out, p.head_dim_v),
+                            block.rows_of(p.out_residual, p.head_dim_v), first_row, out);
         if (!kTangent) return;
         tout.scale_rows(normalisation);
 #pragma unroll
         for (int i = 0; i < tout.kBlocks; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) tout.value[i][e] -= rounded_mean[e / 2] * out.value[i][e];
-        store_rows<Element>(sequence.queries_of(p.tout, head, p.head_dim_v),
-                            sequence.queries_of(p.tout_residual, head, p.head_dim_v), first_row,
-                            tout);
+        store_rows<Element>(block.rows_of(p.tout, p.head_dim_v),
+                            block.rows_of(p.tout_residual, p.head_dim_v), first_row, tout);
     }
 };
 

@@ -50,8 +50,7 @@ struct Preprocess {
             beta = warp_sum(beta);
             delta = warp_sum(delta);
             if (lane_index() == 0) {
-                store(sequence.rows_of(p.beta, head), row, beta,
-                      sequence.rows_of(p.grad_mu, head));
+                store(sequence.rows_of(p.beta, head), row, beta, sequence.rows_of(p.grad_mu, head));
                 store(sequence.rows_of(p.delta, head), row, delta,
                       sequence.rows_of(p.grad_lse, head));
             }

@@ -73,6 +73,48 @@ private:
     }
 };
 
+// The rows of one head that a block works on. Successive blocks share a head, and so its keys in
+// the cache; of a causal head the block with the most keys comes first.
+template <int Rows>
+struct RowBlock {
+    int head, head_k;
+    Sequence sequence;
+    int first_row;
+
+    // How many there are.
+    static int64_t count(const AttentionParams& p) {
+        return int64_t{p.batch} * p.heads * ((p.seqlen_q + Rows - 1) / Rows);
+    }
+
+    DEVICE explicit RowBlock(const AttentionParams& p)
+        : head(block_index() / ceil_div(p.seqlen_q, Rows) % p.heads),
+          head_k(head / (p.heads / p.heads_k)),
+          sequence(p, block_index() / ceil_div(p.seqlen_q, Rows) / p.heads) {
+        const int per_head = ceil_div(p.seqlen_q, Rows);
+        first_row = (per_head - 1 - block_index() % per_head) * Rows;
+    }
+
+    DEVICE bool is_empty() const { return first_row >= sequence.queries; }
+
+    // Keys from here on are seen by no row ...
+    DEVICE int seen_by_none() const {
+        return sequence.visible_keys(min(first_row + Rows, sequence.queries) - 1);
+    }
+
+    // ... and those before by all, if there is no mask.
+    DEVICE int seen_by_all() const { return sequence.visible_keys(first_row); }
+
+    DEVICE Matrix rows_of(const Tensor& x, int columns) const {
+        return sequence.queries_of(x, head, columns);
+    }
+
+    DEVICE Matrix keys_of(const Tensor& x, int columns) const {
+        return sequence.keys_of(x, head_k, columns);
+    }
+
+    DEVICE float* statistic(const RowVector& x) const { return sequence.rows_of(x, head); }
+};
+
 // What a mask adds to a score, in units of log2; -inf hides the key.
 template <class Element>
 struct MaskOfHead {
@@ -93,7 +135,8 @@ struct MaskOfHead {
             return global_load(static_cast<const uint8_t*>(data) + place) ? 0.f : -kInfinity;
         if (kind == MaskKind::additive_float32)
             return global_load(static_cast<const float*>(data) + place) * kLog2E;
-        return unpack_low<Element>(global_load(static_cast<const uint16_t*>(data) + place)) * kLog2E;
+        return unpack_low<Element>(global_load(static_cast<const uint16_t*>(data) + place)) *
+               kLog2E;
     }
 };
 

@@ -46,7 +46,8 @@ struct VisibleKeys {
     }
 };
 
-// Where a key is hidden, the tangent of its score becomes 0: it may be infinite, and 0 · inf is NaN.
+// Where a key is hidden, the tangent of its score becomes 0: it may be infinite, and 0 · inf is
+// NaN.
 template <int Keys>
 DEVICE void silence_hidden(Accumulator<Keys>& tangents, const Accumulator<Keys>& scores) {
 #pragma unroll
@@ -104,15 +105,17 @@ struct OnlineSoftmax {
 // of T along a row, but its rounding would: c takes it away. It is the mean of T over the keys that
 // the row sees in the first tile where it sees any.
 //
-// Two sums of a row are kept. What rounding does to the weighted tangents also does it to their sum,
-// so the output's tangent is centred with the sum of the rounded ones; mu itself is better than that.
+// Two sums of a row are kept. What rounding does to the weighted tangents also does it to their
+// sum, so the output's tangent is centred with the sum of the rounded ones; mu itself is better
+// than that.
 struct TangentWeights {
     float reference[2] = {0, 0};
     bool known[2] = {false, false};
     RowSums rounded_sum;          // of the rounded P∘(T − c)
     float exact_sum[2] = {0, 0};  // this thread's share of those of P∘(T − c)
 
-    // Scores are still scores here, with -inf where a key is hidden. Tangents lack the softmax scale.
+    // Scores are still scores here, with -inf where a key is hidden. Tangents lack the softmax
+    // scale.
     template <int Keys>
     DEVICE void find_reference(const Accumulator<Keys>& scores, const Accumulator<Keys>& tangents,
                                float scale) {

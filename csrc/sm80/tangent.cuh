@@ -19,23 +19,16 @@ struct TangentGivenForward {
     static constexpr int kThreads = Rows / 16 * 32;
     static constexpr int kSharedBytes = 2 * RowTile::kBytes + 4 * KeyTile::kBytes;
 
-    static int64_t blocks(const AttentionParams& p) {
-        return int64_t{p.batch} * p.heads * ((p.seqlen_q + Rows - 1) / Rows);
-    }
+    static int64_t blocks(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     DEVICE static void run(const AttentionParams& p) {
-        const int row_blocks = ceil_div(p.seqlen_q, Rows);
-        const int row_block = row_blocks - 1 - block_index() % row_blocks;  // the longest first
-        const int head = block_index() / row_blocks % p.heads;
-        const int head_k = head / (p.heads / p.heads_k);
-        const Sequence sequence(p, block_index() / row_blocks / p.heads);
-        const int first_row = row_block * Rows;
-        if (first_row >= sequence.queries) return;
+        const RowBlock<Rows> block(p);
+        if (block.is_empty()) return;
 
-        const Matrix k = sequence.keys_of(p.k, head_k, p.head_dim);
-        const Matrix v = sequence.keys_of(p.v, head_k, p.head_dim_v);
-        const Matrix tk = sequence.keys_of(p.tk, head_k, p.head_dim);
-        const Matrix tv = sequence.keys_of(p.tv, head_k, p.head_dim_v);
+        const Matrix k = block.keys_of(p.k, p.head_dim);
+        const Matrix v = block.keys_of(p.v, p.head_dim_v);
+        const Matrix tk = block.keys_of(p.tk, p.head_dim);
+        const Matrix tv = block.keys_of(p.tv, p.head_dim_v);
         const bool has_tq = p.tq.data, has_tk = p.tk.data, has_tv = p.tv.data;
         const bool has_t = has_tq || has_tk;
 
@@ -57,28 +50,28 @@ struct TangentGivenForward {
             copy_async_commit();
         };
 
-        const int end = sequence.visible_keys(min(first_row + Rows, sequence.queries) - 1);
-        const int clear = kMasked ? 0 : sequence.visible_keys(first_row);
+        const int end = block.seen_by_none();
+        const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
-        const VisibleKeys<Element, kMasked> visible(p, sequence, head, first_row + row);
+        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
+                                                    block.first_row + row);
         const float scale = p.softmax_scale;
 
+        const float* const lse = block.statistic(p.lse);
         float log2_sum[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int query = first_row + row + row_in_warp(half);
-            const float* lse = sequence.rows_of(p.lse, head);
+            const int query = visible.query[half];
             log2_sum[half] =
-                query < sequence.queries ? log2_of_sum(global_load(lse + query)) : kInfinity;
+                query < block.sequence.queries ? log2_of_sum(global_load(lse + query)) : kInfinity;
         }
         TangentWeights tangent_weights;
         Accumulator<HeadDim> tout;
 
         if (end > 0) {
-            load_tile<kThreads>(q_tile, sequence.queries_of(p.q, head, p.head_dim), first_row);
+            load_tile<kThreads>(q_tile, block.rows_of(p.q, p.head_dim), block.first_row);
             if (has_tq)
-                load_tile<kThreads>(tq_tile, sequence.queries_of(p.tq, head, p.head_dim),
-                                    first_row);
+                load_tile<kThreads>(tq_tile, block.rows_of(p.tq, p.head_dim), block.first_row);
             load_keys(0);
         }
 #pragma unroll 1
@@ -88,12 +81,8 @@ struct TangentGivenForward {
             load_values(first_key);
 
             Accumulator<Keys> scores, tangents;
-            if (has_tq)
-                multiply_transposed<Element>(scores, q_tile, tangents, tq_tile, row, k_tile);
-            else
-                multiply_transposed<Element>(scores, q_tile, row, k_tile);
-            if (has_tk) multiply_transposed<Element>(tangents, q_tile, row, tk_tile);
-
+            multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
+                                                      row, k_tile, tk_tile, has_tk);
             scores.scale(scale * kLog2E);
             if (first_key + Keys > clear) {
                 visible.apply(scores, first_key);
@@ -104,7 +93,7 @@ struct TangentGivenForward {
             Packed<Element, Keys> weights, weighted;
             exponentiate(scores, log2_sum);
             round_weights(weights, scores);
-            tangent_weights.update(weighted, scores, tangents, scale);
+            if (has_t) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
             block_barrier();  // V is here, and no warp needs K any more
@@ -113,25 +102,24 @@ struct TangentGivenForward {
             if (has_t) multiply<Element>(tout, weighted, v_tile);
             if (has_tv) multiply<Element>(tout, weights, tv_tile);
         }
-        finish(p, sequence, head, first_row + row, tangent_weights, tout);
+        finish(p, block, block.first_row + row, tangent_weights, tout);
     }
 
 private:
-    DEVICE static void finish(const AttentionParams& p, const Sequence& sequence, int head,
-                              int first_row, const TangentWeights& tangent_weights,
-                              Accumulator<HeadDim>& tout) {
-        const Matrix out = sequence.queries_of(p.out, head, p.head_dim_v);
-        const Matrix residual = sequence.queries_of(p.out_residual, head, p.head_dim_v);
-        const Matrix target = sequence.queries_of(p.tout, head, p.head_dim_v);
-        const Matrix target_residual = sequence.queries_of(p.tout_residual, head, p.head_dim_v);
-        float* const mu = sequence.rows_of(p.mu, head);
+    DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
+                              const TangentWeights& tangent_weights, Accumulator<HeadDim>& tout) {
+        const Matrix out = block.rows_of(p.out, p.head_dim_v);
+        const Matrix residual = block.rows_of(p.out_residual, p.head_dim_v);
+        const Matrix target = block.rows_of(p.tout, p.head_dim_v);
+        const Matrix target_residual = block.rows_of(p.tout_residual, p.head_dim_v);
+        float* const mu = block.statistic(p.mu);
         float rounded_mean[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + row_in_warp(half);
             rounded_mean[half] = tangent_weights.rounded_sum.at(half);
             const float mean = quad_sum(tangent_weights.exact_sum[half]);
-            if (lane_index() % 4 == 0 && row < sequence.queries)
+            if (lane_index() % 4 == 0 && row < block.sequence.queries)
                 global_store(mu + row, tangent_weights.reference[half] + mean);
         }
 #pragma unroll

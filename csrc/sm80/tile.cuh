@@ -120,9 +120,8 @@ DEVICE void load_tile(const Tile<Rows, Columns>& tile, const Matrix& matrix, int
         for (int round = 0; thread_row + round < Rows; round += kRowsAtOnce)
 #pragma unroll 1
             for (int group = 0; group < T::kChunks; group += T::kGroup)
-                shared_store_words4(
-                    target + (round * T::kChunks + group) * 16,
-                    gather_chunk(matrix, row + round, 8 * (group + thread_chunk)));
+                shared_store_words4(target + (round * T::kChunks + group) * 16,
+                                    gather_chunk(matrix, row + round, 8 * (group + thread_chunk)));
     }
 }
 
@@ -162,6 +161,19 @@ DEVICE void multiply_transposed(Accumulator<N>& c0, const Tile<M, D>& a0, Accumu
             multiply_add<Element>(c1.value[2 * n + 1], left1, right.word[2], right.word[3]);
         }
     }
+}
+
+// c += A Bᵀ and dc += dA Bᵀ + A dBᵀ, where dA and dB may be absent.
+template <class Element, int N, int M, int D>
+DEVICE void multiply_transposed_with_tangent(Accumulator<N>& c, Accumulator<N>& dc,
+                                             const Tile<M, D>& a, const Tile<M, D>& da, bool has_da,
+                                             int row, const Tile<N, D>& b, const Tile<N, D>& db,
+                                             bool has_db) {
+    if (has_da)
+        multiply_transposed<Element>(c, a, dc, da, row, b);
+    else
+        multiply_transposed<Element>(c, a, row, b);
+    if (has_db) multiply_transposed<Element>(dc, a, row, db);
 }
 
 // c += A B.

@@ -1,0 +1,127 @@
+"""Every CUDA kernel there is: which attention problems it serves, its tile, its source.
+
+The build generates a source file from each entry (csrc/generate.py), `jvp_attn/cuda.py` and
+`python -m jvp_attn.info` choose from them. Nothing but the standard library is imported here, so
+that the build can read this file before anything is installed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+ELEMENTS = ("bf16", "fp16")
+
+# The steps that the attention maps are made of. Each has a class template, in
+# csrc/sm80/<header>.cuh, a flag for that (whether tangents are computed too; "-" where it has no
+# such choice), and for each head dim a tile: the rows x keys that a block of threads works on at a
+# time. A head dim between these is padded with zeros inside the kernel. Kernels that read a mask
+# need more registers, so some have smaller tiles.
+_TABLE = """
+step                   header        class                flag   masked  64     96     128    256
+forward                forward       Forward              false  false   64x64  64x64  64x64  64x32
+forward                forward       Forward              false  true    64x48  64x64  64x64  64x32
+forward_tangent        forward       Forward              true   false   64x64  64x64  64x48  -
+forward_tangent        forward       Forward              true   true    64x64  64x48  64x32  -
+tangent_given_forward  tangent       TangentGivenForward  -      false   64x48  64x64  64x32  64x16
+tangent_given_forward  tangent       TangentGivenForward  -      true    64x48  64x64  64x32  64x16
+backward_dq            backward_dq   BackwardDq           false  false   64x64  64x64  64x64  64x16
+backward_dq            backward_dq   BackwardDq           false  true    64x48  64x64  64x64  64x16
+backward_dkv           backward_dkv  BackwardDkv          false  false   32x64  32x64  32x64  16x32
+backward_dkv           backward_dkv  BackwardDkv          false  true    32x64  32x64  32x64  16x32
+tangent_backward_dq    backward_dq   BackwardDq           true   false   64x32  64x32  64x16  -
+tangent_backward_dq    backward_dq   BackwardDq           true   true    64x32  64x32  64x16  -
+tangent_backward_dkv   backward_dkv  BackwardDkv          true   false   32x64  32x64  16x64  -
+tangent_backward_dkv   backward_dkv  BackwardDkv          true   true    32x64  32x64  16x64  -
+"""
+
+# Bytes of registers that the compiler may spill to memory, by kernel; 0 for all that are not here.
+ALLOWED_SPILL_BYTES: dict[str, int] = {}
+
+
+@dataclass(frozen=True)
+class KernelEntry:
+    """One compiled kernel.
+
+    Attributes:
+        name: as the extension knows it.
+        step: a step of the table, or "preprocess", which is the same for all head dims.
+        element: "bf16" or "fp16".
+        head_dim: the largest that it serves; None is any.
+        masked: whether it reads a mask.
+        tile: (rows, keys); None where there are no tiles.
+        header: where its class is, below csrc/.
+        cpp_class: that class.
+    """
+
+    name: str
+    step: str
+    element: str
+    head_dim: int | None
+    masked: bool
+    tile: tuple[int, int] | None
+    header: str
+    cpp_class: str
+
+    @property
+    def allowed_spill_bytes(self) -> int:
+        """What the compiler may spill, stores and loads each."""
+        return ALLOWED_SPILL_BYTES.get(self.name, 0)
+
+
+def kernel_name(step: str, element: str, head_dim: int | None = None, masked: bool = False) -> str:
+    """The name of a kernel, such as "forward_tangent_bf16_d64_masked" or "preprocess_fp16"."""
+    name = f"{step}_{element}"
+    if head_dim is not None:
+        name += f"_d{head_dim}"
+    return name + ("_masked" if masked else "")
+
+
+def padded_head_dim(head_dim: int, head_dim_v: int) -> int | None:
+    """The smallest head dim of the kernels that serves a problem; None where it is too large."""
+    return next((d for d in HEAD_DIMS if max(head_dim, head_dim_v) <= d), None)
+
+
+_HEAD, *_ROWS = (line.split() for line in _TABLE.strip().splitlines())
+HEAD_DIMS = tuple(map(int, _HEAD[5:]))
+
+
+def _preprocess_kernel(element: str) -> KernelEntry:
+    return KernelEntry(
+        name=kernel_name("preprocess", element),
+        step="preprocess",
+        element=element,
+        head_dim=None,
+        masked=False,
+        tile=None,
+        header="sm80/preprocess.cuh",
+        cpp_class=f"Preprocess<{element.capitalize()}>",
+    )
+
+
+def _kernels_of(row: list[str], element: str) -> Iterator[KernelEntry]:
+    step, header, template, flag, masked, *tiles = row
+    for head_dim, tile in zip(HEAD_DIMS, tiles, strict=True):
+        if tile == "-":
+            continue
+        rows, keys = tile.split("x")
+        flags = [x for x in (flag, masked) if x != "-"]
+        arguments = ", ".join([element.capitalize(), str(head_dim), rows, keys, *flags])
+        yield KernelEntry(
+            name=kernel_name(step, element, head_dim, masked == "true"),
+            step=step,
+            element=element,
+            head_dim=head_dim,
+            masked=masked == "true",
+            tile=(int(rows), int(keys)),
+            header=f"sm80/{header}.cuh",
+            cpp_class=f"{template}<{arguments}>",
+        )
+
+
+def _kernels() -> Iterator[KernelEntry]:
+    for element in ELEMENTS:
+        yield _preprocess_kernel(element)
+        for row in _ROWS:
+            yield from _kernels_of(row, element)
+
+
+KERNELS: dict[str, KernelEntry] = {kernel.name: kernel for kernel in _kernels()}
