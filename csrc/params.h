@@ -57,7 +57,7 @@ struct AttentionParams {
 
     Tensor grad_out, grad_tout;
     RowVector grad_lse, grad_mu;
-    RowVector beta, delta;  // from the preprocess kernel
+    RowVector beta, delta;  // from the preprocess kernel; the kernel of grad_q sharpens them
     Tensor grad_q, grad_k, grad_v;
     Tensor grad_tq, grad_tk, grad_tv;
 

@@ -3,7 +3,8 @@
 //     P = exp(S − lse)     Tc = T − mu     Bc = gT Vᵀ − beta     X = gO Vᵀ + gT tVᵀ + Bc∘Tc − delta
 //     Sbar = P∘X           Tbar = P∘Bc     gQ = s (Sbar K + Tbar tK)             gtQ = s Tbar K
 //
-// A block has some rows of one head, as in forward.cuh; beta and delta come from preprocess.cuh.
+// A block has some rows of one head, as in forward.cuh. beta and delta come from preprocess.cuh;
+// backward_dkv.cuh gets them back sharpened.
 #pragma once
 
 #include "sm80/softmax.cuh"
@@ -66,7 +67,7 @@ struct BackwardDq {
         const Statistics rows(p, block, block.first_row + row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
-        RowSums sbar_sum, tbar_sum;  // of the rounded Sbar and Tbar
+        RowTotals sbar_totals, tbar_totals;
 
         if (end > 0) {
             load_rows(q_tile, p.q, p.head_dim);
@@ -92,36 +93,23 @@ struct BackwardDq {
             exponentiate(scores, rows.log2_sum);
             const Accumulator<Keys>& weights = scores;
 
+            // x becomes Bc, then Tbar is known; then Bc∘Tc, then X, then Sbar is known.
             Accumulator<Keys> x;
             Packed<Element, Keys> sbar, tbar;
             if (has_gt) multiply_transposed<Element>(x, gt_tile, row, v_tile);
             if (kFull) {
+                x.subtract_from_rows(rows.beta);
+                tbar_totals.add_product(tbar, weights, x);
 #pragma unroll
                 for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        float& low = x.at(i, half, 0);
-                        float& high = x.at(i, half, 1);
-                        low -= rows.beta[half];
-                        high -= rows.beta[half];
-                        tbar.set(i, half, weights.at(i, half, 0) * low,
-                                 weights.at(i, half, 1) * high);
-                        low *= tangents.at(i, half, 0) * scale - rows.mu[half];
-                        high *= tangents.at(i, half, 1) * scale - rows.mu[half];
-                    }
-                tbar_sum.add(tbar);
+                    for (int e = 0; e < 4; ++e)
+                        x.value[i][e] *= tangents.value[i][e] * scale - rows.mu[e / 2];
             }
             if (has_go) multiply_transposed<Element>(x, go_tile, row, v_tile);
             if (has_tv) multiply_transposed<Element>(x, gt_tile, row, tv_tile);
-#pragma unroll
-            for (int i = 0; i < x.kBlocks; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    sbar.set(i, half,
-                             weights.at(i, half, 0) * (x.at(i, half, 0) - rows.delta[half]),
-                             weights.at(i, half, 1) * (x.at(i, half, 1) - rows.delta[half]));
-                }
-            sbar_sum.add(sbar);
+            x.subtract_from_rows(rows.delta);
+            sbar_totals.add_product(sbar, weights, x);
 
             block_barrier();  // no warp needs V any more
             if (first_key + Keys < end) load_values(first_key + Keys);
@@ -130,17 +118,13 @@ struct BackwardDq {
             if (first_key + Keys < end) load_keys(first_key + Keys);
         }
 
-        // Along a row Sbar sums to g_lse and Tbar to g_mu; rounded they do not, and the mean of K
+        rows.sharpen(block, p.delta, rows.delta, sbar_totals, rows.grad_lse);
+        if (kFull) rows.sharpen(block, p.beta, rows.beta, tbar_totals, rows.grad_mu);
+
+        // Along a row Sbar sums to g_lse and Tbar to g_mu. Rounded they do not, and the mean of K
         // and tK would leak into the gradients. What is too much is taken back from keys that the
         // row sees: from all in the first tile where it sees any.
-        float sbar_excess[2], tbar_excess[2];
-        bool balanced[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            sbar_excess[half] = sbar_sum.at(half) - rows.grad_lse[half];
-            tbar_excess[half] = tbar_sum.at(half) - rows.grad_mu[half];
-            balanced[half] = rows.log2_sum[half] == kInfinity;  // it sees no key
-        }
+        bool balanced[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
 #pragma unroll 1
         for (int first_key = 0; first_key < end; first_key += Keys) {
             load_keys(first_key);
@@ -152,8 +136,10 @@ struct BackwardDq {
                 Packed<Element, Keys> seen;
                 const float count = visible_in_tile(seen, visible, half, first_key);
                 const bool balance = !balanced[half] && count > 0;
-                const float sbar_share = balance ? -sbar_excess[half] / count : 0;
-                const float tbar_share = balance ? -tbar_excess[half] / count : 0;
+                const float sbar_excess = sbar_totals.rounded(half) - rows.grad_lse[half];
+                const float tbar_excess = tbar_totals.rounded(half) - rows.grad_mu[half];
+                const float sbar_share = balance ? -sbar_excess / count : 0;
+                const float tbar_share = balance ? -tbar_excess / count : 0;
 #pragma unroll
                 for (int i = 0; i < sbar.kBlocks; ++i) {
                     const float low = seen.low(i, half), high = seen.high(i, half);
@@ -176,8 +162,32 @@ struct BackwardDq {
     }
 
 private:
+    // What the rows of Sbar and Tbar sum to, before and after rounding.
+    struct RowTotals {
+        float exact_share[2] = {0, 0};  // of this thread
+        RowSums rounded_sums;
+
+        DEVICE float exact(int half) const { return quad_sum(exact_share[half]); }
+        DEVICE float rounded(int half) const { return rounded_sums.at(half); }
+
+        DEVICE void add_product(Packed<Element, Keys>& product, const Accumulator<Keys>& weights,
+                                const Accumulator<Keys>& x) {
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float low = weights.at(i, half, 0) * x.at(i, half, 0);
+                    const float high = weights.at(i, half, 1) * x.at(i, half, 1);
+                    product.set(i, half, low, high);
+                    exact_share[half] += low + high;
+                }
+            rounded_sums.add(product);
+        }
+    };
+
     // What is known beforehand of the two rows of a thread.
     struct Statistics {
+        int row[2];
         float log2_sum[2] = {kInfinity, kInfinity};
         float mu[2] = {0, 0}, beta[2] = {0, 0}, delta[2] = {0, 0};
         float grad_lse[2] = {0, 0}, grad_mu[2] = {0, 0};
@@ -185,10 +195,10 @@ private:
         DEVICE Statistics(const AttentionParams& p, const RowBlock<Rows>& block, int first_row) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = first_row + row_in_warp(half);
-                if (row >= block.sequence.queries) continue;
+                row[half] = first_row + row_in_warp(half);
+                if (row[half] >= block.sequence.queries) continue;
                 const auto value = [&](const RowVector& x) {
-                    return x.data ? global_load(block.statistic(x) + row) : 0;
+                    return x.data ? global_load(block.statistic(x) + row[half]) : 0;
                 };
                 log2_sum[half] = log2_of_sum(value(p.lse));
                 delta[half] = value(p.delta);
@@ -197,6 +207,21 @@ private:
                 mu[half] = value(p.mu);
                 beta[half] = value(p.beta);
                 grad_mu[half] = value(p.grad_mu);
+            }
+        }
+
+        DEVICE bool sees_no_key(int half) const { return log2_sum[half] == kInfinity; }
+
+        // delta and beta carry the rounding of P inside O and tO. Here the rows of Sbar and Tbar
+        // tell by how much: they would sum to the cotangents of lse and mu.
+        DEVICE void sharpen(const RowBlock<Rows>& block, const RowVector& target,
+                            const float (&value)[2], const RowTotals& totals,
+                            const float (&cotangent)[2]) const {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sharp = value[half] + totals.exact(half) - cotangent[half];
+                if (lane_index() % 4 == 0 && !sees_no_key(half))
+                    global_store(block.statistic(target) + row[half], sharp);
             }
         }
     };

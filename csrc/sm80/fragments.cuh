@@ -56,6 +56,13 @@ struct Accumulator {
             for (int e = 0; e < 4; ++e) value[i][e] *= factor;
     }
 
+    DEVICE void subtract_from_rows(const float (&amount)[2]) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) value[i][e] -= amount[e / 2];
+    }
+
     DEVICE void scale_rows(const float (&factor)[2]) {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i)
