@@ -1,0 +1,84 @@
+"""The emulated machine in Python: kernels that are launched on NumPy arrays or CPU tensors.
+
+    machine = emulator.load()
+    with emulator.launching(machine, seed=1, inputs={"q": q, ...}, outputs={"out": out}):
+        machine.launch("forward_bf16_d64", params, stream=0)
+
+A kernel that breaks a rule of the machine raises RuntimeError, with the kernel's name, the block,
+the thread, and the line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import emulator_build
+import numpy as np
+
+
+@cache
+def load() -> ModuleType:
+    """Import the module with all kernels of the kernel table, built anew if it is not up to date.
+
+    It has `kernels`, `launch`, `AttentionParams` and the other names of csrc/kernel_bindings.h.
+    """
+    return import_file(emulator_build.build_kernels())
+
+
+def import_file(file: Path) -> ModuleType:
+    """Import an extension module from its file."""
+    spec = importlib.util.spec_from_file_location(file.name.partition(".")[0], file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def launching(
+    machine: ModuleType,
+    *,
+    seed: int = 0,
+    inputs: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Set what holds for the launches inside of the block.
+
+    Args:
+        machine: what `load` returned.
+        seed: decides in which order blocks and threads run.
+        inputs: memory that kernels may read, by the name that a report should give it: NumPy
+            arrays, CPU tensors, or pairs (address, bytes).
+        outputs: memory that they may also write.
+
+    With neither inputs nor outputs, accesses to global memory are checked for alignment only.
+    """
+    machine.set_seed(seed)
+    machine.set_buffers(
+        [(name, *extent(memory), False) for name, memory in (inputs or {}).items()]
+        + [(name, *extent(memory), True) for name, memory in (outputs or {}).items()]
+    )
+    try:
+        yield
+    finally:
+        machine.set_seed(0)
+        machine.set_buffers([])
+
+
+def extent(memory: Any) -> tuple[int, int]:
+    """The address and the number of bytes of an array, of a CPU tensor, or of such a pair."""
+    if isinstance(memory, tuple):
+        return memory
+    if isinstance(memory, np.ndarray):
+        start, end = np.lib.array_utils.byte_bounds(memory)
+        return start, end - start
+    if 0 in memory.shape:
+        return memory.data_ptr(), 0
+    last = sum((n - 1) * stride for n, stride in zip(memory.shape, memory.stride(), strict=True))
+    return memory.data_ptr(), (last + 1) * memory.element_size()

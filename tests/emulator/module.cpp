@@ -1,0 +1,37 @@
+// The Python module of the emulator: the kernels it is linked with, launched on the emulated
+// machine. emulator.py is its face.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernel_bindings.h"
+#include "machine.h"
+
+namespace {
+
+using BufferTuple = std::tuple<std::string, std::uintptr_t, std::size_t, bool>;
+
+void set_buffers(const std::vector<BufferTuple>& tuples) {
+    std::vector<jvp_attn::emulator::Buffer> buffers;
+    for (const auto& [name, address, bytes, writable] : tuples)
+        buffers.push_back({name, address, bytes, writable});
+    jvp_attn::emulator::machine.global.set_buffers(std::move(buffers));
+}
+
+void set_seed(uint64_t seed) { jvp_attn::emulator::machine.set_seed(seed); }
+
+}  // namespace
+
+PYBIND11_MODULE(JVP_ATTN_MODULE, module) {
+    namespace py = pybind11;
+    jvp_attn::bind_kernels(module);
+    module.def("set_seed", &set_seed, py::arg("seed"),
+               "Which order of blocks and threads the next launches take.");
+    module.def("set_buffers", &set_buffers, py::arg("buffers"),
+               "The memory that the next launches may touch, as (name, address, bytes, writable); "
+               "if empty, all of it.");
+}
