@@ -62,6 +62,6 @@ cpu_index = nvidia-smi >/dev/null 2>&1 || \
 
 # The extension is built apart from the installation, so that only what changed is compiled.
 # Without nvcc nothing is built and nothing remembered: the next make looks for nvcc again.
-build/extension: $(VENV)/ready setup.py $(shell find csrc -type f)
+build/extension: $(VENV)/ready setup.py jvp_attn/kernel_table.py $(shell find csrc -type f)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@! ls jvp_attn/_C.*.so >/dev/null 2>&1 || { mkdir -p build && touch $@; }

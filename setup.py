@@ -7,6 +7,7 @@ All else about the package is in pyproject.toml.
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,9 @@ BUILD_REQUIREMENTS = ["torch>=2.11", "ninja"]
 PREPARATIONS = {"egg_info", "dist_info", "sdist"}
 
 SOURCES = {".cpp", ".cu"}
+
+# Where the sources of the kernels go that csrc/generate.py writes.
+GENERATED = Path("build/kernels")
 
 LICENSE = "Apache-2.0"
 
@@ -120,8 +124,8 @@ def cuda_extension(toolkit: Toolkit) -> Extension:
     }
     return Extension(
         "jvp_attn._C",
-        sources=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in SOURCES),
-        include_dirs=["csrc"],
+        sources=[str(path) for path in sources()],
+        include_dirs=[str(Path("csrc").resolve())],
         library_dirs=[str(toolkit.root / folder) for folder in ("lib64", "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],
         # torch may load another CUDA runtime into the same process: keep this one's names private.
@@ -143,6 +147,13 @@ def cuda_extension(toolkit: Toolkit) -> Extension:
             ],
         },
     )
+
+
+def sources() -> list[Path]:
+    """Find the sources in csrc/ and generate those of the kernels, which take longer: last."""
+    written = sorted(path for path in Path("csrc").rglob("*") if path.suffix in SOURCES)
+    generator = runpy.run_path("csrc/generate.py")
+    return [*written, *generator["generate"](GENERATED, generator["kernel_table"]())]
 
 
 def arch_list() -> str:

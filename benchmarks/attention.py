@@ -1,11 +1,14 @@
-"""Forward+tangent of attention: speed and peak memory of every contender, in one run.
+"""Attention: speed and peak memory of every contender, in one run.
 
     python benchmarks/attention.py [--sizes 1024 4096] [--repeats 5] [--out FOLDER]
+
+With a GPU, attention_on_gpu.py measures forward, forward+tangent and both backwards in bfloat16;
+--head-dims chooses some of its head dims. On a CPU it is forward+tangent in float32, as follows.
 
 Contenders take turns, so that a machine that slows down slows all of them; times are medians. Work
 is counted as 12·B·H·N²·d floating point operations, whatever a contender really executes, and the
 rate of a plain matrix product of the same dtype is measured in between. Peak memory is what a fresh
-process needs beyond its inputs. Writes attention-<device>.json and a plot beside it.
+process needs beyond its inputs. Writes attention-cpu.json and a plot beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_on_gpu
 import torch
 import torch.nn.functional as F
 from circumstances import circumstances
@@ -57,7 +61,8 @@ CONTENDERS: dict[str, Callable[[Tensors, Tensors], Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sequence lengths")
+    parser.add_argument("--sizes", type=int, nargs="+", help="sequence lengths")
+    parser.add_argument("--head-dims", type=int, nargs="+", help="on a GPU")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each contender")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "N"), help=argparse.SUPPRESS)
@@ -66,6 +71,17 @@ def main() -> None:
         name, size = options.memory_of
         print(peak_memory_here(CONTENDERS[name], int(size)))
         return
+    options.out.mkdir(parents=True, exist_ok=True)
+    if torch.cuda.is_available():
+        attention_on_gpu.run(
+            options.sizes or attention_on_gpu.SIZES,
+            options.head_dims or attention_on_gpu.HEAD_DIMS,
+            options.repeats,
+            options.out,
+        )
+        return
+    if options.head_dims:
+        parser.error(f"--head-dims needs a GPU; on a CPU the head dim is {HEAD_DIM}")
 
     result: dict[str, Any] = {
         **circumstances(),
@@ -81,12 +97,11 @@ def main() -> None:
         f"{result['device']}, {result['threads']} threads, float32, B{BATCH} H{HEADS} d{HEAD_DIM}"
     )
     peak: dict[str, float] = {}
-    for size in sorted(options.sizes):
+    for size in sorted(options.sizes or SIZES):
         peak, missing = measure_memory(size, peak)
         result["rows"].append(row := measure_speed(size, options.repeats, peak))
         print_row(row, missing)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"attention-{device().type}.json"
+    path = options.out / "attention-cpu.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     plot(result, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
@@ -99,7 +114,7 @@ def main() -> None:
 def measure_speed(size: int, repeats: int, contenders: dict[str, float]) -> dict[str, Any]:
     """Time contenders and the matrix product in turn; the first round only warms up."""
     primals, tangents = inputs(size)
-    matrix = torch.randn(MATMUL, MATMUL, device=device())
+    matrix = torch.randn(MATMUL, MATMUL)
     samples: dict[str, list[float]] = {name: [] for name in (*contenders, "matmul")}
     for _ in range(repeats + 1):
         for name in contenders:
@@ -117,11 +132,9 @@ def measure_speed(size: int, repeats: int, contenders: dict[str, float]) -> dict
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    synchronize()
     start = time.perf_counter()
     with torch.no_grad():
         call()
-    synchronize()
     return time.perf_counter() - start
 
 
@@ -146,11 +159,6 @@ def peak_memory_here(contender: Callable[[Tensors, Tensors], Any], size: int) ->
     """Bytes beyond the inputs that one call needs at its peak, its results included."""
     contender(*inputs(64))  # libraries and thread pools
     arguments = inputs(size)
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contender(*arguments)
-        return torch.cuda.max_memory_allocated() - before
     # What does not fit shall fail here: without a limit the kernel ends a process of its choice.
     available = int(kernel_says("/proc/meminfo", "MemAvailable"))
     resource.setrlimit(resource.RLIMIT_DATA, (available, available))
@@ -171,17 +179,8 @@ def kernel_says(file: str, field: str) -> float:
 def inputs(size: int) -> tuple[Tensors, Tensors]:
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, size, HEADS, HEAD_DIM)
-    q, k, v, tq, tk, tv = (torch.randn(shape, generator=generator).to(device()) for _ in range(6))
+    q, k, v, tq, tk, tv = (torch.randn(shape, generator=generator) for _ in range(6))
     return (q, k, v), (tq, tk, tv)
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronize() -> None:
-    if device().type == "cuda":
-        torch.cuda.synchronize()
 
 
 # ----------------------------------------------------------------------------

@@ -15,8 +15,75 @@ class Device(TypedDict):
     memory: int  # bytes
     shared_memory_per_block: int  # bytes, what a kernel may ask for at most (opt-in)
 
+class KernelInfo(TypedDict):
+    threads: int  # in a block
+    shared_bytes: int  # likewise
+
+# Addresses are what torch.Tensor.data_ptr() gives, strides count elements.
+
+class Tensor:
+    def __init__(self, data: int, batch_stride: int, row_stride: int, head_stride: int) -> None: ...
+
+class RowVector:
+    def __init__(self, data: int, batch_stride: int, head_stride: int) -> None: ...
+
+class Mask:
+    def __init__(
+        self,
+        data: int,
+        batch_stride: int,
+        head_stride: int,
+        row_stride: int,
+        column_stride: int,
+        kind: int,
+    ) -> None: ...
+
+class AttentionParams:
+    """As in csrc/params.h."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tq: Tensor
+    tk: Tensor
+    tv: Tensor
+    out: Tensor
+    tout: Tensor
+    out_residual: Tensor
+    tout_residual: Tensor
+    lse: RowVector
+    mu: RowVector
+    grad_out: Tensor
+    grad_tout: Tensor
+    grad_lse: RowVector
+    grad_mu: RowVector
+    beta: RowVector
+    delta: RowVector
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor
+    grad_tq: Tensor
+    grad_tk: Tensor
+    grad_tv: Tensor
+    mask: Mask
+    cu_seqlens_q: int
+    cu_seqlens_k: int
+    seqused_k: int
+    batch: int
+    heads: int
+    heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    softmax_scale: float
+    causal: int
+
 def build_info() -> BuildInfo: ...
 def devices() -> list[Device]: ...
 def device_error() -> str | None: ...
 def driver_version() -> str | None: ...
 def runtime_version() -> str: ...
+def select_device(ordinal: int) -> None: ...
+def kernels() -> dict[str, KernelInfo]: ...
+def launch(name: str, params: AttentionParams, stream: int) -> None: ...

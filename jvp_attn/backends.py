@@ -1,4 +1,7 @@
-"""Which backend computes attention: automatic, or chosen by JVP_ATTN_BACKEND or `backend(name)`."""
+"""Which backend computes attention: automatic, or chosen by JVP_ATTN_BACKEND or `backend(name)`.
+
+Automatic is `cuda` where its kernels can compute the problem, else `blockwise`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
 
-from jvp_attn import blockwise
+import torch
+from torch import Tensor
+
+from jvp_attn import blockwise, cuda_operators
+from jvp_attn.kernel_choice import why_no_kernels
+from jvp_attn.kernel_table import KERNELS
 from jvp_attn.maps import AttentionMaps
 
 # Backends that implement the four maps. `math` is not among them: it is one differentiable formula.
-_MAPS: dict[str, AttentionMaps] = {"blockwise": blockwise}
+_MAPS: dict[str, AttentionMaps] = {"blockwise": blockwise, "cuda": cuda_operators}
 _AUTOMATIC = "automatic"
 _chosen: ContextVar[str | None] = ContextVar("jvp_attn_backend", default=None)
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend` accepts besides "automatic"."""
-    return (*_MAPS, "math")
+    """Names that `backend` accepts besides "automatic"; "cuda" only with the CUDA extension."""
+    return tuple(name for name in (*_MAPS, "math") if name != "cuda" or not why_no_extension())
 
 
 def current_backend() -> str:
@@ -39,7 +49,7 @@ def backend(name: str) -> Iterator[None]:
     """Compute attention with the named backend inside the block; backward passes keep it.
 
     Args:
-        name: "blockwise", "math" or "automatic".
+        name: "cuda", "blockwise", "math" or "automatic".
 
     Raises:
         ValueError: there is no backend of that name.
@@ -52,10 +62,45 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def resolve_backend() -> str:
-    """The backend that an attention call made now uses."""
+def resolve_backend(q: Tensor, k: Tensor) -> str:
+    """The backend that an attention call made now with these queries and keys uses.
+
+    Raises:
+        ValueError: "cuda" is asked for, and its kernels cannot compute this.
+    """
     name = current_backend()
-    return "blockwise" if name == _AUTOMATIC else name
+    if name == _AUTOMATIC:
+        return "blockwise" if why_not_cuda(q, k) else "cuda"
+    if name == "cuda" and (reason := why_not_cuda(q, k)):
+        raise ValueError(f"backend 'cuda' cannot compute this: {reason}; 'automatic' can")
+    return name
+
+
+def why_not_cuda(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels do not compute a problem; None where they do."""
+    if q.device.type != "cuda":
+        return f"q is on {q.device}, and the kernels run on CUDA devices"
+    if reason := why_no_device() or why_no_extension():
+        return reason
+    capability = torch.cuda.get_device_capability(q.device)
+    return why_no_kernels(q.dtype, q.shape[1], k.shape[1], capability)
+
+
+def why_no_device() -> str | None:
+    """Why there is nothing to run kernels on; None where there is."""
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@cache
+def why_no_extension() -> str | None:
+    """Why the CUDA extension cannot be used; None where it can."""
+    try:
+        extension = import_module("jvp_attn._C")
+    except ImportError as error:
+        return f"the CUDA extension is not installed ({error})"
+    if missing := KERNELS.keys() - extension.kernels().keys():
+        return f"the CUDA extension is not of this version (it has no kernel {min(missing)})"
+    return None
 
 
 def maps_of(name: str) -> AttentionMaps:
@@ -72,4 +117,5 @@ def maps_of(name: str) -> AttentionMaps:
 def _check_name(name: str, origin: str) -> None:
     allowed = (_AUTOMATIC, *available_backends())
     if name not in allowed:
-        raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(allowed)}")
+        reason = f" ({why_no_extension()})" if name == "cuda" else ""
+        raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(allowed)}{reason}")

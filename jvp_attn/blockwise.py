@@ -4,6 +4,7 @@ The readable specification that the kernels must match. A block of query rows me
 that it may see, so softmax and row sums are those of the formulas, without a running maximum.
 Memory beside the outputs is a few blocks of scores: linear in seqlen_k. Half precision is computed
 in float32, under autocast as well. Absent tangents and cotangents are None and cost nothing.
+Residuals are neither needed nor returned.
 
 Query heads that share a key head are stacked as rows of one problem, so grouped heads need neither
 copies of K and V nor a reduction of their gradients.
@@ -19,7 +20,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from jvp_attn.maps import AttentionOptions, Gradients, TangentGradients
+from jvp_attn.maps import (
+    AttentionOptions,
+    Gradients,
+    Outputs,
+    TangentGradients,
+    TangentOutputs,
+)
 
 X = TypeVar("X", Tensor, Tensor | None)  # an absent tensor stays absent
 Map = TypeVar("Map", bound=Callable[..., Any])
@@ -50,7 +57,7 @@ def _without_autocast(attention_map: Map) -> Map:
 
 
 @_without_autocast
-def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Outputs:
     """O = P V and lse = logsumexp(S)."""
     out, lse = _new_out(q, v), _new_lse(q)
     for heads in _head_blocks(q, k):
@@ -60,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple
             p, row_lse = _softmax(rows, queries, keys)
             rows.store(out, _products((p, rows.seen(values))))
             rows.store_sums(lse, row_lse)
-    return out, lse
+    return out, lse, None
 
 
 @_without_autocast
@@ -72,7 +79,7 @@ def forward_tangent(
     tk: Tensor | None,
     tv: Tensor | None,
     options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> TangentOutputs:
     """O, lse, tO = (P∘(T − mu)) V + P tV and mu = rowsum(P∘T), in one pass."""
     out, lse = _new_out(q, v), _new_lse(q)
     tout, mu = _new_zeros(out), _new_zeros(lse)
@@ -92,7 +99,7 @@ def forward_tangent(
                 rows.store_sums(mu, row_mu)
                 pt.sub_(row_mu).mul_(p)
             rows.store(tout, _products((pt, rows.seen(values)), (p, rows.seen(tvalues))))
-    return out, lse, tout, mu
+    return out, lse, tout, mu, None, None
 
 
 @_without_autocast
@@ -102,6 +109,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    _out_residual: Tensor | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     options: AttentionOptions,
@@ -110,6 +118,7 @@ def backward(
     gradients, _ = tangent_backward(
         *(q, k, v, None, None, None),
         *(out, lse, out, lse),  # tout and mu are not read where there is no tangent
+        *(None, None),
         *(grad_out, grad_lse, None, None),
         options,
         (False, False, False),
@@ -129,6 +138,8 @@ def tangent_backward(
     lse: Tensor,
     tout: Tensor,
     mu: Tensor,
+    _out_residual: Tensor | None,
+    _tout_residual: Tensor | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     grad_tout: Tensor | None,

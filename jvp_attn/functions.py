@@ -13,7 +13,8 @@ The rules of B close the circle:
                           for q, k, v      = the (q, k, v) part of BT with gO := 0, gT := gO
 
 because <B, h> is the derivative of <gO, O> along h. Each rule takes g_lse along with gO and g_mu
-along with gT. All Functions work under torch.func transforms through `.apply`.
+along with gT. Residuals (see `jvp_attn.maps`) go from F and T to B and BT and have no derivative.
+All Functions work under torch.func transforms through `.apply`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from jvp_attn.backends import maps_of
-from jvp_attn.maps import AttentionOptions
+from jvp_attn.maps import AttentionOptions, Gradients, Outputs, TangentOutputs
 
 MaybeTensor = Tensor | None
 
@@ -50,36 +51,42 @@ class _BatchedFunction(Function):
         return unfolded, tuple(None if y is None else 0 for y in outputs)
 
 
+def _mark_as_constant(ctx: Any, *outputs: MaybeTensor) -> None:
+    ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
+
+
 class FlashAttention(_BatchedFunction):
-    """(q, k, v, options) → (out, lse); shapes as in `jvp_attn.maps.AttentionMaps`."""
+    """(q, k, v, options) → (out, lse, out_residual), as `jvp_attn.maps.AttentionMaps.forward`."""
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
-    ) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Outputs:
         return maps_of(options.backend).forward(q, k, v, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, k, v, ctx.options = inputs
         ctx.save_for_backward(q, k, v, *output)
-        ctx.save_for_forward(q, k, v, *output)
+        ctx.save_for_forward(q, k, v)
+        _mark_as_constant(ctx, *output[2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor) -> Any:
+    def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor, _: None) -> Any:
         grads = FlashAttentionBackward.apply(*ctx.saved_tensors, grad_out, grad_lse, ctx.options)
         return *grads, None
 
     @staticmethod
     def jvp(ctx: Any, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, _: None) -> Any:
-        q, k, v, _out, _lse = ctx.saved_tensors
-        _, _, tout, mu = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, ctx.options)
-        return tout, mu
+        q, k, v, *_ = ctx.saved_tensors
+        _, _, tout, mu, *_ = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, ctx.options)
+        return tout, mu, None
 
 
 class FlashAttentionTangent(_BatchedFunction):
-    """(q, k, v, tq, tk, tv, options) → (out, lse, tout, mu); any tangent may be None."""
+    """(q, k, v, tq, tk, tv, options) → (out, lse, tout, mu, out_residual, tout_residual).
+
+    Any tangent may be None.
+    """
 
     @staticmethod
     def forward(
@@ -90,13 +97,14 @@ class FlashAttentionTangent(_BatchedFunction):
         tk: MaybeTensor,
         tv: MaybeTensor,
         options: AttentionOptions,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> TangentOutputs:
         return maps_of(options.backend).forward_tangent(q, k, v, tq, tk, tv, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output)
+        _mark_as_constant(ctx, *output[4:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -106,11 +114,14 @@ class FlashAttentionTangent(_BatchedFunction):
         grad_lse: MaybeTensor,
         grad_tout: MaybeTensor,
         grad_mu: MaybeTensor,
+        *_: None,
     ) -> Any:
         tensors = ctx.saved_tensors
         if grad_tout is None and grad_mu is None:
-            q, k, v, _tq, _tk, _tv, out, lse, _tout, _mu = tensors
-            grads = FlashAttentionBackward.apply(q, k, v, out, lse, grad_out, grad_lse, ctx.options)
+            q, k, v, _tq, _tk, _tv, out, lse, _tout, _mu, out_residual, _ = tensors
+            grads = FlashAttentionBackward.apply(
+                q, k, v, out, lse, out_residual, grad_out, grad_lse, ctx.options
+            )
             return *grads, None, None, None, None
         grads = FlashAttentionTangentBackward.apply(
             *tensors,
@@ -129,10 +140,10 @@ class FlashAttentionTangent(_BatchedFunction):
 
 
 class FlashAttentionBackward(_BatchedFunction):
-    """(q, k, v, out, lse, grad_out, grad_lse, options) → gradients of (q, k, v).
+    """(q, k, v, out, lse, out_residual, grad_out, grad_lse, options) → gradients of (q, k, v).
 
-    A function of q, k, v, grad_out and grad_lse: out and lse must be those that `FlashAttention`
-    returns for q, k, v, and their share of a derivative is counted in that of q, k, v.
+    A function of q, k, v, grad_out and grad_lse: the others must be what `FlashAttention` returns
+    for q, k, v, and their share of a derivative is counted in that of q, k, v.
     """
 
     @staticmethod
@@ -142,33 +153,37 @@ class FlashAttentionBackward(_BatchedFunction):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
+        out_residual: MaybeTensor,
         grad_out: MaybeTensor,
         grad_lse: MaybeTensor,
         options: AttentionOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return maps_of(options.backend).backward(q, k, v, out, lse, grad_out, grad_lse, options)
+    ) -> Gradients:
+        return maps_of(options.backend).backward(
+            q, k, v, out, lse, out_residual, grad_out, grad_lse, options
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.options = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        q, k, v, _out, _lse, _residual, grad_out, grad_lse, ctx.options = inputs
+        ctx.save_for_backward(q, k, v, grad_out, grad_lse)
+        ctx.save_for_forward(q, k, v, grad_out, grad_lse)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, hq: MaybeTensor, hk: MaybeTensor, hv: MaybeTensor) -> Any:
-        q, k, v, out, lse, grad_out, grad_lse = ctx.saved_tensors
+        q, k, v, grad_out, grad_lse = ctx.saved_tensors
         options = ctx.options
-        _, _, tout, mu = FlashAttentionTangent.apply(q, k, v, hq, hk, hv, options)
+        outputs = FlashAttentionTangent.apply(q, k, v, hq, hk, hv, options)
         gq, gk, gv, *_ = FlashAttentionTangentBackward.apply(
-            *(q, k, v, hq, hk, hv, out, lse, tout, mu),
+            *(q, k, v, hq, hk, hv, *outputs),
             *(None, None, grad_out, grad_lse),
             options,
             (False, False, False),
         )
+        _, _, tout, mu, *_ = outputs
         grad_grad_out = None if grad_out is None else tout
         grad_grad_lse = None if grad_lse is None else mu
-        return gq, gk, gv, None, None, grad_grad_out, grad_grad_lse, None
+        return gq, gk, gv, None, None, None, grad_grad_out, grad_grad_lse, None
 
     @staticmethod
     def jvp(
@@ -176,17 +191,18 @@ class FlashAttentionBackward(_BatchedFunction):
         tq: MaybeTensor,
         tk: MaybeTensor,
         tv: MaybeTensor,
-        tout: MaybeTensor,
-        tlse: MaybeTensor,
+        _tout: MaybeTensor,
+        _tlse: MaybeTensor,
+        _tresidual: MaybeTensor,
         tgrad_out: MaybeTensor,
         tgrad_lse: MaybeTensor,
         _: None,
     ) -> Any:
-        q, k, v, out, lse, grad_out, grad_lse = ctx.saved_tensors
+        q, k, v, grad_out, grad_lse = ctx.saved_tensors
         options = ctx.options
-        _, _, tout, mu = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, options)
+        outputs = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, options)
         gq, gk, gv, *_ = FlashAttentionTangentBackward.apply(
-            *(q, k, v, tq, tk, tv, out, lse, tout, mu),
+            *(q, k, v, tq, tk, tv, *outputs),
             *(tgrad_out, tgrad_lse, grad_out, grad_lse),
             options,
             (False, False, False),

@@ -1,4 +1,8 @@
-"""What a bug report needs to say about a machine: `python -m jvp_attn.info [--json]`."""
+"""What a bug report needs to say about a machine: `python -m jvp_attn.info [--json]`.
+
+With `--shape batch,seqlen,heads,head_dim` it says instead which kernels would compute attention of
+this shape, and why: on the present device, or on another with `--capability 8.0`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import importlib
 import json
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jvp_attn import kernel_report
 from jvp_attn.backends import available_backends, current_backend
+from jvp_attn.validation import DTYPES
 
 if TYPE_CHECKING:
     from jvp_attn._C import BuildInfo, Device
@@ -84,11 +91,61 @@ def as_text(report: Report) -> str:
 
 
 def main() -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m jvp_attn.info", description=__doc__)
+    """Print a report."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.shape is None:
+        of_a_problem = ("seqlen_k", "heads_k", "head_dim_v", "capability")
+        if any(getattr(arguments, name) is not None for name in of_a_problem):
+            parser.error("these options describe a problem, which also needs --shape")
+        report = collect()
+        print(json.dumps(asdict(report), indent=2) if arguments.json else as_text(report))
+        return
+    try:
+        reports = kernel_report.report_problem(
+            getattr(torch, arguments.dtype),
+            arguments.shape,
+            seqlen_k=arguments.seqlen_k,
+            heads_k=arguments.heads_k,
+            head_dim_v=arguments.head_dim_v,
+            capability=arguments.capability,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.json:
+        print(json.dumps([asdict(report) for report in reports], indent=2))
+    else:
+        print(kernel_report.as_text(reports))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jvp_attn.info",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    report = collect()
-    print(json.dumps(asdict(report), indent=2) if parser.parse_args().json else as_text(report))
+    problem = parser.add_argument_group("which kernels would compute attention")
+    problem.add_argument("--shape", type=_shape, help="of q: batch,seqlen,heads,head_dim")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    problem.add_argument("--dtype", choices=dtypes, default="bfloat16", help="%(default)s")
+    problem.add_argument("--seqlen-k", type=int, help="of k and v; as of q by default")
+    problem.add_argument("--heads-k", type=int, help="of k and v; as of q by default")
+    problem.add_argument("--head-dim-v", type=int, help="of v; as of q by default")
+    problem.add_argument("--capability", type=_capability, help="of a device: 8.0, 9.0, ...")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+){3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not batch,seqlen,heads,head_dim")
+    return tuple(map(int, text.split(",")))
+
+
+def _capability(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"(\d+)\.(\d)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability such as 8.0")
+    return int(match[1]), int(match[2])
 
 
 def _extension_and_devices() -> tuple[Extension, list[Device]]:

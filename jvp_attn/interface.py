@@ -55,6 +55,10 @@ def flash_attn_jvp(
     pass over the keys, and tangents that are absent cost nothing. `.backward()` is exact through
     the output, its tangent, lse and the tangent of lse.
 
+    With the CUDA extension, float16 and bfloat16 on a GPU of compute capability 8.0 or newer run
+    on CUDA kernels; all else, and gradients through a tangent where a head dim is above 128, on
+    tiled operations of torch. `python -m jvp_attn.info --shape ...` tells which, and why.
+
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64.
         k: (batch, seqlen_k, heads_k, head_dim), same dtype; heads is a multiple of heads_k.
@@ -71,6 +75,7 @@ def flash_attn_jvp(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        ValueError: `backend("cuda")` is asked for and cannot compute this; the message says why.
         NotImplementedError: a derivative of third order, from the transform that asks for it.
 
     Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081)
@@ -78,7 +83,9 @@ def flash_attn_jvp(
     """
     check_attention(q, k, v)
     scale = resolve_softmax_scale(softmax_scale, q.shape[3])
-    options = AttentionOptions(scale, bool(causal), resolve_backend())
+    options = AttentionOptions(
+        scale, bool(causal), resolve_backend(q, k), _backward_may_follow(q, k, v)
+    )
     out, lse = _attention(q, k, v, options)
     return (out, lse) if return_lse else out
 
@@ -145,7 +152,10 @@ def flash_attn_with_tangent(
     for name, tangent, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         check_tangent(name, tangent, primal)
     scale = resolve_softmax_scale(softmax_scale, q.shape[3])
-    options = AttentionOptions(scale, bool(causal), resolve_backend())
+    inputs = [x for x in (q, k, v, tq, tk, tv) if x is not None]
+    options = AttentionOptions(
+        scale, bool(causal), resolve_backend(q, k), _backward_may_follow(*inputs)
+    )
     out, lse, tout, mu = _attention_with_tangent(q, k, v, tq, tk, tv, options)
     return (out, tout, lse, mu) if return_lse else (out, tout)
 
@@ -157,9 +167,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tu
         duals = [fwAD.unpack_dual(x) for x in (q, k, v)]
         primals, tangents = [d.primal for d in duals], [d.tangent for d in duals]
         if any(t is not None for t in tangents):
-            out, lse, tout, mu = FlashAttentionTangent.apply(*primals, *tangents, options)
+            out, lse, tout, mu, *_ = FlashAttentionTangent.apply(*primals, *tangents, options)
             return fwAD.make_dual(out, tout), fwAD.make_dual(lse, mu)
-    return FlashAttention.apply(q, k, v, options)
+    out, lse, _ = FlashAttention.apply(q, k, v, options)
+    return out, lse
+
+
+def _backward_may_follow(*tensors: Tensor) -> bool:
+    """Under a transform of torch.func no tensor can tell whether an outer one wants gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return bool(torch._C._functorch.get_interpreter_stack()) or any(
+        x.requires_grad for x in tensors
+    )
 
 
 def _tangents_may_be_unpacked(*tensors: Tensor) -> bool:
@@ -192,4 +212,5 @@ def _attention_with_tangent(
         outputs: Any = torch.func.jvp(formula, (q, k, v), tangents)
         (out, lse), (tout, mu) = outputs
         return out, lse, tout, mu
-    return FlashAttentionTangent.apply(q, k, v, tq, tk, tv, options)
+    out, lse, tout, mu, *_ = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, options)
+    return out, lse, tout, mu

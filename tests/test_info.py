@@ -3,12 +3,20 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from io import StringIO
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from jvp_attn import info
+from jvp_attn.backends import why_no_extension
+from jvp_attn.kernel_choice import MAPS
+from jvp_attn.kernel_table import KERNELS
 
 H200 = {
     "name": "NVIDIA H200",
@@ -81,6 +89,108 @@ def test_no_device_is_explained() -> None:
     extension = replace(ON_A_GPU.extension, device_error="no CUDA driver is installed")
     report = replace(ON_A_GPU, extension=extension, devices=[])
     assert "devices    none (no CUDA driver is installed)" in info.as_text(report).splitlines()
+
+
+# ----------------------------------------------------------------------------
+# Which kernels compute attention of a shape
+
+SHAPE = ("--shape", "2,4096,16,200", "--heads-k", "4", "--capability", "8.0")
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "jvp_attn._C", None)
+    why_no_extension.cache_clear()
+    yield
+    why_no_extension.cache_clear()
+
+
+@pytest.fixture
+def extension(no_extension: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says of all kernels that they take 128 threads and 48 KiB."""
+    described = {name: {"threads": 128, "shared_bytes": 48 * 1024} for name in KERNELS}
+    monkeypatch.setitem(sys.modules, "jvp_attn._C", SimpleNamespace(kernels=lambda: described))
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["info", *options])
+    with redirect_stdout(StringIO()) as output:
+        info.main()
+    return output.getvalue()
+
+
+def tile_text(kernel: str) -> str:
+    return "tile of {} rows x {} keys".format(*KERNELS[kernel].tile)
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_kernels_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, tangent = "forward_bf16_d256", "tangent_given_forward_bf16_d256"
+    dq, dkv = "backward_dq_bf16_d256", "backward_dkv_bf16_d256"
+    assert printed(monkeypatch, *SHAPE).splitlines() == [
+        "forward           kernels for bfloat16, head dim 200 padded to 256",
+        f"                    {forward}, {tile_text(forward)}",
+        "forward_tangent   kernels for bfloat16, head dim 200 padded to 256",
+        f"                    {forward}, {tile_text(forward)}",
+        f"                    {tangent}, {tile_text(tangent)}",
+        "backward          kernels for bfloat16, head dim 200 padded to 256",
+        "                    preprocess_bf16",
+        f"                    {dq}, {tile_text(dq)}",
+        f"                    {dkv}, {tile_text(dkv)}",
+        "tangent_backward  blockwise, because it has no kernel for head dim 256",
+    ]
+
+
+@pytest.mark.usefixtures("extension")
+def test_the_extension_knows_what_its_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = printed(monkeypatch, *SHAPE).splitlines()[1]
+    assert line.endswith(" keys, 128 threads, 48 KiB shared memory")
+
+
+def test_kernels_of_a_shape_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = json.loads(printed(monkeypatch, *SHAPE, "--head-dim-v", "64", "--json"))
+    assert [report["map"] for report in reports] == list(MAPS)
+    assert reports[0]["kernels"][0]["name"] == "forward_bf16_d256"
+    assert reports[0]["why"] == "bfloat16, head dim 200 and 64 padded to 256"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--dtype", "float32"), "and q has float32"),
+        (("--capability", "7.5"), "the device has 7.5"),
+        (("--seqlen-k", "1073741824"), "that of k is 1073741824"),
+    ],
+)
+def test_blockwise_has_its_reason(
+    options: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = printed(monkeypatch, *SHAPE, *options).splitlines()
+    assert len(lines) == len(MAPS)
+    assert all("blockwise, because the kernels" in line and reason in line for line in lines)
+
+
+def test_without_a_device_blockwise_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = printed(monkeypatch, "--shape", "1,8,2,64").splitlines()
+    assert lines[0] == "forward           blockwise, because torch sees no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "2,4096,16"), "'2,4096,16' is not batch,seqlen,heads,head_dim"),
+        ((*SHAPE, "--heads-k", "3"), "q has 16 heads and k has 3"),
+        ((*SHAPE, "--capability", "Hopper"), "'Hopper' is no compute capability such as 8.0"),
+        (("--heads-k", "3"), "these options describe a problem, which also needs --shape"),
+    ],
+)
+def test_wrong_options_are_explained(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit):
+        printed(monkeypatch, *options)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -68,6 +68,12 @@ def fake_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return toolkit
 
 
+def keep_kernels(project: Path, *names: str) -> None:
+    """Strike all others from the kernel table: compiling them takes minutes."""
+    with (project / "jvp_attn" / "kernel_table.py").open("a") as table:
+        table.write(f"KERNELS = {{name: KERNELS[name] for name in {names}}}\n")
+
+
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in command],
@@ -282,6 +288,7 @@ def test_the_sdist_is_the_whole_project(project: Path) -> None:
 def test_an_sdist_becomes_a_wheel_with_the_extension(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    keep_kernels(project, "forward_bf16_d64", "preprocess_fp16")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
     result = run(sys.executable, "-m", "build", "--no-isolation", cwd=project)
     assert result.returncode == 0, result.stdout
@@ -293,10 +300,20 @@ def test_an_sdist_becomes_a_wheel_with_the_extension(
     assert extension.startswith("jvp_attn/_C.")
 
     info = info_after_installing(wheel, tmp_path / "venv")
+    assert info["available_backends"] == ["blockwise", "cuda", "math"]
     build = info["extension"]["build"]
     assert build["archs"] == ["sm_90a", "compute_90"]
     assert build["nvcc"] == setup_py.find_toolkit().version
     assert build["git_hash"] == "unknown"
+
+    python = tmp_path / "venv" / "bin" / "python"
+    ask = "from jvp_attn import _C; print(*(f'{x} {y}' for x, y in sorted(_C.kernels().items())))"
+    described = run(python, "-c", ask, cwd=tmp_path).stdout
+    assert re.fullmatch(
+        r"forward_bf16_d64 \{'threads': 128, 'shared_bytes': \d+\} "
+        r"preprocess_fp16 \{'threads': 128, 'shared_bytes': 0\}\n",
+        described,
+    ), described
 
 
 @needs_nvcc
@@ -304,6 +321,7 @@ def test_an_sdist_becomes_a_wheel_with_the_extension(
 def test_a_failed_compilation_says_what_to_do(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    keep_kernels(project, "preprocess_bf16")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     with (project / "csrc" / "bindings.cpp").open("a") as source:
         source.write("\n#error broken on purpose\n")

@@ -95,7 +95,7 @@ struct Forward {
                 tout.scale_rows(rescaling);
                 tangent_weights.rescale(rescaling);
             }
-            if (has_t) tangent_weights.update(weighted, scores, tangents, scale);
+            if (kTangent) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
             block_barrier();  // V is here, and no warp needs K any more

@@ -1,12 +1,55 @@
 """A backend is chosen by `backend(name)` or by JVP_ATTN_BACKEND; backward passes keep it."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import Case
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import jvp_attn
-from jvp_attn import flash_attn_jvp
+from jvp_attn import backends, flash_attn_jvp
+from jvp_attn.kernel_table import KERNELS
+
+
+@pytest.fixture(autouse=True)
+def extension_is_looked_for_again() -> Iterator[None]:
+    backends.why_no_extension.cache_clear()
+    yield
+    backends.why_no_extension.cache_clear()
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jvp_attn._C", None)
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """One that says it has all kernels."""
+    extension = SimpleNamespace(kernels=lambda: dict.fromkeys(KERNELS))
+    monkeypatch.setitem(sys.modules, "jvp_attn._C", extension)
+    return extension
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A CUDA device in the eyes of torch; its tensors hold no data."""
+    properties = {"capability": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: properties["capability"])
+    with FakeTensorMode():
+        yield properties
+
+
+def on_gpu(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(2, 8, 2, 64, dtype=dtype, device="cuda:0")
 
 
 def attention_of_q() -> tuple[Tensor, Tensor]:
@@ -25,7 +68,8 @@ def thrice_differentiated(out: Tensor, q: Tensor) -> Tensor:
     return y
 
 
-def test_blockwise_is_what_runs_automatically() -> None:
+@pytest.mark.usefixtures("no_extension")
+def test_blockwise_is_what_runs_automatically_on_a_cpu() -> None:
     assert jvp_attn.current_backend() == "automatic"
     assert jvp_attn.available_backends() == ("blockwise", "math")
     with pytest.raises(NotImplementedError):
@@ -68,6 +112,7 @@ def test_an_empty_environment_variable_chooses_nothing(monkeypatch: pytest.Monke
 ALLOWED = "it must be one of automatic, blockwise, math"
 
 
+@pytest.mark.usefixtures("no_extension")
 def test_an_unknown_backend_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=f"backend is 'cuda9'; {ALLOWED}"),
@@ -77,9 +122,65 @@ def test_an_unknown_backend_is_refused() -> None:
     assert jvp_attn.current_backend() == "automatic"
 
 
+@pytest.mark.usefixtures("no_extension")
 def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_BACKEND", "cuda9")
     with pytest.raises(ValueError, match=f"variable JVP_ATTN_BACKEND is 'cuda9'; {ALLOWED}"):
+        attention_of_q()
+
+
+# ----------------------------------------------------------------------------
+# The backend `cuda`
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_cuda_without_the_extension_is_refused_with_the_reason() -> None:
+    message = rf"{ALLOWED} \(the CUDA extension is not installed \(.*jvp_attn\._C.*\)\)"
+    with pytest.raises(ValueError, match=message), jvp_attn.backend("cuda"):
+        pass
+
+
+def test_an_extension_with_other_kernels_is_not_used(extension: SimpleNamespace) -> None:
+    extension.kernels = lambda: dict.fromkeys(set(KERNELS) - {"backward_dq_bf16_d64"})
+    assert jvp_attn.available_backends() == ("blockwise", "math")
+    message = "not of this version .it has no kernel backward_dq_bf16_d64"
+    with pytest.raises(ValueError, match=message), jvp_attn.backend("cuda"):
+        pass
+
+
+@pytest.mark.usefixtures("extension")
+def test_on_a_gpu_half_precision_runs_on_cuda_automatically(gpu: dict[str, Any]) -> None:
+    assert jvp_attn.available_backends() == ("blockwise", "cuda", "math")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert backends.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "cuda"
+    for dtype in (torch.float32, torch.float64):
+        assert backends.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "blockwise"
+    gpu["capability"] = (7, 5)
+    assert backends.resolve_backend(on_gpu(), on_gpu()) == "blockwise"
+
+
+@pytest.mark.usefixtures("no_extension", "gpu")
+def test_on_a_gpu_without_the_extension_blockwise_runs() -> None:
+    assert backends.resolve_backend(on_gpu(), on_gpu()) == "blockwise"
+
+
+@pytest.mark.usefixtures("extension")
+def test_cuda_is_refused_where_it_cannot_compute(gpu: dict[str, Any]) -> None:
+    def refusal(q: Tensor) -> str:
+        refused_by = pytest.raises(ValueError, match="backend 'cuda' cannot compute this: ")
+        with jvp_attn.backend("cuda"), refused_by as refused:
+            backends.resolve_backend(q, q)
+        return str(refused.value)
+
+    assert "q is on cpu" in refusal(torch.zeros(2, 8, 2, 64))
+    assert "and q has float32; 'automatic' can" in refusal(on_gpu(torch.float32))
+    gpu["capability"] = (7, 5)
+    assert "the device has 7.5" in refusal(on_gpu())
+
+
+@pytest.mark.usefixtures("extension")
+def test_attention_on_the_wrong_device_is_refused() -> None:
+    with jvp_attn.backend("cuda"), pytest.raises(ValueError, match="q is on cpu"):
         attention_of_q()
 
 

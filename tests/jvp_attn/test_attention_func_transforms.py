@@ -21,6 +21,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
+from jvp_attn.backends import resolve_backend
 
 QKV = (0, 1, 2)
 
@@ -189,16 +190,18 @@ def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: C
 def test_flash_attention_has_every_derivative_by_itself(derivative: Derivative) -> None:
     case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
     x, t = case.point_and_direction()
-    applied = derivative(lambda *x: FlashAttention.apply(*x, AttentionOptions(0.5)), x, t)
+    options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
+    applied = derivative(lambda *x: FlashAttention.apply(*x, options)[:2], x, t)
     assert_close(named(applied), named(derivative(case.naive, x, t)))
 
 
 def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
     case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
     x, t = case.point_and_direction()
+    options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
 
     def applied(*xt: Tensor) -> Tensors:
-        return FlashAttentionTangent.apply(*xt, AttentionOptions(0.5))
+        return FlashAttentionTangent.apply(*xt, options)[:4]
 
     def naive(*xt: Tensor) -> Tensors:
         return tuple(tree_leaves(jvp(case.naive, xt[:3], xt[3:])))

@@ -51,7 +51,13 @@ over_data = pytest.mark.parametrize(
     "kind", [plain, offset, large_logits], ids=lambda kind: kind.__name__
 )
 over_dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+    ("dtype", "computed_by"),
+    [
+        *((dtype, "blockwise") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *((dtype, "emulated") for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    indirect=["computed_by"],
+    ids=lambda x: x if isinstance(x, str) else str(x)[6:],
 )
 over_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 Kind = Callable[[Named], Named]

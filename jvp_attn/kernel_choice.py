@@ -1,0 +1,57 @@
+"""Which CUDA kernels compute an attention map, and where none does, why."""
+
+from __future__ import annotations
+
+import torch
+
+from jvp_attn.kernel_table import KERNELS, KernelEntry, kernel_name, padded_head_dim
+
+ELEMENT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+MIN_CAPABILITY = (8, 0)
+# The kernels count rows and keys with 32 bits, and add two such numbers.
+MAX_SEQLEN = 2**30 - 1
+
+# The steps of each map, one launch each; where a map has two ways, the first is the faster.
+_WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "forward": (("forward",),),
+    "forward_tangent": (("forward_tangent",), ("forward", "tangent_given_forward")),
+    "backward": (("preprocess", "backward_dq", "backward_dkv"),),
+    "tangent_backward": (("preprocess", "tangent_backward_dq", "tangent_backward_dkv"),),
+}
+MAPS = tuple(_WAYS)
+
+
+def kernels_of(
+    map_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int
+) -> tuple[KernelEntry, ...] | None:
+    """The kernels that compute a map, in the order of their launches; None where there are none.
+
+    Args:
+        map_name: one of MAPS.
+        dtype: float16 or bfloat16.
+        head_dim, head_dim_v: that of q and k, and that of v.
+    """
+    element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
+    for steps in _WAYS[map_name]:
+        names = [
+            kernel_name(step, element, None if step == "preprocess" else padded) for step in steps
+        ]
+        if all(name in KERNELS for name in names):
+            return tuple(KERNELS[name] for name in names)
+    return None
+
+
+def why_no_kernels(
+    dtype: torch.dtype, seqlen_q: int, seqlen_k: int, capability: tuple[int, int]
+) -> str | None:
+    """Why the kernels cannot compute a problem on a device; None where they can."""
+    if capability < MIN_CAPABILITY:
+        return "the kernels need compute capability {}.{} or newer, ".format(
+            *MIN_CAPABILITY
+        ) + "and the device has {}.{}".format(*capability)
+    if dtype not in ELEMENT_OF_DTYPE:
+        return f"the kernels compute in float16 and bfloat16, and q has {str(dtype)[6:]}"
+    for name, seqlen in (("q", seqlen_q), ("k", seqlen_k)):
+        if seqlen > MAX_SEQLEN:
+            return f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {seqlen}"
+    return None

@@ -1,0 +1,31 @@
+"""Each of these tests runs on a GPU at realistic sizes, and on a CPU at small ones.
+
+The CPU shows that a test is right: there the backend `blockwise` passes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import jvp_attn
+
+# The cases and oracles of these tests serve here too.
+sys.path.insert(0, str(Path(__file__).parents[1] / "jvp_attn"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from machines import Machine
+
+CPU = Machine(torch.device("cpu"), "blockwise", shrink=64)
+GPU = Machine(torch.device("cuda"), "cuda", shrink=1)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    machine = CPU if request.param == "cpu" else GPU
+    with jvp_attn.backend(machine.backend):
+        yield machine

@@ -1,0 +1,75 @@
+"""Runs every kernel under compute-sanitizer: `python tests/gpu/sanitize.py [TOOL ...]`.
+
+memcheck finds accesses outside of memory, racecheck shared memory that is read and written without
+a barrier between, synccheck barriers that not all threads reach. The kernels run on the small
+problems of tests/kernels, by test_gpu_kernels.py. Ends with 1 where a tool finds something or a
+test fails. Needs a GPU, the extension, and compute-sanitizer, which comes with the CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from runpy import run_path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck", "synccheck")
+TESTS = "tests/gpu/test_gpu_kernels.py"
+
+# Of the tool itself, told apart from pytest's.
+FOUND_SOMETHING = 99
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}; all")
+    tools = parser.parse_args().tools or TOOLS
+    if unknown := set(tools) - set(TOOLS):
+        parser.error(f"there is no tool {', '.join(sorted(unknown))}; there are {', '.join(TOOLS)}")
+    sanitizer = find_sanitizer()
+    if failed := [tool for tool in tools if not passes(sanitizer, tool)]:
+        sys.exit(f"failed: {', '.join(failed)}")
+    print(f"passed: {', '.join(tools)}")
+
+
+def find_sanitizer() -> Path:
+    """compute-sanitizer of PATH, or of the toolkit that the build would use."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    if toolkit := run_path(str(ROOT / "setup.py"))["find_toolkit"]():
+        folders += [str(toolkit.root / "bin"), str(toolkit.root / "compute-sanitizer")]
+    found = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    if found is None:
+        sys.exit("compute-sanitizer is neither in PATH nor in the CUDA toolkit: install it there")
+    return Path(found)
+
+
+def passes(sanitizer: Path, tool: str) -> bool:
+    """Whether the tests pass under a tool and it finds nothing."""
+    print(f"--- {tool}", flush=True)
+    command = [
+        *(str(sanitizer), "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING)),
+        *(sys.executable, "-m", "pytest", "-m", "cuda", "-rs", TESTS),
+    ]
+    # With an allocation for each tensor, memcheck sees where one ends.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(result.stdout)
+    if result.returncode == FOUND_SOMETHING:
+        print(f"{tool} found errors; they are above")
+    # Skipped tests show nothing.
+    return result.returncode == 0 and " skipped" not in result.stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Tests of derivatives run twice: with the backend `blockwise`, and with the kernels emulated."""
+
+from collections.abc import Iterator
+
+import pytest
+from emulated_backend import emulated_backend
+
+ALSO_EMULATED = {
+    "test_attention_autograd",
+    "test_attention_derivatives",
+    "test_attention_func_transforms",
+    "test_attention_hidden_keys",
+    "test_attention_identities",
+    "test_attention_layouts",
+    "test_attention_random_cases",
+}
+# Derivatives that take hundreds of launches.
+SLOW = {"hessian_", "jacfwd_", "jacrev_", "jacrev_of_jacfwd", "jacrev_of_jacrev"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chooses_backends_itself = "backend" in metafunc.fixturenames
+    if metafunc.module.__name__ in ALSO_EMULATED and not chooses_backends_itself:
+        metafunc.parametrize("computed_by", ["blockwise", "emulated"], indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        derivative = getattr(parameters.get("derivative"), "__name__", "")
+        if parameters.get("computed_by") == "emulated" and derivative in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def computed_by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The backend of `flash_attn_jvp` during a test."""
+    if getattr(request, "param", "blockwise") == "emulated":
+        with emulated_backend():
+            yield
+    else:
+        yield

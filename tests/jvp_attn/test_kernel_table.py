@@ -1,0 +1,149 @@
+"""The table of kernels says what is compiled, and the generated sources say the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jvp_attn.kernel_choice import MAPS, kernels_of, why_no_kernels
+from jvp_attn.kernel_table import ALLOWED_SPILL_BYTES, KERNELS, padded_head_dim
+
+ROOT = Path(__file__).parents[2]
+generate_py = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
+FEW = [KERNELS[name] for name in ("preprocess_bf16", "forward_bf16_d64", "forward_fp16_d64_masked")]
+
+
+def test_the_table_is_read_without_torch() -> None:
+    script = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules, 'torch'"
+    )
+    table = ROOT / "jvp_attn" / "kernel_table.py"
+    subprocess.run([sys.executable, "-c", script, table], check=True)
+
+
+def test_a_name_says_what_a_kernel_is() -> None:
+    kernel = KERNELS["tangent_backward_dq_fp16_d128_masked"]
+    assert (kernel.step, kernel.element, kernel.head_dim) == ("tangent_backward_dq", "fp16", 128)
+    assert kernel.masked
+    assert kernel.header == "sm80/backward_dq.cuh"
+    rows, keys = kernel.tile
+    assert kernel.cpp_class == f"BackwardDq<Fp16, 128, {rows}, {keys}, true, true>"
+    assert KERNELS["preprocess_bf16"].cpp_class == "Preprocess<Bf16>"
+
+
+def test_every_kernel_comes_in_both_dtypes_with_mask_and_without() -> None:
+    for name in KERNELS:
+        twin = name.replace("bf16", "fp16") if "bf16" in name else name.replace("fp16", "bf16")
+        assert twin in KERNELS
+        if "preprocess" not in name:
+            assert name.removesuffix("_masked") in KERNELS
+            assert name.removesuffix("_masked") + "_masked" in KERNELS
+
+
+def test_warps_have_whole_matrices() -> None:
+    for kernel in KERNELS.values():
+        assert kernel.tile is None or all(size % 16 == 0 for size in kernel.tile), kernel.name
+
+
+def test_only_kernels_that_exist_are_allowed_to_spill() -> None:
+    assert ALLOWED_SPILL_BYTES.keys() <= KERNELS.keys()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "padded"),
+    [(1, 1, 64), (64, 64, 64), (64, 65, 96), (97, 8, 128), (128, 129, 256), (256, 256, 256)],
+)
+def test_a_head_dim_is_padded_to_the_next(head_dim: int, head_dim_v: int, padded: int) -> None:
+    assert padded_head_dim(head_dim, head_dim_v) == padded
+
+
+def test_no_kernel_serves_a_head_dim_above_256() -> None:
+    assert padded_head_dim(257, 64) is None
+    assert all(kernels_of(name, torch.bfloat16, 257, 64) is None for name in MAPS)
+
+
+def names_of(map_name: str, head_dim: int) -> list[str] | None:
+    kernels = kernels_of(map_name, torch.bfloat16, head_dim, head_dim)
+    return None if kernels is None else [kernel.name for kernel in kernels]
+
+
+def test_kernels_of_each_map_in_the_order_of_their_launches() -> None:
+    assert names_of("forward", 256) == ["forward_bf16_d256"]
+    assert names_of("forward_tangent", 128) == ["forward_tangent_bf16_d128"]
+    assert names_of("forward_tangent", 256) == [
+        "forward_bf16_d256",
+        "tangent_given_forward_bf16_d256",
+    ]
+    assert names_of("backward", 80) == [
+        "preprocess_bf16",
+        "backward_dq_bf16_d96",
+        "backward_dkv_bf16_d96",
+    ]
+    assert names_of("tangent_backward", 64) == [
+        "preprocess_bf16",
+        "tangent_backward_dq_bf16_d64",
+        "tangent_backward_dkv_bf16_d64",
+    ]
+    assert names_of("tangent_backward", 256) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seqlen", "capability", "reason"),
+    [
+        (
+            torch.float32,
+            8,
+            (9, 0),
+            "the kernels compute in float16 and bfloat16, and q has float32",
+        ),
+        (torch.float16, 8, (7, 5), "need compute capability 8.0 or newer, and the device has 7.5"),
+        (torch.float16, 2**30, (8, 0), "up to 1073741823, and that of q is 1073741824"),
+    ],
+)
+def test_a_problem_without_kernels_has_a_reason(
+    dtype: torch.dtype, seqlen: int, capability: tuple[int, int], reason: str
+) -> None:
+    assert reason in (why_no_kernels(dtype, seqlen, 8, capability) or "")
+    assert why_no_kernels(torch.bfloat16, 8, 8, (8, 0)) is None
+
+
+# ----------------------------------------------------------------------------
+# Generated sources
+
+
+def test_each_kernel_has_a_source_and_the_list_has_them_all(tmp_path: Path) -> None:
+    sources = generate_py.generate(tmp_path, generate_py.kernel_table())
+    assert sorted(sources) == sorted(tmp_path.iterdir())
+    assert {path.stem for path in sources} == {*KERNELS, "all_kernels"}
+    for name, kernel in KERNELS.items():
+        text = (tmp_path / f"{name}.cu").read_text()
+        assert f"JVP_ATTN_KERNEL({name}, {kernel.cpp_class})" in text
+        assert f'#include "{kernel.header}"' in text
+    listed = (tmp_path / "all_kernels.cpp").read_text()
+    assert all(f"extern const Kernel {name};" in listed for name in KERNELS)
+
+
+def test_sources_that_do_not_change_are_not_written(tmp_path: Path) -> None:
+    generate_py.generate(tmp_path, FEW)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    changed = tmp_path / "preprocess_bf16.cu"
+    changed.write_text("something else")
+    generate_py.generate(tmp_path, FEW)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {path for path in after if after[path] != before[path]} == {changed}
+    assert "Preprocess" in changed.read_text()
+
+
+def test_only_sources_generated_before_are_deleted(tmp_path: Path) -> None:
+    generate_py.generate(tmp_path, FEW)
+    by_hand = tmp_path / "by_hand.cu"
+    by_hand.write_text("// by hand\n")
+    generate_py.generate(tmp_path, FEW[:1])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"preprocess_bf16.cu", "all_kernels.cpp", "by_hand.cu"}
