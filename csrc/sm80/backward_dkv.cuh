@@ -113,6 +113,12 @@ private:
             if (has_tv) load(tv_tile, p.tv, p.head_dim_v);
         }
 
+        // Whether a tile of queries from `row` on may not see all keys of the block.
+        DEVICE bool hides_keys(int row) const {
+            const int end = first_key + Keys;
+            return kMasked || end > sequence.keys || sequence.first_query_of(end - 1) > row;
+        }
+
         DEVICE bool sees_queries() const {
             return first_key < sequence.keys && first_row < sequence.queries;
         }
@@ -235,10 +241,7 @@ private:
                                                       block.has_tk, row, block.q_tile,
                                                       block.tq_tile, block.has_tq);
             scores.scale(block.p.softmax_scale * kLog2E);
-            const int end = block.first_key + Keys;
-            if (kMasked || end > block.sequence.keys ||
-                block.sequence.first_query_of(end - 1) > first_row)
-                hide(block, scores, tangents, head, first_row);
+            if (block.hides_keys(first_row)) hide(block, scores, tangents, head, first_row);
 
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
@@ -309,8 +312,10 @@ private:
     struct KeyWarp {
         Gradient grad_k, grad_tk;
         Scores x, bc;  // gO Vᵀ + gT tVᵀ − delta and gT Vᵀ − beta, transposed
+        bool hides_keys;
 
-        DEVICE void compute(const Block& block, int, int) {
+        DEVICE void compute(const Block& block, int, int first_row) {
+            hides_keys = block.hides_keys(first_row);
             const int row = block.key_in_block();
             x = Scores();
             bc = Scores();
@@ -338,6 +343,10 @@ private:
             Scores weights, tangents;
             block.take_over(0, weights);
             if (kFull) block.take_over(1, tangents);
+            if (hides_keys) {
+                x.silence_unweighted(weights);
+                bc.silence_unweighted(weights);
+            }
             Weights sbar, tbar;
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)

@@ -86,7 +86,8 @@ struct BackwardDq {
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
             scores.scale(scale * kLog2E);
-            if (first_key + Keys > clear) {
+            const bool hides_keys = first_key + Keys > clear;
+            if (hides_keys) {
                 visible.apply(scores, first_key);
                 silence_hidden(tangents, scores);
             }
@@ -99,6 +100,7 @@ struct BackwardDq {
             if (has_gt) multiply_transposed<Element>(x, gt_tile, row, v_tile);
             if (kFull) {
                 x.subtract_from_rows(rows.beta);
+                if (hides_keys) x.silence_unweighted(weights);
                 tbar_totals.add_product(tbar, weights, x);
 #pragma unroll
                 for (int i = 0; i < x.kBlocks; ++i)
@@ -109,6 +111,7 @@ struct BackwardDq {
             if (has_go) multiply_transposed<Element>(x, go_tile, row, v_tile);
             if (has_tv) multiply_transposed<Element>(x, gt_tile, row, tv_tile);
             x.subtract_from_rows(rows.delta);
+            if (hides_keys) x.silence_unweighted(weights);
             sbar_totals.add_product(sbar, weights, x);
 
             block_barrier();  // no warp needs V any more

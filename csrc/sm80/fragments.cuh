@@ -63,6 +63,15 @@ struct Accumulator {
             for (int e = 0; e < 4; ++e) value[i][e] -= amount[e / 2];
     }
 
+    // 0 where a weight is 0: there a value may be infinite, and 0 · inf is NaN.
+    DEVICE void silence_unweighted(const Accumulator& weights) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (weights.value[i][e] == 0) value[i][e] = 0;
+    }
+
     DEVICE void scale_rows(const float (&factor)[2]) {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i)

@@ -217,6 +217,7 @@ def main() -> None:
     print(as_table(compiled))
     if options.out:
         path = options.out / f"kernel-registers-{options.arch}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(as_json(compiled, options.arch))
         print(f"wrote {path}")
     if found := all_faults(compiled):
