@@ -1,0 +1,115 @@
+"""Which problems the kernels are given: values along many axes, and samples of their product.
+
+A step (forward, tangent_backward_dkv, …) has one kernel for each element type and head dim. Which
+of them runs is an axis like all others. `covering` samples the product of the axes:
+
+    strength 1    every kernel at least once, every value of every axis at least once
+    strength 2    every value of every axis in every kernel, every pair of values in some kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from random import Random
+from zlib import crc32
+
+from buffers import LAYOUTS
+
+from jvp_attn.kernel_table import KERNELS, KernelEntry
+
+# A case: the value along each axis, all as text.
+Case = Mapping[str, str]
+
+LENGTHS = ("1", "tile - 1", "tile", "tile + 1", "several tiles")
+# Of (batch, heads, rows, columns), those along which a mask does not broadcast.
+MASK_DIMS = ("-", *("".join(c) for n in range(1, 5) for c in combinations("bhrc", n)))
+
+_EVERY_STEP = {
+    "queries": LENGTHS,
+    "keys": LENGTHS,
+    "heads": ("1 over 1", "2 over 2", "4 over 2", "8 over 1"),
+    "sequences": ("one", "two", "padded", "packed", "packed and padded"),
+    "causal": ("no", "bottom_right", "top_left"),
+    "head dims": ("full", "full, narrow v", "even", "odd", "tiny"),
+    "layouts": ("all dense", *LAYOUTS),
+    "data": ("plain", "offset", "large logits", "huge where hidden"),
+    "scale": ("default", "negative", "zero"),
+}
+_MASK = {
+    "mask": ("boolean", "additive_element", "additive_float32"),
+    "mask dims": MASK_DIMS,
+    "mask hides": ("some", "whole rows", "the first keys", "all"),
+}
+_TANGENTS = {"tangents": ("q k v", "q", "k", "v", "q k", "q v", "k v", "")}
+_RESIDUALS = {"residuals": ("written", "not wanted")}
+_ANY_COTANGENTS = ("out lse tout mu", "out", "tout", "mu", "out tout", "lse mu", "lse tout", "lse")
+
+_OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
+    "forward": _RESIDUALS,
+    "forward_tangent": _TANGENTS | _RESIDUALS,
+    "tangent_given_forward": _TANGENTS | _RESIDUALS,
+    "preprocess": _TANGENTS
+    | {
+        "cotangents": _ANY_COTANGENTS,
+        "residuals": ("given", "absent"),
+        "wanted": ("beta delta", "delta"),
+    },
+    "backward_dq": {"cotangents": ("out", "lse", "out lse")},
+    "backward_dkv": {"cotangents": ("out", "lse", "out lse")},
+    "tangent_backward_dq": _TANGENTS
+    | {"cotangents": _ANY_COTANGENTS, "wanted": ("grad_q grad_tq", "grad_q")},
+    "tangent_backward_dkv": _TANGENTS
+    | {
+        "cotangents": _ANY_COTANGENTS,
+        "wanted": (
+            "grad_k grad_v grad_tk grad_tv",
+            "grad_k grad_v",
+            "grad_k grad_v grad_tk",
+            "grad_k grad_v grad_tv",
+        ),
+    },
+}
+STEPS = [(step, masked) for step in _OF_STEP for masked in (False, True)]
+STEPS.remove(("preprocess", True))
+
+
+def kernels_of(step: str, masked: bool) -> list[KernelEntry]:
+    """The kernels of a step, of all elements and head dims."""
+    return [x for x in KERNELS.values() if x.step == step and x.masked == masked]
+
+
+def axes_of(step: str, masked: bool) -> dict[str, Sequence[str]]:
+    """The values along each axis of a step's problems."""
+    kernels = {"kernel": [kernel.name for kernel in kernels_of(step, masked)]}
+    return {**kernels, **_EVERY_STEP, **_OF_STEP[step], **(_MASK if masked else {})}
+
+
+def covering(axes: Mapping[str, Sequence[str]], strength: int) -> list[Case]:
+    """Cases that have every combination of values along so many axes; the same each time."""
+    missing = {
+        combination
+        for names in combinations(axes, strength)
+        for combination in product(*(_of_axis(name, axes[name]) for name in names))
+    }
+    random = Random(crc32(repr((axes, strength)).encode()))
+    cases = []
+    while missing:
+        # The best of some random cases, each made to have one of the combinations.
+        candidates = []
+        for combination in random.sample(sorted(missing), min(len(missing), 20)):
+            case = {name: random.choice(values) for name, values in axes.items()}
+            case.update(combination)
+            candidates.append(case)
+        best = max(candidates, key=lambda case: len(_combinations(case, strength) & missing))
+        missing -= _combinations(best, strength)
+        cases.append(best)
+    return cases
+
+
+def _of_axis(name: str, values: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, value) for value in values]
+
+
+def _combinations(case: Case, strength: int) -> set[tuple[tuple[str, str], ...]]:
+    return set(combinations(case.items(), strength))

@@ -1,0 +1,169 @@
+"""Launches kernels in the emulator on tensors laid out in memory, and guards that memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import emulator
+import torch
+from buffers import Buffer, Layout, matrix_buffer
+from reference import ROW_VECTORS, Problem
+from torch import Tensor
+
+from jvp_attn.kernel_table import KERNELS
+
+Buffers = Mapping[str, Buffer]
+
+_CAUSAL = {"no": 0, "bottom_right": 1, "top_left": 2}
+_MASK_KIND = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
+
+# What each step reads besides masks and lengths, and what it writes; some it does both.
+READS = {
+    "forward": "q k v",
+    "forward_tangent": "q k v tq tk tv",
+    "tangent_given_forward": "q k v tq tk tv out out_residual lse",
+    "preprocess": "out out_residual tout tout_residual grad_out grad_tout grad_lse grad_mu",
+    "backward_dq": "q k v grad_out grad_lse lse delta",
+    "backward_dkv": "q k v grad_out lse delta",
+    "tangent_backward_dq": "q k v tq tk tv grad_out grad_tout grad_lse grad_mu lse mu beta delta",
+    "tangent_backward_dkv": "q k v tq tk tv grad_out grad_tout lse mu beta delta",
+}
+WRITES = {
+    "forward": "out out_residual lse",
+    "forward_tangent": "out out_residual lse tout tout_residual mu",
+    "tangent_given_forward": "tout tout_residual mu",
+    "preprocess": "beta delta",
+    "backward_dq": "grad_q delta",
+    "backward_dkv": "grad_k grad_v",
+    "tangent_backward_dq": "grad_q grad_tq beta delta",
+    "tangent_backward_dkv": "grad_k grad_v grad_tk grad_tv",
+}
+
+
+def row_buffer(shape: tuple[int, ...]) -> Buffer:
+    """A (batch, heads, rows) row vector, with gaps between heads and between batches."""
+    batch, heads, rows = shape
+    del batch
+    return Buffer(shape, torch.float32, (heads * (rows + 3) + 5, rows + 3, 1))
+
+
+def row_buffer_of(x: Tensor) -> Buffer:
+    """A copy of a row vector."""
+    buffer = row_buffer(tuple(x.shape))
+    buffer.view[...] = x
+    return buffer
+
+
+def mask_buffer_of(mask: Tensor, *, columns_first: bool) -> Buffer:
+    """A copy of a mask, with stride 0 where it broadcasts."""
+    strides, stride = [0, 0, 0, 0], 1
+    for dim in (0, 1, 3, 2) if columns_first else (3, 2, 1, 0):
+        if mask.shape[dim] > 1:
+            strides[dim] = stride
+            stride = stride * mask.shape[dim] + 1
+    buffer = Buffer(tuple(mask.shape), mask.dtype, tuple(strides))
+    buffer.view[...] = mask
+    return buffer
+
+
+def _lengths_buffer(lengths: Iterable[int]) -> Buffer:
+    x = torch.tensor(list(lengths), dtype=torch.int32)
+    buffer = Buffer(tuple(x.shape), torch.int32, (1,))
+    buffer.view[...] = x
+    return buffer
+
+
+class Launch:
+    """A problem and its tensors, as the kernels are given them.
+
+    Args:
+        problem: scale, masks and lengths.
+        inputs: what the kernels may read.
+        outputs: what they must write.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        inputs: Buffers,
+        outputs: Buffers,
+        *,
+        columns_of_mask_first: bool = False,
+    ) -> None:
+        self._buffers = {**inputs, **outputs}
+        self._writable = set(outputs)
+        self._machine = emulator.load()
+        self.params = self._machine.AttentionParams()
+        q, v = inputs["q"].view, inputs["v"].view
+        self.params.batch, self.params.seqlen_q, self.params.heads, self.params.head_dim = q.shape
+        _, self.params.seqlen_k, self.params.heads_k, self.params.head_dim_v = v.shape
+        self.params.softmax_scale = problem.softmax_scale
+        self.params.causal = _CAUSAL[problem.causal]
+        self._packed = problem.cu_seqlens_q is not None
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+            lengths = getattr(problem, name)
+            if lengths is not None:
+                self._buffers[name] = _lengths_buffer(lengths)
+                setattr(self.params, name, self._buffers[name].address)
+        if self._packed:
+            assert problem.cu_seqlens_q is not None
+            assert problem.cu_seqlens_k is not None
+            self.params.batch = len(problem.cu_seqlens_q) - 1
+            self.params.seqlen_q = _longest(problem.cu_seqlens_q)
+            self.params.seqlen_k = _longest(problem.cu_seqlens_k)
+        for name, buffer in {**inputs, **outputs}.items():
+            setattr(self.params, name, self._described(name, buffer))
+        if problem.mask is not None:
+            mask = mask_buffer_of(problem.mask, columns_first=columns_of_mask_first)
+            self._buffers["mask"] = mask
+            self.params.mask = self._machine.Mask(
+                mask.address, *mask.view.stride(), _MASK_KIND[problem.mask.dtype]
+            )
+
+    def _described(self, name: str, buffer: Buffer) -> Any:
+        batch, second, third = buffer.view.stride()[:3]
+        if self._packed:
+            batch = 0
+        if name in ROW_VECTORS:
+            return self._machine.RowVector(buffer.address, batch, second)
+        return self._machine.Tensor(buffer.address, batch, second, third)
+
+    def run(self, *kernels: str, seed: int = 0) -> None:
+        """Launch the kernels in turn. What one of them writes, those after it may read.
+
+        Raises:
+            RuntimeError: a kernel broke a rule of the machine; the message says where.
+            AssertionError: something beside the outputs was written.
+        """
+        for kernel in kernels:
+            written = self._writable.intersection(WRITES[KERNELS[kernel].step].split())
+            writable = {name: self._buffers[name] for name in written}
+            readable = {n: b for n, b in self._buffers.items() if n not in writable}
+            with emulator.launching(
+                self._machine, seed=seed, inputs=_views(readable), outputs=_views(writable)
+            ):
+                self._machine.launch(kernel, self.params, 0)
+        for name, buffer in self._buffers.items():
+            assert buffer.surroundings_are_untouched(), f"written around {name}"
+
+
+def _longest(starts: tuple[int, ...]) -> int:
+    return max(end - start for start, end in pairwise(starts))
+
+
+def _views(buffers: Buffers) -> dict[str, Tensor]:
+    return {name: buffer.view for name, buffer in buffers.items()}
+
+
+def output_buffers(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, layouts: Mapping[str, Layout]
+) -> dict[str, Buffer]:
+    """Memory for outputs: row vectors where their layout is of no matter, and tensors."""
+    return {
+        name: row_buffer(shape)
+        if name in ROW_VECTORS
+        else matrix_buffer(shape, dtype, layouts[name])
+        for name, shape in shapes.items()
+    }

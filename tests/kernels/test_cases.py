@@ -1,0 +1,24 @@
+"""The cases leave out no kernel, and cover what they promise."""
+
+from itertools import combinations
+
+from cases import STEPS, axes_of, covering
+
+from jvp_attn.kernel_table import KERNELS
+
+
+def test_every_kernel_is_in_the_cases() -> None:
+    cases = [case for step, masked in STEPS for case in covering(axes_of(step, masked), 1)]
+    assert {case["kernel"] for case in cases} == KERNELS.keys()
+
+
+def test_covering_has_every_combination_of_values() -> None:
+    axes = {"a": "123", "b": "45", "c": "6789"}
+    for strength in (1, 2, 3):
+        cases = covering(axes, strength)
+        for names in combinations(axes, strength):
+            found = {tuple(case[name] for name in names) for case in cases}
+            expected = 1
+            for name in names:
+                expected *= len(axes[name])
+            assert len(found) == expected

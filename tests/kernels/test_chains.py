@@ -1,0 +1,83 @@
+"""One kernel after another, as the attention maps launch them: errors do not add up.
+
+A kernel alone is given exact statistics; here it has those of the kernels before it.
+"""
+
+from __future__ import annotations
+
+import pytest
+from cases import Case, covering
+from harness import WRITES
+from trial import trial
+
+from jvp_attn.kernel_table import ELEMENTS, HEAD_DIMS, KERNELS, kernel_name
+
+CHAINS = {
+    "tangent": ("forward", "tangent_given_forward"),
+    "backward": ("forward", "preprocess", "backward_dq", "backward_dkv"),
+    "tangent backward": (
+        "forward_tangent",
+        "preprocess",
+        "tangent_backward_dq",
+        "tangent_backward_dkv",
+    ),
+}
+
+
+def kernels_of(chain: str, element: str, head_dim: int, masked: bool) -> list[str]:
+    """The kernels of a chain; some may not exist."""
+    return [
+        kernel_name("preprocess", element)
+        if step == "preprocess"
+        else kernel_name(step, element, head_dim, masked)
+        for step in CHAINS[chain]
+    ]
+
+
+# Each chain, of the kernels for an element and a head dim, by its name.
+EVERY_CHAIN = {
+    f"{chain} {element} {head_dim}": (chain, element, head_dim)
+    for chain in CHAINS
+    for element in ELEMENTS
+    for head_dim in HEAD_DIMS
+    if KERNELS.keys() >= set(kernels_of(chain, element, head_dim, masked=False))
+}
+CASES = covering(
+    {
+        "chain": tuple(EVERY_CHAIN),
+        "data": ("plain", "offset", "large logits"),
+        "mask": ("none", "boolean", "additive_float32"),
+        "mask hides": ("some", "whole rows", "the first keys"),
+        "causal": ("no", "bottom_right", "top_left"),
+        "sequences": ("one", "packed", "packed and padded"),
+        "head dims": ("full", "odd"),
+    },
+    strength=2,
+)
+
+
+@pytest.mark.parametrize(
+    "circumstances", CASES, ids=[f"{x['chain']}-{i}" for i, x in enumerate(CASES)]
+)
+def test_all_outputs_of_a_chain(circumstances: Case) -> None:
+    chain, element, head_dim = EVERY_CHAIN[circumstances["chain"]]
+    kernels = kernels_of(chain, element, head_dim, masked=circumstances["mask"] != "none")
+    case: Case = {
+        **circumstances,
+        "kernel": kernels[0],
+        "queries": "several tiles",
+        "keys": "several tiles",
+        "heads": "4 over 2",
+        "mask dims": "bhrc",
+        "layouts": "all dense",
+        "scale": "default",
+        "tangents": "" if chain == "backward" else "q k v",
+        "cotangents": "out lse" if chain == "backward" else "out lse tout mu",
+    }
+    checked = trial(case)
+    written = [name for step in CHAINS[chain] for name in WRITES[step].split()]
+    outputs = checked.outputs_of(written)
+    checked.launch(outputs, tuple(outputs)).run(*kernels)
+    found = {name: buffer.view for name, buffer in outputs.items()}
+    faults = checked.faults(found)
+    assert not faults, (case, faults)

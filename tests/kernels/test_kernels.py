@@ -1,0 +1,46 @@
+"""Every kernel gives what the formulas say, on problems of every kind, and obeys the machine.
+
+Errors are ‖x − exact‖ / ‖exact‖ for each output, against float64 on the rounded data: at most twice
+that of the formula in float32, and one rounding of the elements is always allowed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import STEPS, Case, axes_of, covering
+from trial import Trial, trial
+
+SEEDS = (1, 2, 3)  # of the order in which blocks and threads run
+SAMPLE = [case for step, masked in STEPS for case in covering(axes_of(step, masked), strength=1)]
+
+
+def faults_of(case: Case) -> list[str]:
+    """What is wrong with a case's kernel, whatever the order of its threads."""
+    checked: Trial = trial(case)
+    first, *others = (checked.run(seed) for seed in SEEDS)
+    faults = checked.faults(first)
+    for other in others:
+        for name, x in first.items():
+            bits = torch.int32 if x.dtype == torch.float32 else torch.int16
+            if not torch.equal(x.view(bits), other[name].view(bits)):
+                faults.append(f"{name} depends on the order of threads")
+    return faults
+
+
+@pytest.mark.parametrize(
+    "case", SAMPLE, ids=[f"{case['kernel']}-{i}" for i, case in enumerate(SAMPLE)]
+)
+def test_sample(case: Case) -> None:
+    faults = faults_of(case)
+    assert not faults, (case, faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "masked"), STEPS, ids=[step + "_masked" * masked for step, masked in STEPS]
+)
+def test_every_pair_of_circumstances(step: str, masked: bool) -> None:
+    found = [(case, faults_of(case)) for case in covering(axes_of(step, masked), strength=2)]
+    wrong = [(case, faults) for case, faults in found if faults]
+    assert not wrong, f"{len(wrong)} of {len(found)} cases, such as {wrong[:3]}"

@@ -1,0 +1,88 @@
+"""Rows so far apart in memory that 32 bits cannot say how far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import ModuleType, SimpleNamespace
+
+import emulator
+import harness
+import pytest
+import torch
+import trial as trials
+from buffers import Buffer, Layout
+from cases import STEPS, axes_of
+from torch import Tensor
+
+
+class FarRows(Buffer):
+    """A tensor whose last row starts beyond 2^31 elements; hardly any of its memory is touched."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, row_dim: int) -> None:
+        stride = 2**31 // (shape[row_dim] - 1) // 8 * 8 + 8
+        columns = shape[-1]
+        heads = shape[3 - row_dim]
+        strides = [heads * columns, columns, columns, 1]
+        strides[row_dim] = stride
+        self.view = torch.empty(stride * shape[row_dim], dtype=dtype).as_strided(shape, strides)
+
+    def surroundings_are_untouched(self) -> bool:
+        """To look at them would be to touch them."""
+        return True
+
+
+def far_rows(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> Buffer:
+    """Instead of `buffers.matrix_buffer`."""
+    del layout
+    return FarRows(shape, dtype, row_dim=1)
+
+
+def far_copy(x: Tensor, layout: Layout) -> Buffer:
+    """Instead of `buffers.buffer_of`."""
+    buffer = far_rows(tuple(x.shape), x.dtype, layout)
+    buffer.view[...] = x
+    return buffer
+
+
+def far_mask(mask: Tensor, *, columns_first: bool) -> Buffer:
+    """Instead of `harness.mask_buffer_of`."""
+    del columns_first
+    buffer = FarRows(tuple(mask.shape), mask.dtype, row_dim=2)
+    buffer.view[...] = mask
+    return buffer
+
+
+def by_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each row of a tensor by itself; the emulator keeps account of every place in a buffer."""
+    rows = {}
+    for name, x in tensors.items():
+        dim = max(range(x.ndim), key=x.stride)
+        far_apart = x.stride(dim) * x.shape[dim] > 2**30
+        parts = x.unbind(dim) if far_apart else [x]
+        rows |= {f"{name} {i}": part for i, part in enumerate(parts)}
+    return rows
+
+
+def launching(
+    machine: ModuleType, *, seed: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+) -> AbstractContextManager[None]:
+    """Instead of `emulator.launching`."""
+    return emulator.launching(machine, seed=seed, inputs=by_rows(inputs), outputs=by_rows(outputs))
+
+
+@pytest.mark.parametrize(
+    ("step", "masked"), STEPS, ids=[step + "_masked" * masked for step, masked in STEPS]
+)
+def test_offsets_have_64_bits(step: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SimpleNamespace(load=emulator.load, launching=launching)
+    monkeypatch.setattr(harness, "emulator", machine)
+    monkeypatch.setattr(harness, "matrix_buffer", far_rows)
+    monkeypatch.setattr(harness, "mask_buffer_of", far_mask)
+    monkeypatch.setattr(trials, "buffer_of", far_copy)
+    case = {name: values[0] for name, values in axes_of(step, masked).items()}
+    case |= {"queries": "tile + 1", "keys": "tile + 1", "heads": "4 over 2"}
+    if masked:
+        case |= {"mask dims": "hrc"}
+    attempt = trials.trial(case)
+    assert attempt.faults(attempt.run()) == []

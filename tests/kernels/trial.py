@@ -1,0 +1,215 @@
+"""A kernel run on a case, and its outputs judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from buffers import Buffer, buffer_of
+from cases import Case
+from harness import READS, WRITES, Launch, output_buffers, row_buffer_of
+from problems import data_of, dtype_of, layouts_of, present_inputs, problem_of
+from reference import INPUTS, ROW_VECTORS, Problem, attention, never_seen
+from torch import Tensor
+
+from jvp_attn.kernel_table import KERNELS
+
+Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, Tensor]
+
+OF_KEYS = ("grad_k", "grad_v", "grad_tk", "grad_tv")
+OF_ROWS = ("out", "tout", "grad_q", "grad_tq")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A case with its data in memory, and what kernels should make of them.
+
+    Attributes:
+        exact: in float64, from the data as they are, that is rounded to elements.
+        in_float32: what the formula gives in float32, as torch computes it in half precision.
+        strict: whether one rounding is all that is allowed beyond that, whatever the data.
+    """
+
+    case: Case
+    problem: Problem
+    shapes: Shapes
+    inputs: dict[str, Buffer]
+    exact: Tensors
+    in_float32: Tensors
+    strict: bool
+
+    def run(self, seed: int = 0) -> Tensors:
+        """The outputs of the case's kernel alone; all that it reads is exact."""
+        kernel = KERNELS[self.case["kernel"]]
+        reads = [name for name in READS[kernel.step].split() if name not in INPUTS]
+        if self.case.get("residuals") == "absent":
+            reads = [name for name in reads if "residual" not in name]
+        given = {name: self._exact_buffer(name) for name in reads}
+        outputs = self.outputs_of([x for x in self._wanted(kernel.step) if x not in given])
+        outputs |= {n: x for n, x in given.items() if n in WRITES[kernel.step].split()}
+        self.launch(given | outputs, tuple(outputs)).run(kernel.name, seed=seed)
+        return {name: buffer.view for name, buffer in outputs.items()}
+
+    def launch(self, buffers: dict[str, Buffer], outputs: tuple[str, ...]) -> Launch:
+        """A launch of kernels on the inputs and on further buffers, some of them outputs."""
+        writable = {name: buffers[name] for name in outputs}
+        return Launch(
+            self.problem,
+            self.inputs | {n: b for n, b in buffers.items() if n not in writable},
+            writable,
+            columns_of_mask_first=self.case["layouts"] in ("heads first", "odd address"),
+        )
+
+    def outputs_of(self, names: list[str]) -> dict[str, Buffer]:
+        """Memory for outputs."""
+        shapes = {name: self._shape(name) for name in names}
+        layouts = layouts_of(self.case, [n for n in names if n not in ROW_VECTORS], expanded=False)
+        return output_buffers(shapes, dtype_of(self.case), layouts)
+
+    def _wanted(self, step: str) -> list[str]:
+        names = self.case.get("wanted", WRITES[step]).split()
+        if self.case.get("residuals") == "not wanted":
+            names = [name for name in names if "residual" not in name]
+        return names
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in ROW_VECTORS:
+            return self.shapes["grad_lse"]
+        if name.removesuffix("_residual") in ("out", "tout"):
+            return self.shapes["grad_out"]
+        return self.shapes[name.removeprefix("grad_")]
+
+    def _exact_buffer(self, name: str) -> Buffer:
+        belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
+        if name in ROW_VECTORS:
+            return row_buffer_of(self.exact[name].float().masked_fill(~belongs, torch.nan))
+        tensor = self.exact[name.removesuffix("_residual")]
+        rounded = tensor.to(dtype_of(self.case))
+        if name.endswith("_residual"):
+            rounded = (tensor - rounded.double()).to(rounded.dtype)
+        rounded = rounded.masked_fill(~belongs[..., None], torch.nan)
+        (layout,) = layouts_of(self.case, [name], expanded=False).values()
+        return buffer_of(rounded, layout)
+
+    # ------------------------------------------------------------------------
+    # Judgement
+
+    def faults(self, outputs: Tensors) -> list[str]:
+        """What is wrong with the outputs of kernels; nothing if they are right."""
+        faults = []
+        for name, actual in outputs.items():
+            if name.endswith("_residual"):
+                faults += self._faults_of_residual(name, outputs)
+            else:
+                faults += self._faults_of(name, actual)
+        return faults
+
+    def _faults_of(self, name: str, actual: Tensor) -> list[str]:
+        faults = []
+        belongs = self._belongs_to_a_sequence(name)
+        if not actual[~belongs].isnan().all():
+            faults.append(f"{name} was written in rows that belong to no sequence")
+        actual, exact, rounded = (
+            x[belongs] for x in (actual, self.exact[name], self.in_float32[name].to(actual.dtype))
+        )
+        vanishes = self._vanishes(name)[belongs]
+        if not (actual[vanishes] == 0).all():
+            faults.append(f"{name} is not 0 where nothing is seen")
+        error = relative_error(actual, exact)
+        allowed = max(2 * relative_error(rounded, exact), self._floor(name))
+        if not error <= allowed:
+            faults.append(f"{name} has an error of {error:.2e}, {allowed:.2e} allowed")
+        return faults
+
+    def _floor(self, name: str) -> float:
+        """The error that is always allowed: one rounding, for most."""
+        rounding = torch.finfo(dtype_of(self.case)).eps / 2
+        # Sums in float32 of what is exact, or was rounded twice.
+        if name == "lse":
+            return 1e-6
+        if name == "mu":
+            return 3e-5
+        if name in ("beta", "delta") and self.case.get("residuals") == "given":
+            return 1e-6 + rounding**2
+        # Sharpened by the kernel of grad_q, from products that large logits make large.
+        if name in ("beta", "delta") and "residuals" not in self.case:
+            return 2 * rounding if self.case["data"] == "large logits" else 1e-4
+        # Large logits choose few keys. Of few rows little averages out: two roundings in a row, of
+        # the weights and of the result, may both be felt. Of few columns keys that are chosen
+        # together are alike, and what is left of a gradient is a small difference.
+        if self.strict:
+            return rounding
+        if self.case["head dims"] == "tiny":
+            return 10 * rounding
+        return 2 * rounding if self.case["data"] == "large logits" else rounding
+
+    def _faults_of_residual(self, name: str, outputs: Tensors) -> list[str]:
+        belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
+        rest, rounded = (outputs[x][belongs] for x in (name, name.removesuffix("_residual")))
+        limits = torch.finfo(rounded.dtype)
+        if (rest.double().abs() <= limits.eps / 2 * rounded.double().abs() + limits.tiny).all():
+            return []
+        return [f"{name} is more than rounding takes away"]
+
+    def _belongs_to_a_sequence(self, name: str) -> Tensor:
+        """Of the shape of an output less its columns."""
+        along = "k" if name in OF_KEYS else "q"
+        starts = self.problem.cu_seqlens_k if along == "k" else self.problem.cu_seqlens_q
+        batch, rows, heads, _ = self.shapes[along]
+        belongs = torch.ones(batch, rows, heads, dtype=torch.bool)
+        if starts is not None:
+            belongs[:, starts[-1] :] = False
+        return belongs.mT if name in ROW_VECTORS else belongs
+
+    def _vanishes(self, name: str) -> Tensor:
+        """Where there must be exact zeros; of the shape of an output less its columns."""
+        q, k = self.inputs["q"].view, self.inputs["k"].view
+        if name in OF_KEYS:
+            return never_seen(self.problem, q, k)
+        dead = self.exact["lse"] == -torch.inf
+        if name in OF_ROWS:
+            return dead.mT
+        return dead if name == "mu" else torch.zeros_like(dead)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """‖actual − exact‖ / ‖exact‖, infinite where they disagree about what is infinite."""
+    actual = actual.double()
+    infinite = exact.isinf()
+    if not torch.equal(actual[infinite], exact[infinite]):
+        return torch.inf
+    actual, exact = actual[~infinite], exact[~infinite]
+    # What is zero up to rounding, such as the gradient of a softmax over one key, is small
+    # beside the data, which are about 1.
+    least = 0.01 * max(exact.numel(), 1) ** 0.5
+    return float((actual - exact).norm() / exact.norm().clamp(min=least))
+
+
+def trial(case: Case, *, strict: bool = False) -> Trial:
+    """A case with its data."""
+    problem, shapes = problem_of(case)
+    data = data_of(case, problem, shapes)
+    layouts = layouts_of(
+        case, [n for n in present_inputs(case) if n not in ROW_VECTORS], expanded=True
+    )
+    inputs = {
+        name: row_buffer_of(x) if name in ROW_VECTORS else buffer_of(x, layouts[name])
+        for name, x in data.items()
+    }
+    values = {name: buffer.view for name, buffer in inputs.items()}
+    return Trial(
+        case,
+        problem,
+        shapes,
+        inputs,
+        attention(problem, values),
+        attention(problem, values, torch.float32),
+        strict,
+    )
+
+
+def seed_of(case: Case) -> int:
+    """A scheduling seed for a case, the same each time."""
+    return crc32(repr(sorted(case.items())).encode())
