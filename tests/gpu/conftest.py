@@ -1,6 +1,7 @@
 """Each of these tests runs on a GPU at realistic sizes, and on a CPU at small ones.
 
-The CPU shows that a test is right: there the backend `blockwise` passes it.
+The CPU shows that a test is right: there the backend `blockwise` passes it. Tests marked `cuda` run
+where there is an NVIDIA GPU; elsewhere one line says how many did not.
 """
 
 from __future__ import annotations
@@ -29,3 +30,18 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     machine = CPU if request.param == "cpu" else GPU
     with jvp_attn.backend(machine.backend):
         yield machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="torch finds no NVIDIA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("cuda" in report.keywords for report in skipped)
+    if count and not torch.cuda.is_available():
+        terminalreporter.write_line(f"torch finds no NVIDIA GPU: skipped {count} tests marked cuda")
