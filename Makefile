@@ -8,6 +8,8 @@ ARGS            ?=
 VENV := .venv
 BIN  := $(VENV)/bin
 
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow check format clean
@@ -30,11 +32,13 @@ test-slow: build/extension  ## run the tests that take long, such as the packagi
 check: build/extension  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: $(VENV)/ready  ## reformat, and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove all that make made
 	rm -rf $(VENV) build dist *.egg-info jvp_attn/_C.*.so

@@ -6,8 +6,8 @@
 #include "launch.cuh"
 
 #undef JVP_ATTN_KERNEL
-#define JVP_ATTN_KERNEL(NAME, ...)                                                                 \
-    namespace jvp_attn {                                                                           \
-    template __global__ void run_kernel<__VA_ARGS__>(const __grid_constant__ AttentionParams);     \
-    __device__ char shared_memory_and_one_byte[__VA_ARGS__::kSharedBytes + 1];                     \
+#define JVP_ATTN_KERNEL(NAME, ...)                                                             \
+    namespace jvp_attn {                                                                       \
+    template __global__ void run_kernel<__VA_ARGS__>(const __grid_constant__ AttentionParams); \
+    __device__ char shared_memory_and_one_byte[__VA_ARGS__::kSharedBytes + 1];                 \
     }

@@ -24,11 +24,26 @@ JVP_ATTN_KERNEL(unpack_fp16, Unpack<Fp16>)
 
 const std::vector<jvp_attn::Kernel>& jvp_attn::all_kernels() {
     static const std::vector<Kernel> kernels = {
-        indices, reverse_floats, reverse_words, any, shuffle,
-        copy_groups, copy_nothing, copy_async_parts,
-        widen_bytes, widen_elements, copy_elements,
-        matrices, matrices_transposed, multiply_add_bf16, multiply_add_fp16,
-        exp2, pack_bf16, pack_fp16, unpack_bf16, unpack_fp16,
+        indices,
+        reverse_floats,
+        reverse_words,
+        any,
+        shuffle,
+        copy_groups,
+        copy_nothing,
+        copy_async_parts,
+        widen_bytes,
+        widen_elements,
+        copy_elements,
+        matrices,
+        matrices_transposed,
+        multiply_add_bf16,
+        multiply_add_fp16,
+        exp2,
+        pack_bf16,
+        pack_fp16,
+        unpack_bf16,
+        unpack_fp16,
     };
     return kernels;
 }

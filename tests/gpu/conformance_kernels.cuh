@@ -1,6 +1,7 @@
 // Kernels that show what the instructions of csrc/machine.cuh do which are of no use alone:
-// who a thread is, how threads meet, and how they share memory. Those of one instruction each are in
-// tests/emulator/probes/instructions.h, also from an array in params.q to an array in params.out.
+// who a thread is, how threads meet, and how they share memory. Those of one instruction each are
+// in tests/emulator/probes/instructions.h, also from an array in params.q to an array in
+// params.out.
 #pragma once
 
 #include "probes/instructions.h"
