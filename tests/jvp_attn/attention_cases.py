@@ -23,6 +23,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Tensors = tuple[Tensor, ...]
 Named = Mapping[str, Tensor]
 
+# Those that compute on every device.
+BACKENDS = [name for name in jvp_attn.available_backends() if name != "cuda"]
+
 # Inputs rounded to float16 and a map computed in it have errors of about half an eps each, and the
 # derivatives here compose up to five maps; most errors go different ways.
 HALF_TOLERANCE = 4 * torch.finfo(torch.float16).eps

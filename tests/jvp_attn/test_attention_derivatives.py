@@ -2,6 +2,7 @@
 
 import pytest
 from attention_cases import (
+    BACKENDS,
     Attention,
     Case,
     Named,
@@ -99,7 +100,7 @@ def test_gradients_that_are_not_wanted_change_nothing(wanted: str) -> None:
     assert_close({x: some[f"grad_{x}"] for x in names}, {x: every[f"grad_{x}"] for x in names})
 
 
-@pytest.mark.parametrize("backend", jvp_attn.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_tangent", ["qkv", "q", "kv"])
 def test_tangents_threaded_by_hand_give_what_jvp_gives(with_tangent: str, backend: str) -> None:
     case = Case(with_tangent=with_tangent, seqlen_q=9, causal=True, softmax_scale=0.3)
@@ -120,7 +121,7 @@ def test_tangents_threaded_by_hand_give_what_jvp_gives(with_tangent: str, backen
     assert_close(outputs_and_gradients(case.ours, data, evaluate=by_hand), expected)
 
 
-@pytest.mark.parametrize("backend", jvp_attn.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_where_nothing_moves_the_tangent_is_zero(backend: str) -> None:
     case = Case()
     primals = case.primals()

@@ -35,10 +35,19 @@ def dtype_of(case: Case) -> torch.dtype:
     return DTYPES[KERNELS[case["kernel"]].element]
 
 
+def lengths_of(case: Case) -> tuple[int, int]:
+    """How many queries and keys the longest sequence has."""
+    tile = KERNELS[case["kernel"]].tile or _NO_TILE
+    queries, keys = (_length(case[x], t) for x, t in zip(("queries", "keys"), tile, strict=True))
+    return queries, keys
+
+
 def _length(value: str, tile: int) -> int:
+    if value.isdecimal():
+        return int(value)
     several = 2 * tile + 9 if tile >= 64 else 3 * tile + 9
-    lengths = {"1": 1, "tile - 1": tile - 1, "tile": tile, "tile + 1": tile + 1}
-    return lengths.get(value, several)
+    lengths = {"tile - 1": tile - 1, "tile": tile, "tile + 1": tile + 1, "several tiles": several}
+    return lengths[value]
 
 
 def _starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -48,8 +57,7 @@ def _starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
 def problem_of(case: Case) -> tuple[Problem, dict[str, tuple[int, ...]]]:
     """The problem, and the shapes of all INPUTS."""
     kernel = KERNELS[case["kernel"]]
-    tile = kernel.tile or _NO_TILE
-    m, n = (_length(case[x], t) for x, t in zip(("queries", "keys"), tile, strict=True))
+    m, n = lengths_of(case)
     heads, heads_k = map(int, case["heads"].split(" over "))
     head_dim, head_dim_v = _HEAD_DIMS[case["head dims"]][kernel.head_dim]
 
@@ -66,7 +74,7 @@ def problem_of(case: Case) -> tuple[Problem, dict[str, tuple[int, ...]]]:
 
     scale = {"default": head_dim**-0.5, "negative": -1.5 * head_dim**-0.5, "zero": 0.0}
     masked = (4 if starts_q else sequences, heads, m, n)
-    mask = _mask(case, masked, tile[1]) if kernel.masked else None
+    mask = _mask(case, masked) if kernel.masked else None
     problem = Problem(scale[case["scale"]], case["causal"], mask, starts_q, starts_k, used)
 
     q, k = (sequences, rows, heads, head_dim), (sequences, keys, heads_k, head_dim)
@@ -75,7 +83,7 @@ def problem_of(case: Case) -> tuple[Problem, dict[str, tuple[int, ...]]]:
     return problem, dict(zip(INPUTS, shapes, strict=True))
 
 
-def _mask(case: Case, full_shape: tuple[int, int, int, int], tile: int) -> Tensor:
+def _mask(case: Case, full_shape: tuple[int, int, int, int]) -> Tensor:
     """Of size 1 along the dimensions where it broadcasts."""
     shape = [n if d in case["mask dims"] else 1 for d, n in zip("bhrc", full_shape, strict=True)]
     random = random_of(case, "mask")
@@ -85,6 +93,7 @@ def _mask(case: Case, full_shape: tuple[int, int, int, int], tile: int) -> Tenso
     if case["mask hides"] == "whole rows":
         hidden[..., ::3, :] = True
     if case["mask hides"] == "the first keys" and shape[3] > 1:
+        _, tile = KERNELS[case["kernel"]].tile or _NO_TILE
         hidden[..., : min(tile, shape[3] - 1)] = True
     if case["mask"] == "boolean":
         return ~hidden
@@ -121,6 +130,11 @@ def layouts_of(case: Case, names: list[str], *, expanded: bool) -> dict[str, Lay
     return {name: every[layout] for name, layout in chosen.items()}
 
 
+def huge(dtype: torch.dtype) -> float:
+    """What hidden keys may hold: products with it overflow float32, if the dtype can."""
+    return torch.finfo(dtype).max / 4
+
+
 def data_of(case: Case, problem: Problem, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The inputs that are present; NaN in rows that belong to no sequence."""
     names = present_inputs(case)
@@ -137,7 +151,7 @@ def data_of(case: Case, problem: Problem, shapes: dict[str, tuple[int, ...]]) ->
     if case["data"] == "huge where hidden":
         hidden = never_seen(problem, x["q"], x["k"])
         for name in {"k", "v", "tk", "tv"} & x.keys():
-            x[name][hidden] = 1e4 * x[name][hidden].sign()
+            x[name][hidden] = huge(dtype_of(case)) * x[name][hidden].sign()
     rounded = {n: y if y.ndim == 3 else y.to(dtype_of(case)) for n, y in x.items()}
     for name, y in rounded.items():
         starts = problem.cu_seqlens_k if name in ("k", "v", "tk", "tv") else problem.cu_seqlens_q
