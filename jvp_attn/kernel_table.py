@@ -19,12 +19,12 @@ _TABLE = """
 step                   header        class                flag   masked  64     96     128    256
 forward                forward       Forward              false  false   64x64  64x64  64x64  64x32
 forward                forward       Forward              false  true    64x48  64x64  64x64  64x32
-forward_tangent        forward       Forward              true   false   64x64  64x64  64x48  -
+forward_tangent        forward       Forward              true   false   64x64  64x64  64x32  -
 forward_tangent        forward       Forward              true   true    64x64  64x48  64x32  -
 tangent_given_forward  tangent       TangentGivenForward  -      false   64x48  64x64  64x32  64x16
 tangent_given_forward  tangent       TangentGivenForward  -      true    64x32  64x64  64x32  64x16
 backward_dq            backward_dq   BackwardDq           false  false   64x48  64x64  64x64  64x16
-backward_dq            backward_dq   BackwardDq           false  true    64x32  64x64  64x64  64x16
+backward_dq            backward_dq   BackwardDq           false  true    64x16  64x64  64x64  64x16
 backward_dkv           backward_dkv  BackwardDkv          false  false   32x64  32x64  32x64  16x32
 backward_dkv           backward_dkv  BackwardDkv          false  true    16x64  32x64  32x64  16x32
 tangent_backward_dq    backward_dq   BackwardDq           true   false   64x32  64x32  64x16  -
