@@ -9,13 +9,18 @@ from jvp_attn.functions import (
     FlashAttentionTangent,
     FlashAttentionTangentBackward,
 )
-from jvp_attn.interface import flash_attn_jvp, flash_attn_with_tangent
-from jvp_attn.maps import AttentionOptions
+from jvp_attn.interface import (
+    flash_attn_jvp,
+    flash_attn_varlen_jvp,
+    flash_attn_with_tangent,
+)
+from jvp_attn.maps import AttentionOptions, Causal
 
 __version__ = version("jvp-attn")
 
 __all__ = [
     "AttentionOptions",
+    "Causal",
     "FlashAttention",
     "FlashAttentionBackward",
     "FlashAttentionTangent",
@@ -24,5 +29,6 @@ __all__ = [
     "backend",
     "current_backend",
     "flash_attn_jvp",
+    "flash_attn_varlen_jvp",
     "flash_attn_with_tangent",
 ]

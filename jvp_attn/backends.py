@@ -6,29 +6,51 @@ Automatic is `cuda` where its kernels can compute the problem, else `blockwise`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from jvp_attn import blockwise, cuda_operators
+from jvp_attn import blockwise, results
+from jvp_attn.cuda import ShapesOnly, kernel_maps
 from jvp_attn.kernel_choice import why_no_kernels
 from jvp_attn.kernel_table import KERNELS
 from jvp_attn.maps import AttentionMaps
 
-# Backends that implement the four maps. `math` is not among them: it is one differentiable formula.
-_MAPS: dict[str, AttentionMaps] = {"blockwise": blockwise, "cuda": cuda_operators}
+
+@dataclass(frozen=True)
+class _Backend:
+    """The four maps, made when they are needed, and what they are for tensors without data."""
+
+    maps: Callable[[], AttentionMaps]
+    without_data: AttentionMaps
+
+
+# `math` is not among them: it is one differentiable formula.
+_BACKENDS = {
+    "blockwise": _Backend(lambda: blockwise, results),
+    "cuda": _Backend(cache(kernel_maps), ShapesOnly()),
+}
 _AUTOMATIC = "automatic"
-_chosen: ContextVar[str | None] = ContextVar("jvp_attn_backend", default=None)
+
+
+class _Choice(threading.local):
+    """One for each thread. torch.compile sees when a plain attribute changes, and compiles anew."""
+
+    backend: str | None = None
+
+
+_choice = _Choice()
 
 
 def available_backends() -> tuple[str, ...]:
     """Names that `backend` accepts besides "automatic"; "cuda" only with the CUDA extension."""
-    return tuple(name for name in (*_MAPS, "math") if name != "cuda" or not why_no_extension())
+    return tuple(name for name in (*_BACKENDS, "math") if name != "cuda" or not why_no_extension())
 
 
 def current_backend() -> str:
@@ -37,11 +59,10 @@ def current_backend() -> str:
     Raises:
         ValueError: JVP_ATTN_BACKEND names no backend.
     """
-    name = _chosen.get()
-    if name is None:
-        name = os.environ.get("JVP_ATTN_BACKEND") or _AUTOMATIC
+    name = _choice.backend
+    if name is None and (name := os.environ.get("JVP_ATTN_BACKEND")):
         _check_name(name, "the environment variable JVP_ATTN_BACKEND")
-    return name
+    return name or _AUTOMATIC
 
 
 @contextmanager
@@ -55,11 +76,11 @@ def backend(name: str) -> Iterator[None]:
         ValueError: there is no backend of that name.
     """
     _check_name(name, "backend")
-    token = _chosen.set(name)
+    before, _choice.backend = _choice.backend, name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _choice.backend = before
 
 
 def resolve_backend(q: Tensor, k: Tensor) -> str:
@@ -91,9 +112,14 @@ def why_no_device() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def why_no_extension() -> str | None:
     """Why the CUDA extension cannot be used; None where it can."""
+    return _why_no_extension()
+
+
+@cache
+def _why_no_extension() -> str | None:
     try:
         extension = import_module("jvp_attn._C")
     except ImportError as error:
@@ -109,9 +135,22 @@ def maps_of(name: str) -> AttentionMaps:
     Raises:
         ValueError: the backend does not exist or has no maps of its own.
     """
-    if name not in _MAPS:
-        raise ValueError(f"backend {name!r} has no attention maps; those that have: {[*_MAPS]}")
-    return _MAPS[name]
+    return _backend_of(name).maps()
+
+
+def maps_without_data_of(name: str) -> AttentionMaps:
+    """Those for tensors that hold no data, which give results of the same shapes and strides.
+
+    Raises:
+        ValueError: the backend does not exist or has no maps of its own.
+    """
+    return _backend_of(name).without_data
+
+
+def _backend_of(name: str) -> _Backend:
+    if name not in _BACKENDS:
+        raise ValueError(f"backend {name!r} has no attention maps; those that have: {[*_BACKENDS]}")
+    return _BACKENDS[name]
 
 
 def _check_name(name: str, origin: str) -> None:

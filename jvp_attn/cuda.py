@@ -1,8 +1,8 @@
 """The four maps by CUDA kernels.
 
 Nothing synchronises, and all memory comes from torch, so that a CUDA graph may capture the maps.
-`tangent_backward` has kernels for head dims up to 128; above, the backend `blockwise` computes it,
-as exactly and more slowly.
+Two things have no kernels, and the backend `blockwise` computes them, as exactly and more slowly:
+`tangent_backward` for head dims above 128, and the tangent and the gradient of a mask.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from jvp_attn import blockwise
+from jvp_attn import blockwise, results
 from jvp_attn.kernel_call import KernelCall
 from jvp_attn.kernel_table import KernelEntry
 from jvp_attn.maps import (
+    AttentionMaps,
     AttentionOptions,
+    Cotangents,
     Gradients,
+    Inputs,
+    Needs,
     Outputs,
-    TangentGradients,
     TangentOutputs,
+    Tangents,
 )
 
 
@@ -35,34 +38,31 @@ class KernelMaps:
         stream_of: selects a device and gives the handle of the stream to launch on.
     """
 
+    _without_kernels: AttentionMaps = blockwise
+
     def __init__(
         self, extension: Any, stream_of: Callable[[torch.device], AbstractContextManager[int]]
     ) -> None:
         self._extension = extension
         self._stream_of = stream_of
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Outputs:
+    def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
         """O, lse and, if asked for, what rounding took from O."""
-        call = KernelCall(q, k, v, options)
+        call = KernelCall(inputs, options)
         out, lse = call.new_out(), call.new_rows(-torch.inf)
         out_residual = call.new_out() if options.residuals else None
 
         call.give(out=out, lse=lse, out_residual=out_residual)
         self._launch("forward", call)
-        return out, lse, out_residual
+        return Outputs(out, lse, out_residual)
 
     def forward_tangent(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tq: Tensor | None,
-        tk: Tensor | None,
-        tv: Tensor | None,
-        options: AttentionOptions,
+        self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> TangentOutputs:
         """O, lse, tO, mu and, if asked for, what rounding took from O and tO."""
-        call = KernelCall(q, k, v, options)
+        if tangents.mask is not None:
+            return self._without_kernels.forward_tangent(inputs, tangents, options)
+        call = KernelCall(inputs, options)
         out, lse = call.new_out(), call.new_rows(-torch.inf)
         tout, mu = call.new_out(), call.new_rows(0)
         tout_residual = call.new_out() if options.residuals else None
@@ -70,94 +70,80 @@ class KernelMaps:
         in_two_steps = len(self._kernels_of("forward_tangent", call)) > 1
         out_residual = call.new_out() if options.residuals or in_two_steps else None
 
-        call.give(tq=tq, tk=tk, tv=tv)
+        call.give(tq=tangents.q, tk=tangents.k, tv=tangents.v)
         call.give(out=out, lse=lse, tout=tout, mu=mu)
         call.give(out_residual=out_residual, tout_residual=tout_residual)
         self._launch("forward_tangent", call)
-        return out, lse, tout, mu, out_residual if options.residuals else None, tout_residual
+        if not options.residuals:
+            out_residual = None
+        return TangentOutputs(out, lse, tout, mu, out_residual, tout_residual)
 
     def backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        out_residual: Tensor | None,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
+        inputs: Inputs,
+        outputs: Outputs,
+        cotangents: Cotangents,
+        needs: Needs,
         options: AttentionOptions,
     ) -> Gradients:
         """The VJP of `forward`."""
-        if out_residual is None and grad_out is not None:
-            out, _, out_residual = self.forward(q, k, v, replace(options, residuals=True))
-        call = KernelCall(q, k, v, options)
-        gq, gk, gv = (call.new_gradient(x) for x in (q, k, v))
+        if needs[3]:
+            return self._without_kernels.backward(inputs, outputs, cotangents, needs, options)
+        if outputs.out_residual is None and cotangents.out is not None:
+            outputs = self.forward(inputs, replace(options, residuals=True))
+        call = KernelCall(inputs, options)
+        gradients = _new_gradients(call, inputs, (True, True, True, False))
 
-        call.give(out=out, lse=lse, out_residual=out_residual)
-        call.give(grad_out=grad_out, grad_lse=grad_lse)
+        call.give(out=outputs.out, lse=outputs.lse, out_residual=outputs.out_residual)
+        call.give(grad_out=cotangents.out, grad_lse=cotangents.lse)
         call.give(delta=call.new_rows(0))
-        call.give(grad_q=gq, grad_k=gk, grad_v=gv)
+        call.give(grad_q=gradients.q, grad_k=gradients.k, grad_v=gradients.v)
         self._launch("backward", call)
-        return gq, gk, gv
+        return _needed(gradients, needs)
 
     def tangent_backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tq: Tensor | None,
-        tk: Tensor | None,
-        tv: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        tout: Tensor,
-        mu: Tensor,
-        out_residual: Tensor | None,
-        tout_residual: Tensor | None,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        grad_tout: Tensor | None,
-        grad_mu: Tensor | None,
+        inputs: Inputs,
+        tangents: Tangents,
+        outputs: TangentOutputs,
+        cotangents: Cotangents,
+        needs: Needs,
         options: AttentionOptions,
-        needs_tangent_grads: tuple[bool, bool, bool],
-    ) -> tuple[Gradients, TangentGradients]:
-        """The VJP of `forward_tangent`; blockwise where no kernel has the head dim."""
-        call = KernelCall(q, k, v, options)
-        if call.kernels_of("tangent_backward") is None:
-            return blockwise.tangent_backward(
-                *(q, k, v, tq, tk, tv, out, lse, tout, mu, out_residual, tout_residual),
-                *(grad_out, grad_lse, grad_tout, grad_mu),
-                options,
-                needs_tangent_grads,
+    ) -> tuple[Gradients, Gradients]:
+        """The VJP of `forward_tangent`."""
+        call = KernelCall(inputs, options)
+        asks_of_mask = tangents.mask is not None or needs[3] or needs[7]
+        if asks_of_mask or call.kernels_of("tangent_backward") is None:
+            return self._without_kernels.tangent_backward(
+                inputs, tangents, outputs, cotangents, needs, options
             )
-        reads_out = grad_out is not None or grad_tout is not None
-        reads_tout = grad_tout is not None
-        if (reads_out and out_residual is None) or (reads_tout and tout_residual is None):
-            out, _, tout, _, out_residual, tout_residual = self.forward_tangent(
-                q, k, v, tq, tk, tv, replace(options, residuals=True)
-            )
-        gq, gk, gv = (call.new_gradient(x) for x in (q, k, v))
-        gtq, gtk, gtv = (
-            call.new_gradient(x) if needed else None
-            for x, needed in zip((q, k, v), needs_tangent_grads, strict=True)
-        )
+        reads_out = cotangents.out is not None or cotangents.tout is not None
+        reads_tout = cotangents.tout is not None
+        if (reads_out and outputs.out_residual is None) or (
+            reads_tout and outputs.tout_residual is None
+        ):
+            outputs = self.forward_tangent(inputs, tangents, replace(options, residuals=True))
+        gradients = _new_gradients(call, inputs, (True, True, True, False))
+        tangent_gradients = _new_gradients(call, inputs, needs[4:])
 
-        call.give(tq=tq, tk=tk, tv=tv)
-        call.give(out=out, lse=lse, tout=tout, mu=mu)
-        call.give(out_residual=out_residual, tout_residual=tout_residual)
-        call.give(grad_out=grad_out, grad_lse=grad_lse, grad_tout=grad_tout, grad_mu=grad_mu)
+        call.give(tq=tangents.q, tk=tangents.k, tv=tangents.v)
+        call.give(**outputs._asdict())
+        call.give(grad_out=cotangents.out, grad_lse=cotangents.lse)
+        call.give(grad_tout=cotangents.tout, grad_mu=cotangents.mu)
         call.give(beta=call.new_rows(0), delta=call.new_rows(0))
-        call.give(grad_q=gq, grad_k=gk, grad_v=gv, grad_tq=gtq, grad_tk=gtk, grad_tv=gtv)
+        call.give(grad_q=gradients.q, grad_k=gradients.k, grad_v=gradients.v)
+        call.give(
+            grad_tq=tangent_gradients.q, grad_tk=tangent_gradients.k, grad_tv=tangent_gradients.v
+        )
         self._launch("tangent_backward", call)
-        return (gq, gk, gv), (gtq, gtk, gtv)
+        return _needed(gradients, needs[:4]), tangent_gradients
 
     def _kernels_of(self, map_name: str, call: KernelCall) -> tuple[KernelEntry, ...]:
         kernels = call.kernels_of(map_name)
         if kernels is None:
             raise ValueError(
-                f"head dims {call.head_dim} and {call.head_dim_v}: no CUDA kernel of {map_name} "
-                "has them; use `with jvp_attn.backend('blockwise')`"
+                f"no CUDA kernel of {map_name} has these head dims; use "
+                "`with jvp_attn.backend('blockwise')`"
             )
         return kernels
 
@@ -174,6 +160,8 @@ class KernelMaps:
 
 class ShapesOnly(KernelMaps):
     """Results of the right shapes, dtypes and strides, for tensors that hold no data."""
+
+    _without_kernels: AttentionMaps = results
 
     def __init__(self) -> None:
         pass
@@ -198,3 +186,18 @@ def kernel_maps() -> KernelMaps:
             yield torch.cuda.current_stream().cuda_stream
 
     return KernelMaps(_C, current_stream)
+
+
+def _new_gradients(call: KernelCall, inputs: Inputs, needs: Needs) -> Gradients:
+    return Gradients(
+        *(
+            call.new_gradient(x) if needed and x is not None else None
+            for x, needed in zip(inputs[:4], needs, strict=True)
+        )
+    )
+
+
+def _needed(gradients: Gradients, needs: Needs) -> Gradients:
+    """Without those that the kernels compute along with the others."""
+    pairs = zip(gradients, needs, strict=True)
+    return Gradients(*(gradient if needed else None for gradient, needed in pairs))

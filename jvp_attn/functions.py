@@ -6,99 +6,102 @@
     B   FlashAttentionBackward             BT           T and BT
     BT  FlashAttentionTangentBackward      raises       raises
 
-The rules of B close the circle:
+The rules of B close the circle. With x = (q, k, v, mask):
 
-    JVP of B along (tq, tk, tv, tgO)       = the (q, k, v) part of BT with gO := tgO, gT := gO
-    VJP of B against (hq, hk, hv): for gO  = tO of T along (hq, hk, hv)
-                          for q, k, v      = the (q, k, v) part of BT with gO := 0, gT := gO
+    JVP of B along (tx, tgO)        = the x part of BT with gO := tgO, gT := gO
+    VJP of B against hx: for gO     = tO of T along hx
+                         for x      = the x part of BT with gO := 0, gT := gO
 
 because <B, h> is the derivative of <gO, O> along h. Each rule takes g_lse along with gO and g_mu
 along with gT. Residuals (see `jvp_attn.maps`) go from F and T to B and BT and have no derivative.
-All Functions work under torch.func transforms through `.apply`.
+
+`.apply` takes what the maps take, tensors one by one, and works under torch.func transforms:
+
+    inputs        q, k, v, mask, cu_seqlens_q, cu_seqlens_k
+    tangents      tq, tk, tv, tmask
+    outputs       out, lse, out_residual               of F
+                  out, lse, tout, mu, out_residual, tout_residual      of T
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.autograd import Function
 
-from jvp_attn.backends import maps_of
-from jvp_attn.maps import AttentionOptions, Gradients, Outputs, TangentOutputs
+from jvp_attn import operators
+from jvp_attn.batching import vmap_attention
+from jvp_attn.maps import Cotangents, Inputs, Outputs, TangentOutputs, Tangents
 
 MaybeTensor = Tensor | None
 
+_INPUTS, _TANGENTS = 6, 4
+_PRIMALS = 4  # the inputs that have derivatives
 
-class _BatchedFunction(Function):
-    """vmap by folding: every tensor argument and result has its batch in front."""
+
+class _AttentionFunction(Function):
+    _masks: ClassVar[tuple[int, ...]] = (3,)  # the places of the mask and its tangent
+    _needs: ClassVar[int | None] = None  # the place of what tells which gradients are needed
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-
-        def fold(x: Any, in_dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            x = x.expand(size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
-            return x.flatten(0, 1)
-
-        folded = [fold(x, in_dim) for x, in_dim in zip(args, in_dims, strict=True)]
-        outputs = cls.apply(*folded)
-        unfolded = tuple(
-            None if y is None else y.unflatten(0, (size, y.shape[0] // size)) for y in outputs
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        needs = () if cls._needs is None else arguments[cls._needs]
+        return vmap_attention(
+            cls.apply,
+            info.batch_size,
+            in_dims,
+            arguments,
+            cls._masks,
+            mask_gradients=any(needs[3::4]),
         )
-        return unfolded, tuple(None if y is None else 0 for y in outputs)
 
 
-def _mark_as_constant(ctx: Any, *outputs: MaybeTensor) -> None:
-    ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
-
-
-class FlashAttention(_BatchedFunction):
-    """(q, k, v, options) → (out, lse, out_residual), as `jvp_attn.maps.AttentionMaps.forward`."""
+class FlashAttention(_AttentionFunction):
+    """(*inputs, options) → (out, lse, out_residual), as `AttentionMaps.forward`."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Outputs:
-        return maps_of(options.backend).forward(q, k, v, options)
+    def forward(*arguments: Any) -> Any:
+        *inputs, options = arguments
+        return tuple(operators.forward(Inputs(*inputs), options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output)
-        ctx.save_for_forward(q, k, v)
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
         _mark_as_constant(ctx, *output[2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor, _: None) -> Any:
-        grads = FlashAttentionBackward.apply(*ctx.saved_tensors, grad_out, grad_lse, ctx.options)
-        return *grads, None
+        needs = tuple(ctx.needs_input_grad[:_PRIMALS])
+        gradients = FlashAttentionBackward.apply(
+            *ctx.saved_tensors, grad_out, grad_lse, needs, ctx.options
+        )
+        return *gradients, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, _: None) -> Any:
-        q, k, v, *_ = ctx.saved_tensors
-        _, _, tout, mu, *_ = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, ctx.options)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        inputs = ctx.saved_tensors[:_INPUTS]
+        outputs = FlashAttentionTangent.apply(*inputs, *tangents[:_PRIMALS], ctx.options)
+        _, _, tout, mu, *_ = outputs
         return tout, mu, None
 
 
-class FlashAttentionTangent(_BatchedFunction):
-    """(q, k, v, tq, tk, tv, options) → (out, lse, tout, mu, out_residual, tout_residual).
+class FlashAttentionTangent(_AttentionFunction):
+    """(*inputs, *tangents, options) → (out, lse, tout, mu, out_residual, tout_residual).
 
     Any tangent may be None.
     """
 
+    _masks: ClassVar = (3, 9)
+
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tq: MaybeTensor,
-        tk: MaybeTensor,
-        tv: MaybeTensor,
-        options: AttentionOptions,
-    ) -> TangentOutputs:
-        return maps_of(options.backend).forward_tangent(q, k, v, tq, tk, tv, options)
+    def forward(*arguments: Any) -> Any:
+        *tensors, options = arguments
+        inputs, tangents = Inputs(*tensors[:_INPUTS]), Tangents(*tensors[_INPUTS:])
+        return tuple(operators.forward_tangent(inputs, tangents, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -117,19 +120,19 @@ class FlashAttentionTangent(_BatchedFunction):
         *_: None,
     ) -> Any:
         tensors = ctx.saved_tensors
+        inputs = tensors[:_INPUTS]
+        needs = tuple(ctx.needs_input_grad[:_PRIMALS])
         if grad_tout is None and grad_mu is None:
-            q, k, v, _tq, _tk, _tv, out, lse, _tout, _mu, out_residual, _ = tensors
-            grads = FlashAttentionBackward.apply(
-                q, k, v, out, lse, out_residual, grad_out, grad_lse, ctx.options
+            out, lse, _tout, _mu, out_residual, _tout_residual = tensors[_INPUTS + _TANGENTS :]
+            gradients = FlashAttentionBackward.apply(
+                *inputs, out, lse, out_residual, grad_out, grad_lse, needs, ctx.options
             )
-            return *grads, None, None, None, None
-        grads = FlashAttentionTangentBackward.apply(
-            *tensors,
-            *(grad_out, grad_lse, grad_tout, grad_mu),
-            ctx.options,
-            tuple(ctx.needs_input_grad[3:6]),
+            return *gradients, None, None, *_TANGENTS * (None,), None
+        needs += tuple(ctx.needs_input_grad[_INPUTS : _INPUTS + _TANGENTS])
+        gradients = FlashAttentionTangentBackward.apply(
+            *tensors, grad_out, grad_lse, grad_tout, grad_mu, needs, ctx.options
         )
-        return *grads, None
+        return *gradients[:_PRIMALS], None, None, *gradients[_PRIMALS:], None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -139,87 +142,83 @@ class FlashAttentionTangent(_BatchedFunction):
         )
 
 
-class FlashAttentionBackward(_BatchedFunction):
-    """(q, k, v, out, lse, out_residual, grad_out, grad_lse, options) → gradients of (q, k, v).
+class FlashAttentionBackward(_AttentionFunction):
+    """(*inputs, *outputs of F, grad_out, grad_lse, needs, options) → gradients of the inputs.
 
-    A function of q, k, v, grad_out and grad_lse: the others must be what `FlashAttention` returns
-    for q, k, v, and their share of a derivative is counted in that of q, k, v.
+    A function of the inputs, grad_out and grad_lse: the outputs must be what `FlashAttention` gives
+    for the inputs, and their share of a derivative is counted in that of the inputs.
     """
 
+    _needs: ClassVar = 11
+
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        out_residual: MaybeTensor,
-        grad_out: MaybeTensor,
-        grad_lse: MaybeTensor,
-        options: AttentionOptions,
-    ) -> Gradients:
-        return maps_of(options.backend).backward(
-            q, k, v, out, lse, out_residual, grad_out, grad_lse, options
-        )
+    def forward(*arguments: Any) -> Any:
+        *tensors, needs, options = arguments
+        inputs, outputs = Inputs(*tensors[:6]), Outputs(*tensors[6:9])
+        return tuple(operators.backward(inputs, outputs, Cotangents(*tensors[9:]), needs, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, _out, _lse, _residual, grad_out, grad_lse, ctx.options = inputs
-        ctx.save_for_backward(q, k, v, grad_out, grad_lse)
-        ctx.save_for_forward(q, k, v, grad_out, grad_lse)
+        *tensors, ctx.needs, ctx.options = inputs
+        saved = (*tensors[:_INPUTS], *tensors[9:])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, hq: MaybeTensor, hk: MaybeTensor, hv: MaybeTensor) -> Any:
-        q, k, v, grad_out, grad_lse = ctx.saved_tensors
+    def backward(ctx: Any, *directions: MaybeTensor) -> Any:
+        *inputs, grad_out, grad_lse = ctx.saved_tensors
         options = ctx.options
-        outputs = FlashAttentionTangent.apply(q, k, v, hq, hk, hv, options)
-        gq, gk, gv, *_ = FlashAttentionTangentBackward.apply(
-            *(q, k, v, hq, hk, hv, *outputs),
-            *(None, None, grad_out, grad_lse),
-            options,
-            (False, False, False),
+        outputs = FlashAttentionTangent.apply(*inputs, *directions, options)
+        needs = (*ctx.needs_input_grad[:_PRIMALS], *_TANGENTS * (False,))
+        gradients = FlashAttentionTangentBackward.apply(
+            *inputs, *directions, *outputs, None, None, grad_out, grad_lse, needs, options
         )
         _, _, tout, mu, *_ = outputs
         grad_grad_out = None if grad_out is None else tout
         grad_grad_lse = None if grad_lse is None else mu
-        return gq, gk, gv, None, None, None, grad_grad_out, grad_grad_lse, None
+        return (
+            *(*gradients[:_PRIMALS], None, None),
+            *(None, None, None),
+            *(grad_grad_out, grad_grad_lse),
+            *(None, None),
+        )
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        tq: MaybeTensor,
-        tk: MaybeTensor,
-        tv: MaybeTensor,
-        _tout: MaybeTensor,
-        _tlse: MaybeTensor,
-        _tresidual: MaybeTensor,
-        tgrad_out: MaybeTensor,
-        tgrad_lse: MaybeTensor,
-        _: None,
-    ) -> Any:
-        q, k, v, grad_out, grad_lse = ctx.saved_tensors
-        options = ctx.options
-        outputs = FlashAttentionTangent.apply(q, k, v, tq, tk, tv, options)
-        gq, gk, gv, *_ = FlashAttentionTangentBackward.apply(
-            *(q, k, v, tq, tk, tv, *outputs),
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        *inputs, grad_out, grad_lse = ctx.saved_tensors
+        along, tgrad_out, tgrad_lse = tangents[:_PRIMALS], *tangents[9:11]
+        outputs = FlashAttentionTangent.apply(*inputs, *along, ctx.options)
+        gradients = FlashAttentionTangentBackward.apply(
+            *(*inputs, *along, *outputs),
             *(tgrad_out, tgrad_lse, grad_out, grad_lse),
-            options,
-            (False, False, False),
+            (*ctx.needs, *_TANGENTS * (False,)),
+            ctx.options,
         )
-        return gq, gk, gv
+        return gradients[:_PRIMALS]
 
 
-class FlashAttentionTangentBackward(_BatchedFunction):
-    """The VJP of `FlashAttentionTangent`: its inputs, outputs and their cotangents → six gradients.
+class FlashAttentionTangentBackward(_AttentionFunction):
+    """The VJP of `FlashAttentionTangent`.
 
-    Gradients of tq, tk, tv that are not needed are None.
+    (*inputs, *tangents, *outputs of T, grad_out, grad_lse, grad_tout, grad_mu, needs, options) →
+    gradients of the inputs that have some, and of the tangents; those not needed are None.
     """
 
+    _masks: ClassVar = (3, 9)
+    _needs: ClassVar = 20
+
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        *_tensors, options, _needs_tangent_grads = inputs
-        gradients, tangent_gradients = maps_of(options.backend).tangent_backward(*inputs)
+    def forward(*arguments: Any) -> Any:
+        *tensors, needs, options = arguments
+        gradients, tangent_gradients = operators.tangent_backward(
+            Inputs(*tensors[:6]),
+            Tangents(*tensors[6:10]),
+            TangentOutputs(*tensors[10:16]),
+            Cotangents(*tensors[16:]),
+            needs,
+            options,
+        )
         return *gradients, *tangent_gradients
 
     @staticmethod
@@ -240,3 +239,7 @@ _THIRD_DERIVATIVE = (
     "attention maps do not give: use `with jvp_attn.backend('math')`, which differentiates to any "
     "order at quadratic memory"
 )
+
+
+def _mark_as_constant(ctx: Any, *outputs: MaybeTensor) -> None:
+    ctx.mark_non_differentiable(*(x for x in outputs if x is not None))

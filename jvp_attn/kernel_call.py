@@ -1,7 +1,7 @@
 """One attention problem on its way to the kernels: results to allocate, tensors to check.
 
-Results that are as long as q lie in memory as q does, gradients are contiguous. A tensor whose last
-dimension is not contiguous is copied; all other strides are for the kernels to follow.
+A tensor whose last dimension is not contiguous is copied; all other strides are for the kernels to
+follow.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jvp_attn import results
 from jvp_attn.kernel_choice import ELEMENT_OF_DTYPE, MAX_SEQLEN, kernels_of
 from jvp_attn.kernel_table import KernelEntry
-from jvp_attn.maps import AttentionOptions
+from jvp_attn.maps import AttentionOptions, Inputs
 
-_BOTTOM_RIGHT = 1  # in the enum Causal of csrc/params.h
+# The enum MaskKind of csrc/params.h.
+_BOOLEAN, _ADDITIVE_ELEMENT, _ADDITIVE_FLOAT32 = 1, 2, 3
 
 
 class KernelCall:
@@ -26,7 +28,8 @@ class KernelCall:
         ValueError: a sequence is too long.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
+    def __init__(self, inputs: Inputs, options: AttentionOptions) -> None:
+        q, k, v = inputs[:3]
         if q.dtype not in ELEMENT_OF_DTYPE:
             raise TypeError(
                 f"q has dtype {q.dtype}, but the CUDA kernels compute in float16 and bfloat16: use "
@@ -38,50 +41,43 @@ class KernelCall:
                     f"{name} has seqlen {x.shape[1]}, but the CUDA kernels take up to "
                     f"{MAX_SEQLEN}: use `with jvp_attn.backend('blockwise')`"
                 )
-        self._q, self._options = q, options
-        self.batch, self.seqlen_q, self.heads, self.head_dim = q.shape
-        self.seqlen_k, self.heads_k, self.head_dim_v = v.shape[1:]
+        self._inputs, self._options = inputs, options
         self._tensors: dict[str, Tensor] = {}
         self.give(q=q, k=k, v=v)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute: results are then what they are allocated with."""
-        return 0 in (self.batch, self.seqlen_q, self.seqlen_k)
+        """Whether there is nothing to compute: results are then as before any key is seen."""
+        lengths = self._problem()
+        return 0 in (lengths["batch"], lengths["seqlen_q"], lengths["seqlen_k"])
 
     @property
     def device(self) -> torch.device:
         """Where it is computed."""
-        return self._q.device
+        return self._inputs.q.device
 
     def kernels_of(self, map_name: str) -> tuple[KernelEntry, ...] | None:
         """The kernels that compute a map; None where there are none."""
-        return kernels_of(map_name, self._q.dtype, self.head_dim, self.head_dim_v)
+        q, _, v, mask, *_ = self._inputs
+        return kernels_of(map_name, q.dtype, q.shape[3], v.shape[3], mask is not None)
 
     # ------------------------------------------------------------------------
-    # Results
+    # Results. The kernels write all of them, but for what belongs to no sequence
 
     def new_out(self) -> Tensor:
-        """(batch, seqlen_q, heads, head_dim_v), its dimensions in memory in the order of q's."""
-        shape = (self.batch, self.seqlen_q, self.heads, self.head_dim_v)
-        strides = self._q.stride()
-        order = [0, 1, 2, 3]
-        if strides[3] == 1:
-            # What is expanded has stride 0, and comes first.
-            order[:3] = sorted(order[:3], key=lambda i: -strides[i] if strides[i] else -torch.inf)
-        out = torch.empty_permuted(shape, order, dtype=self._q.dtype, device=self.device)
-        return out.zero_() if self.is_empty else out
+        """(batch, seqlen_q, heads, head_dim_v), as `results.new_out`."""
+        return self._started(results.new_out(self._inputs), 0)
 
     def new_rows(self, value: float) -> Tensor:
         """(batch, heads, seqlen_q) float32, of this value where there is nothing to compute."""
-        shape = (self.batch, self.heads, self.seqlen_q)
-        rows = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return rows.fill_(value) if self.is_empty else rows
+        return self._started(results.new_rows(self._inputs), value)
 
     def new_gradient(self, x: Tensor) -> Tensor:
         """Contiguous, of the shape of x."""
-        gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return gradient.zero_() if self.is_empty else gradient
+        return self._started(results.new_gradient(x), 0)
+
+    def _started(self, x: Tensor, value: float) -> Tensor:
+        return x.fill_(value) if self.is_empty or self._is_packed else x
 
     # ------------------------------------------------------------------------
     # What the kernels are given
@@ -101,18 +97,61 @@ class KernelCall:
     def params(self, extension: Any) -> Any:
         """AttentionParams that point to the tensors given, and are valid as long as this call."""
         params = extension.AttentionParams()
-        for name in ("batch", "seqlen_q", "seqlen_k", "heads", "heads_k", "head_dim", "head_dim_v"):
-            setattr(params, name, getattr(self, name))
+        for name, number in self._problem().items():
+            setattr(params, name, number)
         params.softmax_scale = self._options.softmax_scale
-        params.causal = _BOTTOM_RIGHT if self._options.causal else 0
+        params.causal = int(self._options.causal)
         for name, x in self._tensors.items():
+            strides = x.stride()[:-1]
+            if self._is_packed:
+                strides = (0, *strides[1:])
             struct = extension.Tensor if x.ndim == 4 else extension.RowVector
-            setattr(params, name, struct(x.data_ptr(), *x.stride()[:-1]))
+            setattr(params, name, struct(x.data_ptr(), *strides))
+        if self._inputs.mask is not None:
+            params.mask = self._mask(extension, self._inputs.mask)
+        if self._is_packed:
+            self._ends = [x.contiguous() for x in self._inputs[4:] if x is not None]
+            params.cu_seqlens_q, params.cu_seqlens_k = (x.data_ptr() for x in self._ends)
         return params
+
+    @property
+    def _is_packed(self) -> bool:
+        return self._inputs.cu_seqlens_q is not None
+
+    def _problem(self) -> dict[str, int]:
+        """The sizes in AttentionParams."""
+        batch, seqlen_q, heads, head_dim = self._inputs.q.shape
+        seqlen_k, heads_k, head_dim_v = self._inputs.v.shape[1:]
+        if self._inputs.cu_seqlens_q is not None and self._options.max_seqlens is not None:
+            batch = self._inputs.cu_seqlens_q.shape[0] - 1
+            longest_q, longest_k = self._options.max_seqlens
+            seqlen_q, seqlen_k = min(longest_q, seqlen_q), min(longest_k, seqlen_k)
+        return {
+            "batch": batch,
+            "seqlen_q": seqlen_q,
+            "seqlen_k": seqlen_k,
+            "heads": heads,
+            "heads_k": heads_k,
+            "head_dim": head_dim,
+            "head_dim_v": head_dim_v,
+        }
+
+    def _mask(self, extension: Any, mask: Tensor) -> Any:
+        kind = _ADDITIVE_ELEMENT
+        if mask.dtype == torch.bool:
+            kind = _BOOLEAN
+        elif mask.dtype == torch.float32:
+            kind = _ADDITIVE_FLOAT32
+        # A dimension of 1 is read again and again.
+        strides = (
+            0 if size == 1 else stride
+            for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        )
+        return extension.Mask(mask.data_ptr(), *strides, kind)
 
     def _check(self, name: str, x: Tensor) -> None:
         shape = self._shape_of(name)
-        dtype = self._q.dtype if len(shape) == 4 else torch.float32
+        dtype = self._inputs.q.dtype if len(shape) == 4 else torch.float32
         if x.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
         if x.dtype != dtype:
@@ -121,14 +160,16 @@ class KernelCall:
             raise ValueError(f"{name} is on {x.device} but q is on {self.device}")
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
+        batch, seqlen_q, heads, head_dim = self._inputs.q.shape
+        seqlen_k, heads_k, head_dim_v = self._inputs.v.shape[1:]
         match name.removeprefix("grad_").removesuffix("_residual").removeprefix("t"):
             case "q":
-                return self.batch, self.seqlen_q, self.heads, self.head_dim
+                return batch, seqlen_q, heads, head_dim
             case "k":
-                return self.batch, self.seqlen_k, self.heads_k, self.head_dim
+                return batch, seqlen_k, heads_k, head_dim
             case "v":
-                return self.batch, self.seqlen_k, self.heads_k, self.head_dim_v
+                return batch, seqlen_k, heads_k, head_dim_v
             case "out":
-                return self.batch, self.seqlen_q, self.heads, self.head_dim_v
+                return batch, seqlen_q, heads, head_dim_v
             case _:
-                return self.batch, self.heads, self.seqlen_q
+                return batch, heads, seqlen_q

@@ -22,7 +22,7 @@ MAPS = tuple(_WAYS)
 
 
 def kernels_of(
-    map_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int
+    map_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, masked: bool = False
 ) -> tuple[KernelEntry, ...] | None:
     """The kernels that compute a map, in the order of their launches; None where there are none.
 
@@ -30,11 +30,15 @@ def kernels_of(
         map_name: one of MAPS.
         dtype: float16 or bfloat16.
         head_dim, head_dim_v: that of q and k, and that of v.
+        masked: whether there is a mask.
     """
     element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
     for steps in _WAYS[map_name]:
         names = [
-            kernel_name(step, element, None if step == "preprocess" else padded) for step in steps
+            kernel_name(step, element)
+            if step == "preprocess"
+            else kernel_name(step, element, padded, masked)
+            for step in steps
         ]
         if all(name in KERNELS for name in names):
             return tuple(KERNELS[name] for name in names)
@@ -46,9 +50,9 @@ def why_no_kernels(
 ) -> str | None:
     """Why the kernels cannot compute a problem on a device; None where they can."""
     if capability < MIN_CAPABILITY:
-        return "the kernels need compute capability {}.{} or newer, ".format(
-            *MIN_CAPABILITY
-        ) + "and the device has {}.{}".format(*capability)
+        return (
+            "the kernels need compute capability {}.{} or newer, and the device has {}.{}"
+        ).format(*MIN_CAPABILITY, *capability)
     if dtype not in ELEMENT_OF_DTYPE:
         return f"the kernels compute in float16 and bfloat16, and q has {str(dtype)[6:]}"
     for name, seqlen in (("q", seqlen_q), ("k", seqlen_k)):

@@ -1,6 +1,6 @@
 """The contract between the autograd rules and a backend: four maps, closed under differentiation.
 
-For one head, with S = s Q Kᵀ, P = softmax(S) and T = s (tQ Kᵀ + Q tKᵀ):
+For one head, with S = s Q Kᵀ + mask, P = softmax(S) and T = s (tQ Kᵀ + Q tKᵀ) + tmask:
 
     forward           O = P V                           lse = logsumexp(S)
     forward_tangent   tO = (P∘(T − mu)) V + P tV        mu  = rowsum(P∘T), the tangent of lse
@@ -21,9 +21,18 @@ returns None, and one that needs them computes those that it is not given anew.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Causal(IntEnum):
+    """Which keys a query sees by its place, with M queries and N keys. As in csrc/params.h."""
+
+    NO = 0
+    BOTTOM_RIGHT = 1  # row i sees column j where j ≤ i + N − M, as in flash-attn
+    TOP_LEFT = 2  # row i sees column j where j ≤ i, as in torch
 
 
 @dataclass(frozen=True)
@@ -32,83 +41,124 @@ class AttentionOptions:
 
     Attributes:
         softmax_scale: s in S = s Q Kᵀ.
-        causal: row i of M sees column j of N where j ≤ i + N − M (aligned at the bottom right).
+        causal: whether, and how, later keys are hidden.
         backend: name of the backend that computes the four maps.
         residuals: whether to return residuals, which only a backward pass needs.
+        max_seqlens: for packed sequences, no less than the longest of queries and of keys.
     """
 
     softmax_scale: float
-    causal: bool = False
+    causal: Causal = Causal.NO
     backend: str = "blockwise"
     residuals: bool = True
+    max_seqlens: tuple[int, int] | None = None
 
 
-# (out, lse, out_residual) and (out, lse, tout, mu, out_residual, tout_residual).
-Outputs = tuple[Tensor, Tensor, Tensor | None]
-TangentOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-Gradients = tuple[Tensor, Tensor, Tensor]
-TangentGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+class Inputs(NamedTuple):
+    """What attention is computed from.
+
+    Attributes:
+        q: (batch, seqlen_q, heads, head_dim).
+        k: (batch, seqlen_k, heads_k, head_dim); heads is a multiple of heads_k.
+        v: (batch, seqlen_k, heads_k, head_dim_v).
+        mask: (batch, heads, seqlen_q, seqlen_k), each of them 1 where it does not vary. Boolean,
+            False hiding a key, or floating, added to the scaled scores, −inf hiding a key.
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32, where packed sequences start and end in
+            a batch of 1; queries and keys beyond the last belong to none. No mask then.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
+class Tangents(NamedTuple):
+    """Tangents of the inputs that have one, each of its input's shape; None is zero."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs, or of their tangents; None where it is not needed."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """out (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q), out's residual."""
+
+    out: Tensor
+    lse: Tensor
+    out_residual: Tensor | None
+
+
+class TangentOutputs(NamedTuple):
+    """The outputs, their tangents (mu is that of lse), and residuals as long as out and tout."""
+
+    out: Tensor
+    lse: Tensor
+    tout: Tensor
+    mu: Tensor
+    out_residual: Tensor | None
+    tout_residual: Tensor | None
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of the outputs; None is zero."""
+
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    tout: Tensor | None = None
+    mu: Tensor | None = None
+
+
+# Whether gradients of (q, k, v, mask), and further of their tangents, are needed.
+Needs = tuple[bool, ...]
 
 
 class AttentionMaps(Protocol):
     """What a backend implements. None stands for a tensor of zeros and is never materialised.
 
-    Shapes: q and tq (batch, seqlen_q, heads, head_dim); k and tk (batch, seqlen_k, heads_k,
-    head_dim); v and tv (batch, seqlen_k, heads_k, head_dim_v); out, tout, their residuals and
-    cotangents (batch, seqlen_q, heads, head_dim_v); lse, mu and their cotangents
-    (batch, heads, seqlen_q), float32 (float64 for float64 inputs). Inputs are validated and never
-    modified.
-    Rows that see no key: out = tout = mu = 0, lse = −inf, no gradient.
+    lse, mu and their cotangents are float32 (float64 for float64 inputs); all else has the inputs'
+    dtype, but for a mask and its tangent, which may be float32 beside half precision. Inputs are
+    validated and never modified. A row that sees no key: out = tout = mu = 0, lse = −inf, and no
+    gradient.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Outputs:
-        """Return (out, lse, out_residual)."""
+    def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
+        """Return O, lse and a residual."""
 
     def forward_tangent(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tq: Tensor | None,
-        tk: Tensor | None,
-        tv: Tensor | None,
-        options: AttentionOptions,
+        self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> TangentOutputs:
-        """Return (out, lse, tout, mu, out_residual, tout_residual)."""
+        """Return O, lse, tO, mu and residuals."""
 
     def backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        out_residual: Tensor | None,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
+        inputs: Inputs,
+        outputs: Outputs,
+        cotangents: Cotangents,
+        needs: Needs,
         options: AttentionOptions,
     ) -> Gradients:
-        """Return the gradients of (q, k, v)."""
+        """Return the gradients of the inputs against cotangents of O and lse."""
 
     def tangent_backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tq: Tensor | None,
-        tk: Tensor | None,
-        tv: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        tout: Tensor,
-        mu: Tensor,
-        out_residual: Tensor | None,
-        tout_residual: Tensor | None,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        grad_tout: Tensor | None,
-        grad_mu: Tensor | None,
+        inputs: Inputs,
+        tangents: Tangents,
+        outputs: TangentOutputs,
+        cotangents: Cotangents,
+        needs: Needs,
         options: AttentionOptions,
-        needs_tangent_grads: tuple[bool, bool, bool],
-    ) -> tuple[Gradients, TangentGradients]:
-        """Return the gradients of (q, k, v) and of (tq, tk, tv); those not needed are None."""
+    ) -> tuple[Gradients, Gradients]:
+        """Return the gradients of the inputs and of their tangents."""

@@ -7,8 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from jvp_attn.maps import AttentionOptions, Inputs
+
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+_DENSE = ("batch", "seqlen", "heads", "head_dim")
+_PACKED = ("total", "heads", "head_dim")
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -18,12 +24,138 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
         TypeError: an argument is no tensor, or its dtype is not supported or not the same.
         ValueError: a shape or device does not fit.
     """
+    _check_tensors(q, k, v, _DENSE)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name} has batch {x.shape[0]} but q has {q.shape[0]} "
+                f"(shapes {tuple(x.shape)} and {tuple(q.shape)})"
+            )
+    _check_heads(q, k, v)
+
+
+def check_packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    """Check (total, heads, head_dim) tensors and where the sequences in them end.
+
+    What cu_seqlens hold is checked by `check_packing`, when there are data.
+
+    Raises:
+        TypeError: an argument is of another type, or its dtype is not supported or not the same.
+        ValueError: a shape, device or number does not fit.
+    """
+    _check_tensors(q, k, v, _PACKED)
+    _check_heads(q, k, v)
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype != torch.int32:
+            raise TypeError(f"{name} has dtype {x.dtype}; it must be int32")
+        if x.ndim != 1 or x.shape[0] == 0:
+            raise ValueError(
+                f"{name} must have shape (sequences + 1,), starting with 0, got {tuple(x.shape)}"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"{name} is on {x.device} but q is on {q.device}; they must be on one device"
+            )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q tells of {cu_seqlens_q.shape[0] - 1} sequences but cu_seqlens_k of "
+            f"{cu_seqlens_k.shape[0] - 1}; they must be as many"
+        )
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
+            raise TypeError(f"{name} must be a Python int, got {type(length).__name__}")
+        if length < 0:
+            raise ValueError(f"{name} is {length}; it must not be negative")
+
+
+def check_packing(inputs: Inputs, options: AttentionOptions) -> None:
+    """Check what cu_seqlens hold: on a GPU without waiting for it, by an assertion on the device.
+
+    Raises:
+        ValueError: a sequence has no place in the tensors, or is longer than max_seqlen.
+    """
+    if options.max_seqlens is None:
+        return
+    for name, ends, packed, longest in (
+        ("q", inputs.cu_seqlens_q, inputs.q, options.max_seqlens[0]),
+        ("k", inputs.cu_seqlens_k, inputs.k, options.max_seqlens[1]),
+    ):
+        if ends is None:
+            continue
+        total, lengths = packed.shape[1], ends.diff()
+        rules = (
+            (ends[0] == 0, f"cu_seqlens_{name} must start with 0"),
+            ((lengths >= 0).all(), f"cu_seqlens_{name} must not decrease"),
+            (
+                ends[-1] <= total,
+                f"cu_seqlens_{name} must not end beyond the {total} rows of {name}",
+            ),
+            (
+                (lengths <= longest).all(),
+                f"max_seqlen_{name} is {longest}, and no sequence may be longer",
+            ),
+        )
+        for holds, rule in rules:
+            if ends.device.type != "cpu":
+                torch._assert_async(holds, rule)
+            elif not holds:
+                raise ValueError(f"{rule}; cu_seqlens_{name} is {_shortened(ends)}")
+
+
+def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Check an attention mask, and give it four dimensions.
+
+    Raises:
+        TypeError: it is no tensor, or its dtype is not supported.
+        ValueError: its shape or device does not fit.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"attn_mask must be a dense tensor, got layout {mask.layout}")
+    dtypes = {torch.bool, q.dtype}
+    if q.dtype in (torch.float16, torch.bfloat16):
+        dtypes.add(torch.float32)
+    if mask.dtype not in dtypes:
+        allowed = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}; supported where q has {q.dtype} are {allowed}"
+        )
+    if mask.device != q.device:
+        raise ValueError(
+            f"attn_mask is on {mask.device} but q is on {q.device}; they must be on one device"
+        )
+    scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if mask.ndim > 4 or any(
+        size not in (1, full) for size, full in zip(sizes, scores, strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to "
+            f"(batch, heads, seqlen_q, seqlen_k) = {scores}"
+        )
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...]) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim != 4:
+        if x.ndim != len(dimensions):
             raise ValueError(
-                f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim), "
+                f"{name} must have {len(dimensions)} dimensions ({', '.join(dimensions)}), "
                 f"got shape {tuple(x.shape)}"
             )
         if x.layout != torch.strided:
@@ -40,28 +172,34 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} is on {x.device} but q is on {q.device}; they must be on one device"
             )
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name} has batch {x.shape[0]} but q has {q.shape[0]} "
-                f"(shapes {tuple(x.shape)} and {tuple(q.shape)})"
-            )
-    if k.shape[1:3] != v.shape[1:3]:
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check the last three dimensions, which end in (seqlen, heads, head_dim)."""
+    if k.shape[-3:-1] != v.shape[-3:-1]:
         raise ValueError(
             f"k and v must agree in seqlen and heads, got shapes {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if k.shape[3] != q.shape[3]:
+    if k.shape[-1] != q.shape[-1]:
         raise ValueError(
-            f"k has head_dim {k.shape[3]} but q has {q.shape[3]}; they must be the same"
+            f"k has head_dim {k.shape[-1]} but q has {q.shape[-1]}; they must be the same"
         )
-    heads, heads_k = q.shape[2], k.shape[2]
+    heads, heads_k = q.shape[-2], k.shape[-2]
     if heads_k == 0 or heads == 0 or heads % heads_k:
         raise ValueError(
             f"q has {heads} heads and k has {heads_k}: the heads of q must be a positive multiple "
             "of those of k and v"
         )
     for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} has head_dim {x.shape[3]}; supported are 1 to {MAX_HEAD_DIM}")
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} has head_dim {x.shape[-1]}; supported are 1 to {MAX_HEAD_DIM}"
+            )
+
+
+def _shortened(ends: Tensor) -> list[int | str]:
+    numbers: list[int | str] = ends.tolist()
+    return numbers if len(numbers) <= 10 else [*numbers[:5], "...", *numbers[-5:]]
 
 
 def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
@@ -90,6 +228,22 @@ def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
             f"{name} is on {tangent.device} but its primal is on {primal.device}; "
             "a tangent must be on its primal's device"
         )
+
+
+def check_mask_tangent(tangent: Tensor | None, mask: Tensor | None) -> None:
+    """Check that the tangent of a mask is one of a mask that has tangents.
+
+    Raises:
+        TypeError: it is no tensor, or the mask is boolean, or it has another dtype.
+        ValueError: there is no mask, or it has another shape or device.
+    """
+    if tangent is None:
+        return
+    if mask is None:
+        raise ValueError("tattn_mask is given but attn_mask is not; a tangent needs its primal")
+    if mask.dtype == torch.bool:
+        raise TypeError("tattn_mask is given but attn_mask is boolean, which has no tangent")
+    check_tangent("tattn_mask", tangent, mask)
 
 
 def resolve_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:

@@ -1,0 +1,207 @@
+"""The four maps as operators of torch, so that tracers see one node each.
+
+`torch.ops.jvp_attn.*` compute with the backend that the options name; tensors without data
+(FakeTensorMode, the device "meta") get results of the right shapes. In eager mode the derivatives
+are those of the Functions that call them; those registered here are for torch.compile, which does
+not trace a Function that has a jvp rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jvp_attn.backends import maps_of, maps_without_data_of
+from jvp_attn.maps import (
+    AttentionMaps,
+    AttentionOptions,
+    Causal,
+    Cotangents,
+    Gradients,
+    Inputs,
+    Needs,
+    Outputs,
+    TangentOutputs,
+    Tangents,
+)
+from jvp_attn.validation import check_packing
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+_TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tmask"
+_OPTIONS = "float softmax_scale, int causal, str backend, bool residuals, SymInt[]? max_seqlens"
+_SCHEMAS = {
+    "forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor?)",
+    "forward_tangent": f"({_INPUTS}, {_TANGENTS}, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor?, Tensor?)",
+    "backward": f"({_INPUTS}, Tensor out, Tensor lse, Tensor? out_residual, "
+    f"Tensor? grad_out, Tensor? grad_lse, bool[4] needs, {_OPTIONS}) "
+    "-> (Tensor?, Tensor?, Tensor?, Tensor?)",
+    "tangent_backward": f"({_INPUTS}, {_TANGENTS}, Tensor out, Tensor lse, Tensor tout, Tensor mu, "
+    "Tensor? out_residual, Tensor? tout_residual, Tensor? grad_out, Tensor? grad_lse, "
+    f"Tensor? grad_tout, Tensor? grad_mu, bool[8] needs, {_OPTIONS}) "
+    "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+}
+
+
+# ----------------------------------------------------------------------------
+# The maps
+
+
+def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
+    """As `AttentionMaps.forward`."""
+    return Outputs(*torch.ops.jvp_attn.forward(*inputs, *_scalars(options)))
+
+
+def forward_tangent(
+    inputs: Inputs, tangents: Tangents, options: AttentionOptions
+) -> TangentOutputs:
+    """As `AttentionMaps.forward_tangent`."""
+    return TangentOutputs(
+        *torch.ops.jvp_attn.forward_tangent(*inputs, *tangents, *_scalars(options))
+    )
+
+
+def backward(
+    inputs: Inputs,
+    outputs: Outputs,
+    cotangents: Cotangents,
+    needs: Needs,
+    options: AttentionOptions,
+) -> Gradients:
+    """As `AttentionMaps.backward`."""
+    return Gradients(
+        *torch.ops.jvp_attn.backward(
+            *inputs, *outputs, cotangents.out, cotangents.lse, needs, *_scalars(options)
+        )
+    )
+
+
+def tangent_backward(
+    inputs: Inputs,
+    tangents: Tangents,
+    outputs: TangentOutputs,
+    cotangents: Cotangents,
+    needs: Needs,
+    options: AttentionOptions,
+) -> tuple[Gradients, Gradients]:
+    """As `AttentionMaps.tangent_backward`."""
+    grads = torch.ops.jvp_attn.tangent_backward(
+        *inputs, *tangents, *outputs, *cotangents, needs, *_scalars(options)
+    )
+    return Gradients(*grads[:4]), Gradients(*grads[4:])
+
+
+# ----------------------------------------------------------------------------
+# The operators
+
+
+def _scalars(options: AttentionOptions) -> tuple[Any, ...]:
+    return (
+        options.softmax_scale,
+        int(options.causal),
+        options.backend,
+        options.residuals,
+        options.max_seqlens,
+    )
+
+
+def _options(scale: float, causal: int, backend: str, residuals: bool, max_seqlens: Any) -> Any:
+    lengths = None if max_seqlens is None else tuple(max_seqlens)
+    return AttentionOptions(scale, Causal(causal), backend, residuals, lengths)
+
+
+def _implementations(
+    maps: Callable[[str], AttentionMaps],
+    check: Callable[[Inputs, AttentionOptions], None] = lambda inputs, options: None,
+) -> dict[str, Callable[..., Any]]:
+    """What the operators do, by their names.
+
+    Args:
+        maps: those of a backend by its name.
+        check: raises where inputs hold what they must not.
+    """
+
+    def forward(*arguments: Any) -> Any:
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        check(inputs, options)
+        return tuple(maps(options.backend).forward(inputs, options))
+
+    def forward_tangent(*arguments: Any) -> Any:
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        check(inputs, options)
+        tangents = Tangents(*arguments[6:10])
+        return tuple(maps(options.backend).forward_tangent(inputs, tangents, options))
+
+    def backward(*arguments: Any) -> Any:
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        outputs, cotangents = Outputs(*arguments[6:9]), Cotangents(*arguments[9:11])
+        needs = tuple(arguments[11])
+        return tuple(maps(options.backend).backward(inputs, outputs, cotangents, needs, options))
+
+    def tangent_backward(*arguments: Any) -> Any:
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        tangents = Tangents(*arguments[6:10])
+        outputs, cotangents = TangentOutputs(*arguments[10:16]), Cotangents(*arguments[16:20])
+        needs = tuple(arguments[20])
+        gradients, tangent_gradients = maps(options.backend).tangent_backward(
+            inputs, tangents, outputs, cotangents, needs, options
+        )
+        return *gradients, *tangent_gradients
+
+    return {f.__name__: f for f in (forward, forward_tangent, backward, tangent_backward)}
+
+
+_library = torch.library.Library("jvp_attn", "DEF")
+_with_data = _implementations(maps_of, check_packing)
+_without_data = _implementations(maps_without_data_of)
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _with_data[_name], _device)
+    torch.library.register_fake(f"jvp_attn::{_name}", _without_data[_name], lib=_library)
+
+
+# ----------------------------------------------------------------------------
+# Derivatives, for torch.compile
+
+_N_OPTIONS = 5
+
+
+def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, scale, causal, backend, residuals, max_seqlens = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = _options(scale, causal, backend, residuals, max_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_forward(ctx: Any, grad_out: Any, grad_lse: Any, _: None) -> Any:
+    inputs, outputs = Inputs(*ctx.saved_tensors[:6]), Outputs(*ctx.saved_tensors[6:])
+    needs = tuple(ctx.needs_input_grad[:4])
+    gradients = backward(inputs, outputs, Cotangents(grad_out, grad_lse), needs, ctx.options)
+    return *gradients, None, None, *_N_OPTIONS * (None,)
+
+
+def _backward_of_forward_tangent(ctx: Any, *cotangents: Any) -> Any:
+    tensors = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[6:10])
+    grad_out, grad_lse, grad_tout, grad_mu, *_ = cotangents
+    gradients, tangent_gradients = tangent_backward(
+        Inputs(*tensors[:6]),
+        Tangents(*tensors[6:10]),
+        TangentOutputs(*tensors[10:]),
+        Cotangents(grad_out, grad_lse, grad_tout, grad_mu),
+        needs,
+        ctx.options,
+    )
+    return *gradients, None, None, *tangent_gradients, *_N_OPTIONS * (None,)
+
+
+for _name, _backward in (
+    ("forward", _backward_of_forward),
+    ("forward_tangent", _backward_of_forward_tangent),
+):
+    torch.library.register_autograd(
+        f"jvp_attn::{_name}", _backward, setup_context=_save_for_backward, lib=_library
+    )
