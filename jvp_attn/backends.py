@@ -42,7 +42,8 @@ _AUTOMATIC = "automatic"
 class _Choice(threading.local):
     """One for each thread. torch.compile sees when a plain attribute changes, and compiles anew."""
 
-    backend: str | None = None
+    def __init__(self) -> None:
+        self.backend: str | None = None
 
 
 _choice = _Choice()

@@ -95,8 +95,8 @@ def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
     if arguments.shape is None:
-        of_a_problem = ("seqlen_k", "heads_k", "head_dim_v", "capability")
-        if any(getattr(arguments, name) is not None for name in of_a_problem):
+        of_a_problem = ("seqlen_k", "heads_k", "head_dim_v", "mask", "capability")
+        if any(getattr(arguments, name) for name in of_a_problem):
             parser.error("these options describe a problem, which also needs --shape")
         report = collect()
         print(json.dumps(asdict(report), indent=2) if arguments.json else as_text(report))
@@ -108,6 +108,7 @@ def main() -> None:
             seqlen_k=arguments.seqlen_k,
             heads_k=arguments.heads_k,
             head_dim_v=arguments.head_dim_v,
+            masked=arguments.mask,
             capability=arguments.capability,
         )
     except ValueError as error:
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     problem.add_argument("--seqlen-k", type=int, help="of k and v; as of q by default")
     problem.add_argument("--heads-k", type=int, help="of k and v; as of q by default")
     problem.add_argument("--head-dim-v", type=int, help="of v; as of q by default")
+    problem.add_argument("--mask", action="store_true", help="there is an attn_mask")
     problem.add_argument("--capability", type=_capability, help="of a device: 8.0, 9.0, ...")
     return parser
 

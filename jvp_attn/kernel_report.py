@@ -39,6 +39,7 @@ def report_problem(
     seqlen_k: int | None = None,
     heads_k: int | None = None,
     head_dim_v: int | None = None,
+    masked: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> list[MapReport]:
     """Tell for each of the four maps which kernels the backend "automatic" would launch.
@@ -47,6 +48,7 @@ def report_problem(
         dtype: of q, k and v.
         shape: that of q, (batch, seqlen_q, heads, head_dim).
         seqlen_k, heads_k, head_dim_v: as in q where they are None.
+        masked: whether there is an attn_mask, itself without tangent and gradient.
         capability: of a device that need not be here, which is taken to have the extension; None
             is the present device.
 
@@ -66,18 +68,22 @@ def report_problem(
     reason = reason or why_no_kernels(dtype, seqlen_q, k_shape[1], capability)
     if reason:
         return [MapReport(map=name, kernels=(), why=reason) for name in MAPS]
-    return [_map_report(name, dtype, head_dim, v_shape[3]) for name in MAPS]
+    return [_map_report(name, dtype, head_dim, v_shape[3], masked) for name in MAPS]
 
 
-def _map_report(name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> MapReport:
+def _map_report(
+    name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, masked: bool
+) -> MapReport:
     padded = padded_head_dim(head_dim, head_dim_v)
-    kernels = kernels_of(name, dtype, head_dim, head_dim_v)
+    kernels = kernels_of(name, dtype, head_dim, head_dim_v, masked)
     if kernels is None:
         return MapReport(map=name, kernels=(), why=f"it has no kernel for head dim {padded}")
     dims = f"{head_dim}" if head_dim == head_dim_v else f"{head_dim} and {head_dim_v}"
     why = f"{str(dtype).removeprefix('torch.')}, head dim {dims}"
     if padded != max(head_dim, head_dim_v) or head_dim != head_dim_v:
         why += f" padded to {padded}"
+    if masked:
+        why += ", with a mask"
     return MapReport(map=name, kernels=tuple(map(_kernel_use, kernels)), why=why)
 
 

@@ -7,7 +7,6 @@ with the rules and maps that it checks. Everything must be finite but masks, als
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jvp_attn.maps import AttentionOptions, Causal, Inputs
@@ -27,17 +26,16 @@ def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
         return _attention(inputs.q, inputs.k, inputs.v, inputs.mask, options)
     ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-    outs, lses = [], []
-    for i in range(len(ends_q) - 1):
-        queries, keys = slice(*ends_q[i : i + 2]), slice(*ends_k[i : i + 2])
-        out, lse = _attention(
-            inputs.q[:, queries], inputs.k[:, keys], inputs.v[:, keys], None, options
-        )
-        outs.append(out)
-        lses.append(lse)
-    unused = inputs.q.shape[1] - ends_q[-1]
-    out = F.pad(torch.cat(outs, 1), (0, 0, 0, 0, 0, unused))
-    return out, F.pad(torch.cat(lses, 2), (0, unused), value=-torch.inf)
+    places = [
+        (slice(*ends_q[i : i + 2]), slice(*ends_k[i : i + 2])) for i in range(len(ends_q) - 1)
+    ]
+    places.append((slice(ends_q[-1], None), slice(0, 0)))  # of no sequence: they see nothing
+    results = [
+        _attention(inputs.q[:, queries], inputs.k[:, keys], inputs.v[:, keys], None, options)
+        for queries, keys in places
+    ]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 def _attention(
@@ -51,9 +49,7 @@ def _attention(
     scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32))
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
-        return (queries.new_zeros(*lse.shape, 1) * values.sum(-2, keepdim=True)).transpose(
-            1, 2
-        ), lse
+        return (scores.to(q.dtype) @ values).transpose(1, 2), lse
     visible = _visible(scores, options.causal)
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask.detach() > -torch.inf
