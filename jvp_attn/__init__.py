@@ -15,6 +15,9 @@ from jvp_attn.interface import (
     flash_attn_with_tangent,
 )
 from jvp_attn.maps import AttentionOptions, Causal
+from jvp_attn.merge import merge_attention
+from jvp_attn.replacement import replace_sdpa
+from jvp_attn.sdpa import scaled_dot_product_attention
 
 __version__ = version("jvp-attn")
 
@@ -31,4 +34,7 @@ __all__ = [
     "flash_attn_jvp",
     "flash_attn_varlen_jvp",
     "flash_attn_with_tangent",
+    "merge_attention",
+    "replace_sdpa",
+    "scaled_dot_product_attention",
 ]

@@ -11,14 +11,11 @@ What a row does not see has no effect on it, be it NaN. What it sees and is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
-
 import torch
 from torch import Tensor
 
 from jvp_attn import results
+from jvp_attn.autocast import without_autocast
 from jvp_attn.blocks import HeadBlock, RowBlock, X, head_blocks
 from jvp_attn.maps import (
     AttentionOptions,
@@ -31,28 +28,11 @@ from jvp_attn.maps import (
     Tangents,
 )
 
-Map = TypeVar("Map", bound=Callable[..., Any])
-
-
 # ----------------------------------------------------------------------------
 # The four maps
 
 
-def _without_autocast(attention_map: Map) -> Map:
-    """Autocast would round each product to half precision, in the middle of the map."""
-
-    @wraps(attention_map)
-    def in_full_precision(inputs: Inputs, *others: Any) -> Any:
-        device = inputs.q.device.type
-        if not torch.amp.is_autocast_available(device):
-            return attention_map(inputs, *others)
-        with torch.autocast(device, enabled=False):
-            return attention_map(inputs, *others)
-
-    return cast(Map, in_full_precision)
-
-
-@_without_autocast
+@without_autocast
 def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
     """O = P V and lse = logsumexp(S)."""
     out, lse, _ = results.forward(inputs, options)
@@ -67,7 +47,7 @@ def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
     return Outputs(out, lse, None)
 
 
-@_without_autocast
+@without_autocast
 def forward_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
 ) -> TangentOutputs:
@@ -94,7 +74,7 @@ def forward_tangent(
     return TangentOutputs(out, lse, tout, mu, None, None)
 
 
-@_without_autocast
+@without_autocast
 def backward(
     inputs: Inputs,
     outputs: Outputs,
@@ -114,7 +94,7 @@ def backward(
     return gradients
 
 
-@_without_autocast
+@without_autocast
 def tangent_backward(
     inputs: Inputs,
     tangents: Tangents,

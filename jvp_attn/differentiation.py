@@ -11,7 +11,7 @@ from torch import Tensor
 from jvp_attn import math_backend, operators
 from jvp_attn.functions import FlashAttention, FlashAttentionTangent
 from jvp_attn.maps import AttentionOptions, Inputs, Tangents
-from jvp_attn.validation import check_packing
+from jvp_attn.validation import check_packing, check_tangents
 
 
 def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -20,11 +20,11 @@ def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple
         check_packing(inputs, options)
         return math_backend.attention(inputs, options)
     if not torch.compiler.is_compiling():
-        return _attention(inputs, options)
+        return _eager_attention(inputs, options)
     primals, tangents = _unpacked(inputs)
     moves = any(t is not None for t in tangents)
     if not _can_be_captured(moves):
-        return _uncaptured_attention(inputs, options)
+        return _eager_attention(inputs, options)
     if not moves:
         out, lse, _ = operators.forward(inputs, options)
         return out, lse
@@ -38,10 +38,8 @@ def attention_with_tangent(
     """(out, lse, tout, mu) of checked inputs and tangents, with every derivative."""
     if options.backend == "math":
         return _math_attention_with_tangent(inputs, tangents, options)
-    if not torch.compiler.is_compiling():
-        return _attention_with_tangent(inputs, tangents, options)
-    if _is_transformed():
-        return _uncaptured_attention_with_tangent(inputs, tangents, options)
+    if not torch.compiler.is_compiling() or _is_transformed():
+        return _eager_attention_with_tangent(inputs, tangents, options)
     out, lse, tout, mu, *_ = operators.forward_tangent(inputs, tangents, options)
     return out, lse, tout, mu
 
@@ -56,10 +54,18 @@ def backward_may_follow(*tensors: Tensor | None) -> bool:
 
 
 # ----------------------------------------------------------------------------
-# Eager
+# Eager. The compiler must not trace any of it, also where it compiles what surrounds it
 
 
-def _attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+_eager = torch.compiler.disable(
+    reason="inside a compiled function, attention goes through torch.func.jvp but no other "
+    "transform of torch.func, and through dual numbers only where they are made inside: compile "
+    "without fullgraph=True, or apply the transform to what is compiled"
+)
+
+
+@_eager
+def _eager_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     if _tangents_may_be_unpacked(inputs):
         primals, tangents = _unpacked(inputs)
         if any(t is not None for t in tangents):
@@ -69,7 +75,8 @@ def _attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tenso
     return out, lse
 
 
-def _attention_with_tangent(
+@_eager
+def _eager_attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, lse, tout, mu, *_ = FlashAttentionTangent.apply(*inputs, *tangents, options)
@@ -93,7 +100,9 @@ def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
 def _unpacked(inputs: Inputs) -> tuple[Inputs, Tangents]:
     duals = {name: fwAD.unpack_dual(x) for name, x in _differentiable(inputs).items()}
     primals = inputs._replace(**{name: dual.primal for name, dual in duals.items()})
-    return primals, Tangents(**{name: dual.tangent for name, dual in duals.items()})
+    tangents = Tangents(**{name: dual.tangent for name, dual in duals.items()})
+    check_tangents(primals, tangents)
+    return primals, tangents
 
 
 def _math_attention_with_tangent(
@@ -122,28 +131,19 @@ def _differentiable(inputs: Inputs) -> dict[str, Tensor]:
 
 # ----------------------------------------------------------------------------
 # Compiled. The operators' registered derivatives serve a jvp inside of the compiled function, and
-# .backward() outside of it. All else leaves the graph, or, with fullgraph=True, raises.
+# .backward() outside of it. All else leaves the graph or, with fullgraph=True, raises
 
 
 @torch.compiler.assume_constant_result
 def _can_be_captured(moves: bool) -> bool:
     """Whether the registered derivatives are all that the active transforms may ask for."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(t.key() != torch._C._functorch.TransformType.Jvp for t in transforms):
-        return False
+    if transforms:
+        return [t.key() for t in transforms] == [torch._C._functorch.TransformType.Jvp]
     # The compiler hides the tangents of dual numbers that come from outside.
-    return moves or bool(transforms) or fwAD._current_level < 0
+    return moves or fwAD._current_level < 0
 
 
 @torch.compiler.assume_constant_result
 def _is_transformed() -> bool:
     return bool(torch._C._functorch.get_interpreter_stack()) or fwAD._current_level >= 0
-
-
-_leave_graph = torch.compiler.disable(
-    reason="inside a compiled function, attention goes through torch.func.jvp but no other "
-    "transform of torch.func, and through dual numbers only where they are made inside: compile "
-    "without fullgraph=True, or apply the transform to what is compiled"
-)
-_uncaptured_attention = _leave_graph(_attention)
-_uncaptured_attention_with_tangent = _leave_graph(_attention_with_tangent)

@@ -33,6 +33,7 @@ from torch.autograd import Function
 from jvp_attn import operators
 from jvp_attn.batching import vmap_attention
 from jvp_attn.maps import Cotangents, Inputs, Outputs, TangentOutputs, Tangents
+from jvp_attn.validation import check_tangents
 
 MaybeTensor = Tensor | None
 
@@ -83,8 +84,9 @@ class FlashAttention(_AttentionFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        inputs = ctx.saved_tensors[:_INPUTS]
-        outputs = FlashAttentionTangent.apply(*inputs, *tangents[:_PRIMALS], ctx.options)
+        inputs, along = Inputs(*ctx.saved_tensors[:_INPUTS]), Tangents(*tangents[:_PRIMALS])
+        check_tangents(inputs, along)
+        outputs = FlashAttentionTangent.apply(*inputs, *along, ctx.options)
         _, _, tout, mu, *_ = outputs
         return tout, mu, None
 

@@ -19,6 +19,7 @@ from jvp_attn.validation import (
     check_mask_tangent,
     check_packed_attention,
     check_tangent,
+    resolve_alignment,
     resolve_softmax_scale,
 )
 
@@ -65,6 +66,8 @@ def flash_attn_jvp(
     pass over the keys, and tangents that are absent cost nothing. `.backward()` is exact through
     the output, its tangent, lse and the tangent of lse.
 
+    Autocast has no effect: inputs are computed in the dtype that they have.
+
     With the CUDA extension, float16 and bfloat16 on a GPU of compute capability 8.0 or newer run
     on CUDA kernels; all else, gradients through a tangent where a head dim is above 128, and
     tangents and gradients of a mask, on tiled operations of torch.
@@ -96,7 +99,7 @@ def flash_attn_jvp(
     for the tangent.
     """
     out, lse = attention(
-        q, k, v, attn_mask, softmax_scale=softmax_scale, causal=_aligned_bottom_right(causal)
+        q, k, v, attn_mask, softmax_scale=softmax_scale, causal=resolve_alignment(causal)
     )
     return (out, lse) if return_lse else out
 
@@ -179,7 +182,7 @@ def flash_attn_varlen_jvp(
         inputs,
         AttentionOptions(
             softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[2]),
-            causal=_aligned_bottom_right(causal),
+            causal=resolve_alignment(causal),
             backend=resolve_backend(*inputs[:2]),
             residuals=backward_may_follow(q, k, v),
             max_seqlens=(max_seqlen_q, max_seqlen_k),
@@ -260,7 +263,7 @@ def flash_attn_with_tangent(
     tangents = Tangents(tq, tk, tv, check_mask(tattn_mask, q, k))
     options = AttentionOptions(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
-        causal=_aligned_bottom_right(causal),
+        causal=resolve_alignment(causal),
         backend=resolve_backend(q, k),
         residuals=backward_may_follow(*inputs, *tangents),
     )
@@ -287,7 +290,3 @@ def attention(
         residuals=backward_may_follow(*inputs),
     )
     return differentiable_attention(inputs, options)
-
-
-def _aligned_bottom_right(causal: bool) -> Causal:
-    return Causal.BOTTOM_RIGHT if causal else Causal.NO

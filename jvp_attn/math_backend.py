@@ -1,7 +1,8 @@
 """Backend `math`: the naive formula in plain differentiable operations, with quadratic memory.
 
 For tests and comparison. PyTorch derives every derivative of it by itself, so it shares nothing
-with the rules and maps that it checks. Everything must be finite but masks, also what is hidden.
+with the rules and maps that it checks. Everything must be finite but masks, also what is hidden;
+and derivatives taken under autocast are rounded by it, as those of torch's own operations are.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jvp_attn.autocast import without_autocast
 from jvp_attn.maps import AttentionOptions, Causal, Inputs
 
 
+@without_autocast
 def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """softmax(s Q Kᵀ + mask) V and its logsumexp.
 

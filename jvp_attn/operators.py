@@ -31,17 +31,19 @@ from jvp_attn.validation import check_packing
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 _TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tmask"
 _OPTIONS = "float softmax_scale, int causal, str backend, bool residuals, SymInt[]? max_seqlens"
+# Results that are absent are None all the same: torch takes "Tensor?" for a result that it cannot
+# batch by itself.
 _SCHEMAS = {
-    "forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor?)",
+    "forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     "forward_tangent": f"({_INPUTS}, {_TANGENTS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor?, Tensor?)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "backward": f"({_INPUTS}, Tensor out, Tensor lse, Tensor? out_residual, "
     f"Tensor? grad_out, Tensor? grad_lse, bool[4] needs, {_OPTIONS}) "
-    "-> (Tensor?, Tensor?, Tensor?, Tensor?)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "tangent_backward": f"({_INPUTS}, {_TANGENTS}, Tensor out, Tensor lse, Tensor tout, Tensor mu, "
     "Tensor? out_residual, Tensor? tout_residual, Tensor? grad_out, Tensor? grad_lse, "
     f"Tensor? grad_tout, Tensor? grad_mu, bool[8] needs, {_OPTIONS}) "
-    "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from reprlib import repr
 
 import torch
 from torch import Tensor
 
-from jvp_attn.maps import AttentionOptions, Inputs
+from jvp_attn.maps import AttentionOptions, Causal, Inputs, Tangents
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -123,8 +124,7 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(mask).__name__}")
-    if mask.layout != torch.strided:
-        raise TypeError(f"attn_mask must be a dense tensor, got layout {mask.layout}")
+    _check_dense("attn_mask", mask)
     dtypes = {torch.bool, q.dtype}
     if q.dtype in (torch.float16, torch.bfloat16):
         dtypes.add(torch.float32)
@@ -153,13 +153,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...])
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        _check_dense(name, x)
         if x.ndim != len(dimensions):
             raise ValueError(
                 f"{name} must have {len(dimensions)} dimensions ({', '.join(dimensions)}), "
                 f"got shape {tuple(x.shape)}"
             )
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if q.dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"q has dtype {q.dtype}; supported are {allowed}")
@@ -172,6 +171,16 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...])
             raise ValueError(
                 f"{name} is on {x.device} but q is on {q.device}; they must be on one device"
             )
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one, layout {x.layout}: pack the "
+            "sequences for flash_attn_varlen_jvp"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -213,6 +222,7 @@ def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
         return
     if not isinstance(tangent, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tangent).__name__}")
+    _check_dense(name, tangent)
     if tangent.dtype != primal.dtype:
         raise TypeError(
             f"{name} has dtype {tangent.dtype} but its primal has {primal.dtype}; "
@@ -244,6 +254,32 @@ def check_mask_tangent(tangent: Tensor | None, mask: Tensor | None) -> None:
     if mask.dtype == torch.bool:
         raise TypeError("tattn_mask is given but attn_mask is boolean, which has no tangent")
     check_tangent("tattn_mask", tangent, mask)
+
+
+def check_tangents(inputs: Inputs, tangents: Tangents) -> None:
+    """Check the tangents of dual numbers, of which torch guarantees the shape alone.
+
+    Raises:
+        TypeError: one has another dtype than its primal.
+        ValueError: one is on another device than its primal.
+    """
+    for name, tangent in tangents._asdict().items():
+        argument = "attn_mask" if name == "mask" else name
+        check_tangent(f"the tangent of {argument}", tangent, getattr(inputs, name))
+
+
+def resolve_alignment(causal: bool) -> Causal:
+    """The alignment that flash-attn gives a causal mask.
+
+    Raises:
+        TypeError: it is no bool.
+    """
+    if not isinstance(causal, bool):
+        raise TypeError(
+            f"causal must be True or False, got {type(causal).__name__} {repr(causal)}; aligned "
+            "at the top left it is the is_causal of scaled_dot_product_attention"
+        )
+    return Causal.BOTTOM_RIGHT if causal else Causal.NO
 
 
 def resolve_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:

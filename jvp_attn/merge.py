@@ -1,0 +1,116 @@
+"""Joining partial results of attention over disjoint keys, as ring and split-key attention do.
+
+    lse = log Σ_i exp(lse_i)        O = Σ_i exp(lse_i − lse) O_i
+
+Plain differentiable operations: PyTorch derives every derivative, through O_i and lse_i alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from jvp_attn.validation import DTYPES
+
+
+def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The attention over all keys, from those over disjoint sets of them.
+
+    Exact, with every derivative, if each part's lse is differentiated along with its out.
+
+    Args:
+        parts: at least one (out, lse), each as attention with `return_lse=True` returns them for
+            the same queries: out (batch, seqlen_q, heads, head_dim_v) and lse
+            (batch, heads, seqlen_q); or packed, out (total_q, heads, head_dim_v) and lse
+            (heads, total_q); or with any number of dimensions in place of batch. out is float16,
+            bfloat16, float32 or float64; lse float32, for float64 out float64. Where lse is −inf
+            the part saw no key, and its out is ignored, even NaN.
+
+    Returns:
+        (out, lse), shapes and dtypes as in each part, computed in lse's dtype. Rows that see no
+        key in any part: out 0, lse −inf, no gradient.
+
+    Raises:
+        TypeError: a part is no pair of tensors, or a dtype does not fit; the message names it.
+        ValueError: there is no part, or a shape or device does not fit.
+    """
+    _check_parts(parts)
+    outs = [out for out, _ in parts]
+    lses = torch.stack([lse for _, lse in parts])  # (parts, ..., heads, seqlen_q)
+    absent = lses == -torch.inf
+    shift = lses.detach().amax(0)  # only for the range of exp: the derivative of it cancels
+    # Masked before what is nonlinear: afterwards it would be 0·∞ or 0·NaN in derivatives.
+    weights = torch.where(absent, -torch.inf, lses - shift).exp()
+    total = torch.where(absent.all(0), 1, weights.sum(0))
+    out = reduce(
+        add,
+        (
+            _along_rows(weight / total) * torch.where(_along_rows(gone), 0, out)
+            for weight, gone, out in zip(weights, absent, outs, strict=True)
+        ),
+    )
+    lse = shift + total.log()
+    return out.to(outs[0].dtype), lse
+
+
+def _along_rows(x: Tensor) -> Tensor:
+    """(..., heads, seqlen_q) → (..., seqlen_q, heads, 1)."""
+    return x.transpose(-1, -2).unsqueeze(-1)
+
+
+def _check_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if not isinstance(parts, Sequence):
+        raise TypeError(f"parts must be a sequence of (out, lse), got {type(parts).__name__}")
+    if not parts:
+        raise ValueError("parts is empty: there must be at least one (out, lse)")
+    for i, part in enumerate(parts):
+        if not isinstance(part, tuple | list):
+            raise TypeError(f"parts[{i}] must be a pair (out, lse), got {type(part).__name__}")
+        if len(part) != 2 or not all(isinstance(x, Tensor) for x in part):
+            types = ", ".join(type(x).__name__ for x in part)
+            raise TypeError(f"parts[{i}] must be a pair of tensors (out, lse), got ({types})")
+    out, lse = parts[0]
+    _check_first_part(out, lse)
+    for i, part in enumerate(parts):
+        for name, x, first in zip(("out", "lse"), part, (out, lse), strict=True):
+            if x.dtype != first.dtype:
+                raise TypeError(
+                    f"parts[{i}]: {name} has dtype {x.dtype} but that of parts[0] has "
+                    f"{first.dtype}; they must be the same"
+                )
+            if x.shape != first.shape:
+                raise ValueError(
+                    f"parts[{i}]: {name} has shape {tuple(x.shape)} but that of parts[0] has "
+                    f"{tuple(first.shape)}; parts differ only in their keys"
+                )
+            if x.device != out.device:
+                raise ValueError(
+                    f"parts[{i}]: {name} is on {x.device} but out of parts[0] is on {out.device}; "
+                    "they must be on one device"
+                )
+
+
+def _check_first_part(out: Tensor, lse: Tensor) -> None:
+    if out.dtype not in DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"parts[0]: out has dtype {out.dtype}; supported are {allowed}")
+    if lse.dtype != torch.promote_types(out.dtype, torch.float32):
+        raise TypeError(
+            f"parts[0]: lse has dtype {lse.dtype} and out {out.dtype}; lse must be float32, "
+            "or float64 with float64 out"
+        )
+    if out.ndim < 3:
+        raise ValueError(
+            "parts[0]: out must have dimensions (..., seqlen_q, heads, head_dim_v), "
+            f"got shape {tuple(out.shape)}"
+        )
+    *batch, seqlen_q, heads, _ = out.shape
+    if lse.shape != (*batch, heads, seqlen_q):
+        raise ValueError(
+            f"parts[0]: lse has shape {tuple(lse.shape)} but out has {tuple(out.shape)}: lse must "
+            f"be (..., heads, seqlen_q), here {(*batch, heads, seqlen_q)}"
+        )
