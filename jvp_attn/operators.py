@@ -200,10 +200,19 @@ def _backward_of_forward_tangent(ctx: Any, *cotangents: Any) -> Any:
     return *gradients, None, None, *tangent_gradients, *_N_OPTIONS * (None,)
 
 
-for _name, _backward in (
-    ("forward", _backward_of_forward),
-    ("forward_tangent", _backward_of_forward_tangent),
+def _backward_of_backward(ctx: Any, *cotangents: Any) -> Any:
+    raise NotImplementedError(
+        "the operators have no second derivative: call flash_attn_jvp, which has, outside of "
+        "torch.compile"
+    )
+
+
+for _name, _backward, _save in (
+    ("forward", _backward_of_forward, _save_for_backward),
+    ("forward_tangent", _backward_of_forward_tangent, _save_for_backward),
+    ("backward", _backward_of_backward, None),
+    ("tangent_backward", _backward_of_backward, None),
 ):
     torch.library.register_autograd(
-        f"jvp_attn::{_name}", _backward, setup_context=_save_for_backward, lib=_library
+        f"jvp_attn::{_name}", _backward, setup_context=_save, lib=_library
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from jvp_attn.autocast import has_autocast
 from jvp_attn.interface import attention
 from jvp_attn.maps import Causal
 from jvp_attn.sdpa_validation import check_arguments, check_broadcast, check_dtypes
@@ -116,7 +117,7 @@ def _alignment(bias: CausalBias, query: Tensor, key: Tensor) -> Causal:
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that torch's autocast chooses for attention."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
         return x
     if not x.is_floating_point() or x.dtype == torch.float64:
         return x
