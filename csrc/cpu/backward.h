@@ -1,0 +1,345 @@
+// The backward of attention and of its tangent, in the centred form: with gO, gT the cotangents of
+// O, tO and Tc = T - mu,
+//
+//     A = gO Vᵀ + gT tVᵀ    Bc = gT Vᵀ - beta    beta = gT·O - g_mu    delta = gO·O + gT·tO - g_lse
+//     Tbar = P Bc           Sbar = P (A + Bc Tc - delta)
+//     gq = s (Sbar K + Tbar tK)    gk = s (Sbarᵀ Q + Tbarᵀ tQ)    gv = Pᵀ gO + (P Tc)ᵀ gT
+//     gtq = s Tbar K               gtk = s Tbarᵀ Q                gtv = Pᵀ gT
+//
+// A thread takes one head of the keys at a time. Its keys meet the queries of all heads that share
+// it, tile by tile: gradients of keys stay in the cache, those of queries are added up in memory, in
+// the same order each time.
+#pragma once
+
+#include <vector>
+
+#include "cpu/scratch.h"
+#include "cpu/softmax.h"
+
+namespace jvp_attn::cpu::JVP_ATTN_ISA {
+
+template <class Value>
+class Backward {
+public:
+    explicit Backward(const AttentionParams& p)
+        : p_(p),
+          width_(packed_width<Value>(p.head_dim)),
+          width_v_(packed_width<Value>(p.head_dim_v)),
+          has_t_(p.tq.data || p.tk.data || p.tmask.data),
+          has_b_(p.grad_tout.data || p.grad_mu.data),
+          keys_transposed_(kKeys * p.head_dim),
+          tkeys_transposed_(kKeys * p.head_dim),
+          values_transposed_(kKeys * p.head_dim_v),
+          tvalues_transposed_(kKeys * p.head_dim_v),
+          keys_(kKeys * width_),
+          tkeys_(kKeys * width_),
+          gk_(kKeys * width_),
+          gtk_(kKeys * width_),
+          gv_(kKeys * width_v_),
+          gtv_(kKeys * width_v_),
+          queries_(kRows * width_),
+          tqueries_(kRows * width_),
+          g_out_(kRows * width_v_),
+          g_tout_(kRows * width_v_),
+          s_(kRows * kKeys),
+          t_(kRows * kKeys),
+          a_(kRows * kKeys),
+          b_(kRows * kKeys),
+          result_(kRows * width_) {}
+
+    // Pieces of work: any thread may do any of them, with a Backward of its own.
+    static int64_t count(const AttentionParams& p) { return int64_t{p.batch} * p.heads_k; }
+
+    void run(int64_t piece) {
+        const Sequence sequence(p_, piece / p_.heads_k);
+        const int head_k = piece % p_.heads_k;
+        prepare(sequence, head_k);
+        for (int key = 0; key < sequence.keys; key += kKeys)
+            add_keys(sequence, head_k, key, std::min(kKeys, sequence.keys - key));
+        finish(sequence, head_k);
+    }
+
+private:
+    static constexpr int kRows = 96, kKeys = 128;
+
+    // What a query has besides its vectors.
+    struct Row {
+        Value lse, lse_residual, mu, beta, delta;
+    };
+
+    int group() const { return p_.heads / p_.heads_k; }
+
+    Matrix queries_of(const Sequence& sequence, const Tensor& x, int head) const {
+        return sequence.queries_of(x, p_.element, head);
+    }
+
+    // ------------------------------------------------------------------------------------------
+    // Statistics of the queries, and where their gradients are added up
+
+    void prepare(const Sequence& sequence, int head_k) {
+        rows_.resize(int64_t{group()} * sequence.queries);
+        for (int i = 0; i < group(); ++i)
+            prepare_rows(sequence, head_k * group() + i, rows_.data() + int64_t{i} * sequence.queries);
+        const bool is_rounded = sizeof(Value) == sizeof(float) && p_.element != Element::float32;
+        for (auto* sums : {&sum_gq_, &sum_gtq_}) sums->clear();
+        if (is_rounded && p_.grad_q.data) sum_gq_.resize(rows_.size() * p_.head_dim);
+        if (is_rounded && p_.grad_tq.data) sum_gtq_.resize(rows_.size() * p_.head_dim);
+    }
+
+    void prepare_rows(const Sequence& sequence, int head, Row* rows) {
+        const Matrix out = queries_of(sequence, p_.out, head), tout = queries_of(sequence, p_.tout, head);
+        const Matrix out_residual = queries_of(sequence, p_.out_residual, head);
+        const Matrix tout_residual = queries_of(sequence, p_.tout_residual, head);
+        const Matrix g_out = queries_of(sequence, p_.grad_out, head);
+        const Matrix g_tout = queries_of(sequence, p_.grad_tout, head);
+        const auto* lse = sequence.template rows_of<Value>(p_.lse, head);
+        const auto* lse_residual = sequence.template rows_of<Value>(p_.lse_residual, head);
+        const auto* mu = sequence.template rows_of<Value>(p_.mu, head);
+        const auto* g_lse = sequence.template rows_of<Value>(p_.grad_lse, head);
+        const auto* g_mu = sequence.template rows_of<Value>(p_.grad_mu, head);
+        for (int i = 0; i < sequence.queries; ++i) {
+            Row& row = rows[i];
+            // exp(S - inf) is 0 in a row that sees no key.
+            row.lse = lse[i] == -kInfinity<Value> ? kInfinity<Value> : lse[i];
+            row.lse_residual = lse_residual ? lse_residual[i] : 0;
+            row.mu = mu ? mu[i] : 0;
+            row.beta = dot(g_tout, out, out_residual, i) - (g_mu ? g_mu[i] : 0);
+            row.delta = dot(g_out, out, out_residual, i) + dot(g_tout, tout, tout_residual, i) -
+                        (g_lse ? g_lse[i] : 0);
+        }
+    }
+
+    Value dot(const Matrix& a, const Matrix& b, const Matrix& residual, int row) const {
+        if (!a || !b) return 0;
+        Value x[256], y[256];
+        read_row(a, row, p_.head_dim_v, x);
+        read_row(b, row, p_.head_dim_v, y);
+        double sum = 0;
+        for (int j = 0; j < p_.head_dim_v; ++j) sum += static_cast<double>(x[j]) * y[j];
+        if (residual) {
+            read_row(residual, row, p_.head_dim_v, y);
+            for (int j = 0; j < p_.head_dim_v; ++j) sum += static_cast<double>(x[j]) * y[j];
+        }
+        return static_cast<Value>(sum);
+    }
+
+    // Where the gradient of the queries of a head is added up: in itself, if it is not rounded.
+    Matrix sums_of(const Sequence& sequence, const Tensor& gradient, std::vector<float>& sums,
+                   int head) {
+        if (sums.empty()) return queries_of(sequence, gradient, head);
+        const int64_t start = int64_t{head % group()} * sequence.queries * p_.head_dim;
+        return {sums.data() + start, p_.head_dim, Element::float32};
+    }
+
+    void finish(const Sequence& sequence, int head_k) {
+        for (int head = head_k * group(); head < (head_k + 1) * group(); ++head) {
+            round(sequence, p_.grad_q, sum_gq_, head);
+            round(sequence, p_.grad_tq, sum_gtq_, head);
+        }
+    }
+
+    void round(const Sequence& sequence, const Tensor& gradient, std::vector<float>& sums,
+               int head) {
+        if constexpr (sizeof(Value) == sizeof(float)) {
+            if (sums.empty()) return;
+            const Matrix from = sums_of(sequence, gradient, sums, head);
+            for (int i = 0; i < sequence.queries; ++i)
+                write_row(queries_of(sequence, gradient, head), i, p_.head_dim,
+                          static_cast<Value*>(from.data) + i * from.row_stride);
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------
+    // One tile of keys, against all queries
+
+    void add_keys(const Sequence& sequence, int head_k, int first_key, int keys) {
+        const auto of_keys = [&](const Tensor& x) {
+            return sequence.keys_of(x, p_.element, head_k);
+        };
+        bool hurt[kKeys];
+        pack_transposed<Value>(of_keys(p_.k), first_key, keys, p_.head_dim, keys_transposed_);
+        pack_transposed<Value>(of_keys(p_.v), first_key, keys, p_.head_dim_v, values_transposed_);
+        pack<Value>(of_keys(p_.k), first_key, keys, p_.head_dim, 1, keys_);
+        take_out_non_finite<Value>(keys_, keys, p_.head_dim, hurt);
+        if (p_.tk.data) {
+            pack_transposed<Value>(of_keys(p_.tk), first_key, keys, p_.head_dim, tkeys_transposed_);
+            pack<Value>(of_keys(p_.tk), first_key, keys, p_.head_dim, 1, tkeys_);
+            take_out_non_finite<Value>(tkeys_, keys, p_.head_dim, hurt);
+        }
+        if (p_.tv.data)
+            pack_transposed<Value>(of_keys(p_.tv), first_key, keys, p_.head_dim_v,
+                                   tvalues_transposed_);
+        for (Value* sums : {gk_.begin(), gtk_.begin()})
+            std::fill_n(sums, keys * width_, Value(0));
+        for (Value* sums : {gv_.begin(), gtv_.begin()})
+            std::fill_n(sums, keys * width_v_, Value(0));
+
+        for (int head = head_k * group(); head < (head_k + 1) * group(); ++head)
+            for (int row = 0; row < sequence.queries; row += kRows) {
+                const int rows = std::min(kRows, sequence.queries - row);
+                if (sequence.visible_keys(row + rows - 1) > first_key)
+                    add_tile(sequence, head, row, rows, first_key, keys);
+            }
+
+        write_keys(of_keys(p_.grad_k), gk_, first_key, keys, p_.head_dim);
+        write_keys(of_keys(p_.grad_tk), gtk_, first_key, keys, p_.head_dim);
+        write_keys(of_keys(p_.grad_v), gv_, first_key, keys, p_.head_dim_v);
+        write_keys(of_keys(p_.grad_tv), gtv_, first_key, keys, p_.head_dim_v);
+    }
+
+    void write_keys(const Matrix& to, Value* sums, int first_key, int keys, int columns) {
+        if (!to) return;
+        for (int i = 0; i < keys; ++i)
+            write_row(to, first_key + i, columns, sums + i * packed_width<Value>(columns));
+    }
+
+    // ------------------------------------------------------------------------------------------
+    // One tile of scores
+
+    void add_tile(const Sequence& sequence, int head, int row, int rows, int first_key, int keys) {
+        const Row* const of_rows = rows_.data() + int64_t{head % group()} * sequence.queries + row;
+        const auto pack_queries = [&](const Tensor& x, int columns, double factor, Value* to) {
+            pack(queries_of(sequence, x, head), row, rows, columns, Value(factor), to);
+        };
+        const int padded = round_up_to_panel<Value>(keys);
+
+        pack_queries(p_.q, p_.head_dim, p_.softmax_scale, queries_);
+        scores<Store::set>(rows, padded, p_.head_dim, queries_, keys_transposed_, s_);
+        if (p_.tq.data) {
+            pack_queries(p_.tq, p_.head_dim, p_.softmax_scale, tqueries_);
+            scores<Store::set>(rows, padded, p_.head_dim, tqueries_, keys_transposed_, t_);
+        } else if (has_t_) {
+            std::fill_n(t_.begin(), rows * kKeys, Value(0));
+        }
+        if (p_.tk.data)
+            scores<Store::add>(rows, padded, p_.head_dim, queries_, tkeys_transposed_, t_);
+
+        if (p_.grad_out.data) {
+            pack_queries(p_.grad_out, p_.head_dim_v, 1, g_out_);
+            silence_dead(of_rows, rows, g_out_);
+            scores<Store::set>(rows, padded, p_.head_dim_v, g_out_, values_transposed_, a_);
+        } else {
+            std::fill_n(a_.begin(), rows * kKeys, Value(0));
+        }
+        if (p_.grad_tout.data) {
+            pack_queries(p_.grad_tout, p_.head_dim_v, 1, g_tout_);
+            silence_dead(of_rows, rows, g_tout_);
+            scores<Store::set>(rows, padded, p_.head_dim_v, g_tout_, values_transposed_, b_);
+            if (p_.tv.data)
+                scores<Store::add>(rows, padded, p_.head_dim_v, g_tout_, tvalues_transposed_, a_);
+        } else if (has_b_) {
+            std::fill_n(b_.begin(), rows * kKeys, Value(0));
+        }
+
+        const MaskOfHead<Value> mask(p_.mask, sequence.batch, head);
+        const MaskOfHead<Value> tmask(p_.tmask, sequence.batch, head);
+        const MaskOfHead<Value> grad_mask(p_.grad_mask, sequence.batch, head);
+        const MaskOfHead<Value> grad_tmask(p_.grad_tmask, sequence.batch, head);
+        for (int i = 0; i < rows; ++i) {
+            hide(s_ + i * kKeys, sequence, mask, row + i, first_key, keys);
+            if (tmask) tmask.add_to(t_ + i * kKeys, row + i, first_key, keys);
+            differentiate_softmax(of_rows[i], i, padded);
+            if (grad_mask) grad_mask.add_from(a_ + i * kKeys, row + i, first_key, keys);
+            if (grad_tmask) grad_tmask.add_from(b_ + i * kKeys, row + i, first_key, keys);
+        }
+        add_to_queries(sequence, head, row, rows, keys);
+        add_to_keys(rows, keys);
+    }
+
+    template <Store Mode>
+    void scores(int rows, int columns, int depth, Value* left, Value* right, Value* to) {
+        multiply<Mode, Value>(rows, columns, depth, {left, packed_width<Value>(depth), 1},
+                              {right, kPanel<Value>, depth * kPanel<Value>}, to, kKeys);
+    }
+
+    // Cotangents of rows that see no key do not count, be they NaN.
+    void silence_dead(const Row* of_rows, int rows, Value* cotangents) const {
+        for (int i = 0; i < rows; ++i)
+            if (of_rows[i].lse == kInfinity<Value>)
+                std::fill_n(cotangents + i * width_v_, width_v_, Value(0));
+    }
+
+    // S, T, A, B of a row become P, P Tc, Sbar, Tbar: 0 for hidden keys, whatever these hold.
+    void differentiate_softmax(const Row& row, int i, int columns) {
+        Value *const s = s_ + i * kKeys, *const t = t_ + i * kKeys;
+        Value *const a = a_ + i * kKeys, *const b = b_ + i * kKeys;
+        const Vector<Value> zero = {};
+        for (int j = 0; j < columns; j += kLanes<Value>) {
+            const Vector<Value> score = load(s + j);
+            const auto hidden = score == -kInfinity<Value>;
+            const Vector<Value> p =
+                exp_of_nonpositive<Value>((score - row.lse) - row.lse_residual);
+            Vector<Value> x = load(a + j);
+            if (has_b_) {
+                const Vector<Value> bc = load(b + j) - row.beta;
+                if (has_t_) x += bc * (load(t + j) - row.mu);
+                store(b + j, hidden ? zero : p * bc);
+            }
+            if (has_t_) store(t + j, hidden ? zero : p * (load(t + j) - row.mu));
+            store(a + j, hidden ? zero : p * (x - row.delta));
+            store(s + j, hidden ? zero : p);
+        }
+    }
+
+    void add_to_queries(const Sequence& sequence, int head, int row, int rows, int keys) {
+        const auto from_keys = [&]<Store Mode>(Value* weights, Value* right) {
+            multiply<Mode, Value>(rows, p_.head_dim, keys, {weights, kKeys, 1},
+                                  {right, width_, kPanel<Value>}, result_, width_);
+        };
+        if (p_.grad_q.data) {
+            from_keys.template operator()<Store::set>(a_, keys_);
+            if (has_b_ && p_.tk.data) from_keys.template operator()<Store::add>(b_, tkeys_);
+            add_result(sums_of(sequence, p_.grad_q, sum_gq_, head), row, rows);
+        }
+        if (p_.grad_tq.data && has_b_) {
+            from_keys.template operator()<Store::set>(b_, keys_);
+            add_result(sums_of(sequence, p_.grad_tq, sum_gtq_, head), row, rows);
+        }
+    }
+
+    void add_result(const Matrix& sums, int row, int rows) {
+        const auto factor = static_cast<Value>(p_.softmax_scale);
+        for (int i = 0; i < rows; ++i) {
+            Value* const to = static_cast<Value*>(sums.data) + (row + i) * sums.row_stride;
+            const Value* const from = result_ + i * width_;
+            for (int j = 0; j < p_.head_dim; ++j) to[j] += factor * from[j];
+        }
+    }
+
+    void add_to_keys(int rows, int keys) {
+        const auto from_rows = [&](Value* weights, Value* right, int columns, Value* to) {
+            const int width = packed_width<Value>(columns);
+            multiply<Store::add, Value>(keys, columns, rows, {weights, 1, kKeys},
+                                        {right, width, kPanel<Value>}, to, width);
+        };
+        bool hurt[kRows];
+        take_out_non_finite<Value>(queries_, rows, p_.head_dim, hurt);
+        if (p_.tq.data) take_out_non_finite<Value>(tqueries_, rows, p_.head_dim, hurt);
+        if (p_.grad_k.data) {
+            from_rows(a_, queries_, p_.head_dim, gk_);
+            if (has_b_ && p_.tq.data) from_rows(b_, tqueries_, p_.head_dim, gk_);
+        }
+        if (p_.grad_v.data) {
+            if (p_.grad_out.data) from_rows(s_, g_out_, p_.head_dim_v, gv_);
+            if (has_t_ && p_.grad_tout.data) from_rows(t_, g_tout_, p_.head_dim_v, gv_);
+        }
+        if (p_.grad_tk.data && has_b_) from_rows(b_, queries_, p_.head_dim, gtk_);
+        if (p_.grad_tv.data && p_.grad_tout.data) from_rows(s_, g_tout_, p_.head_dim_v, gtv_);
+    }
+
+    const AttentionParams& p_;
+    const int width_, width_v_;
+    const bool has_t_, has_b_;                        // whether T and B are not all zero
+    std::vector<Row> rows_;                           // (group, queries)
+    std::vector<float> sum_gq_, sum_gtq_;             // (group, queries, head_dim), or none
+    Scratch<Value> keys_transposed_, tkeys_transposed_;
+    Scratch<Value> values_transposed_, tvalues_transposed_;
+    Scratch<Value> keys_, tkeys_;                     // (keys, head_dim)
+    Scratch<Value> gk_, gtk_, gv_, gtv_;              // (keys, head_dim or head_dim_v)
+    Scratch<Value> queries_, tqueries_;               // (rows, head_dim), scaled
+    Scratch<Value> g_out_, g_tout_;                   // (rows, head_dim_v)
+    Scratch<Value> s_, t_, a_, b_;                    // (rows, keys)
+    Scratch<Value> result_;                           // (rows, head_dim)
+};
+
+}  // namespace jvp_attn::cpu::JVP_ATTN_ISA
