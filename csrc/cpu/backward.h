@@ -6,13 +6,11 @@
 //     gq = s (Sbar K + Tbar tK)    gk = s (Sbarᵀ Q + Tbarᵀ tQ)    gv = Pᵀ gO + (P Tc)ᵀ gT
 //     gtq = s Tbar K               gtk = s Tbarᵀ Q                gtv = Pᵀ gT
 //
-// A thread takes one head of the keys at a time. Its keys meet the queries of all heads that share
-// it, tile by tile: gradients of keys stay in the cache, those of queries are added up in memory, in
-// the same order each time.
+// A thread takes some keys of one head at a time, and they meet the queries of all heads that share
+// them, tile by tile: gradients of keys stay in the cache, those of queries are summed in memory.
 #pragma once
 
-#include <vector>
-
+#include "cpu/queries.h"
 #include "cpu/scratch.h"
 #include "cpu/softmax.h"
 
@@ -21,16 +19,27 @@ namespace jvp_attn::cpu::JVP_ATTN_ISA {
 template <class Value>
 class Backward {
 public:
-    explicit Backward(const AttentionParams& p)
-        : p_(p),
-          width_(packed_width<Value>(p.head_dim)),
-          width_v_(packed_width<Value>(p.head_dim_v)),
-          has_t_(p.tq.data || p.tk.data || p.tmask.data),
-          has_b_(p.grad_tout.data || p.grad_mu.data),
-          keys_transposed_(kKeys * p.head_dim),
-          tkeys_transposed_(kKeys * p.head_dim),
-          values_transposed_(kKeys * p.head_dim_v),
-          tvalues_transposed_(kKeys * p.head_dim_v),
+    struct Tasks {
+        explicit Tasks(Queries<Value>& shared) : queries(shared), blocks(key_blocks(shared.p)) {}
+
+        int64_t count() const { return blocks.size(); }
+
+        Queries<Value>& queries;
+        const std::vector<KeyBlock> blocks;
+    };
+
+    explicit Backward(Tasks& tasks)
+        : tasks_(tasks),
+          all_queries_(tasks.queries),
+          p_(tasks.queries.p),
+          width_(packed_width<Value>(p_.head_dim)),
+          width_v_(packed_width<Value>(p_.head_dim_v)),
+          has_t_(p_.tq.data || p_.tk.data || p_.tmask.data),
+          has_b_(p_.grad_tout.data || p_.grad_mu.data),
+          keys_transposed_(kKeys * p_.head_dim),
+          tkeys_transposed_(kKeys * p_.head_dim),
+          values_transposed_(kKeys * p_.head_dim_v),
+          tvalues_transposed_(kKeys * p_.head_dim_v),
           keys_(kKeys * width_),
           tkeys_(kKeys * width_),
           gk_(kKeys * width_),
@@ -45,108 +54,19 @@ public:
           t_(kRows * kKeys),
           a_(kRows * kKeys),
           b_(kRows * kKeys),
-          result_(kRows * width_) {}
-
-    // Pieces of work: any thread may do any of them, with a Backward of its own.
-    static int64_t count(const AttentionParams& p) { return int64_t{p.batch} * p.heads_k; }
+          gq_(kRows * width_),
+          gtq_(kRows * width_) {}
 
     void run(int64_t piece) {
-        const Sequence sequence(p_, piece / p_.heads_k);
-        const int head_k = piece % p_.heads_k;
-        prepare(sequence, head_k);
-        for (int key = 0; key < sequence.keys; key += kKeys)
-            add_keys(sequence, head_k, key, std::min(kKeys, sequence.keys - key));
-        finish(sequence, head_k);
+        const KeyBlock& block = tasks_.blocks[piece];
+        add_keys(Sequence(p_, block.batch), block.head, block.first, block.keys);
     }
 
 private:
-    static constexpr int kRows = 96, kKeys = 128;
-
-    // What a query has besides its vectors.
-    struct Row {
-        Value lse, lse_residual, mu, beta, delta;
-    };
-
     int group() const { return p_.heads / p_.heads_k; }
 
     Matrix queries_of(const Sequence& sequence, const Tensor& x, int head) const {
         return sequence.queries_of(x, p_.element, head);
-    }
-
-    // ------------------------------------------------------------------------------------------
-    // Statistics of the queries, and where their gradients are added up
-
-    void prepare(const Sequence& sequence, int head_k) {
-        rows_.resize(int64_t{group()} * sequence.queries);
-        for (int i = 0; i < group(); ++i)
-            prepare_rows(sequence, head_k * group() + i, rows_.data() + int64_t{i} * sequence.queries);
-        const bool is_rounded = sizeof(Value) == sizeof(float) && p_.element != Element::float32;
-        for (auto* sums : {&sum_gq_, &sum_gtq_}) sums->clear();
-        if (is_rounded && p_.grad_q.data) sum_gq_.resize(rows_.size() * p_.head_dim);
-        if (is_rounded && p_.grad_tq.data) sum_gtq_.resize(rows_.size() * p_.head_dim);
-    }
-
-    void prepare_rows(const Sequence& sequence, int head, Row* rows) {
-        const Matrix out = queries_of(sequence, p_.out, head), tout = queries_of(sequence, p_.tout, head);
-        const Matrix out_residual = queries_of(sequence, p_.out_residual, head);
-        const Matrix tout_residual = queries_of(sequence, p_.tout_residual, head);
-        const Matrix g_out = queries_of(sequence, p_.grad_out, head);
-        const Matrix g_tout = queries_of(sequence, p_.grad_tout, head);
-        const auto* lse = sequence.template rows_of<Value>(p_.lse, head);
-        const auto* lse_residual = sequence.template rows_of<Value>(p_.lse_residual, head);
-        const auto* mu = sequence.template rows_of<Value>(p_.mu, head);
-        const auto* g_lse = sequence.template rows_of<Value>(p_.grad_lse, head);
-        const auto* g_mu = sequence.template rows_of<Value>(p_.grad_mu, head);
-        for (int i = 0; i < sequence.queries; ++i) {
-            Row& row = rows[i];
-            // exp(S - inf) is 0 in a row that sees no key.
-            row.lse = lse[i] == -kInfinity<Value> ? kInfinity<Value> : lse[i];
-            row.lse_residual = lse_residual ? lse_residual[i] : 0;
-            row.mu = mu ? mu[i] : 0;
-            row.beta = dot(g_tout, out, out_residual, i) - (g_mu ? g_mu[i] : 0);
-            row.delta = dot(g_out, out, out_residual, i) + dot(g_tout, tout, tout_residual, i) -
-                        (g_lse ? g_lse[i] : 0);
-        }
-    }
-
-    Value dot(const Matrix& a, const Matrix& b, const Matrix& residual, int row) const {
-        if (!a || !b) return 0;
-        Value x[256], y[256];
-        read_row(a, row, p_.head_dim_v, x);
-        read_row(b, row, p_.head_dim_v, y);
-        double sum = 0;
-        for (int j = 0; j < p_.head_dim_v; ++j) sum += static_cast<double>(x[j]) * y[j];
-        if (residual) {
-            read_row(residual, row, p_.head_dim_v, y);
-            for (int j = 0; j < p_.head_dim_v; ++j) sum += static_cast<double>(x[j]) * y[j];
-        }
-        return static_cast<Value>(sum);
-    }
-
-    // Where the gradient of the queries of a head is added up: in itself, if it is not rounded.
-    Matrix sums_of(const Sequence& sequence, const Tensor& gradient, std::vector<float>& sums,
-                   int head) {
-        if (sums.empty()) return queries_of(sequence, gradient, head);
-        const int64_t start = int64_t{head % group()} * sequence.queries * p_.head_dim;
-        return {sums.data() + start, p_.head_dim, Element::float32};
-    }
-
-    void finish(const Sequence& sequence, int head_k) {
-        for (int head = head_k * group(); head < (head_k + 1) * group(); ++head) {
-            round(sequence, p_.grad_q, sum_gq_, head);
-            round(sequence, p_.grad_tq, sum_gtq_, head);
-        }
-    }
-
-    void round(const Sequence& sequence, const Tensor& gradient, std::vector<float>& sums,
-               int head) {
-        if constexpr (sizeof(Value) == sizeof(float)) {
-            if (sums.empty()) return;
-            const Matrix from = sums_of(sequence, gradient, sums, head);
-            for (int i = 0; i < sequence.queries; ++i)
-                write_row(queries_of(sequence, gradient, head), i, p_.head_dim,
-                          static_cast<Value*>(from.data) + i * from.row_stride);
-        }
     }
 
     // ------------------------------------------------------------------------------------------
@@ -169,8 +89,7 @@ private:
         if (p_.tv.data)
             pack_transposed<Value>(of_keys(p_.tv), first_key, keys, p_.head_dim_v,
                                    tvalues_transposed_);
-        for (Value* sums : {gk_.begin(), gtk_.begin()})
-            std::fill_n(sums, keys * width_, Value(0));
+        for (Value* sums : {gk_.begin(), gtk_.begin()}) std::fill_n(sums, keys * width_, Value(0));
         for (Value* sums : {gv_.begin(), gtv_.begin()})
             std::fill_n(sums, keys * width_v_, Value(0));
 
@@ -197,7 +116,8 @@ private:
     // One tile of scores
 
     void add_tile(const Sequence& sequence, int head, int row, int rows, int first_key, int keys) {
-        const Row* const of_rows = rows_.data() + int64_t{head % group()} * sequence.queries + row;
+        const QueryStatistics<Value>* const of_rows =
+            all_queries_.statistics_of(sequence, head) + row;
         const auto pack_queries = [&](const Tensor& x, int columns, double factor, Value* to) {
             pack(queries_of(sequence, x, head), row, rows, columns, Value(factor), to);
         };
@@ -242,7 +162,7 @@ private:
             if (grad_mask) grad_mask.add_from(a_ + i * kKeys, row + i, first_key, keys);
             if (grad_tmask) grad_tmask.add_from(b_ + i * kKeys, row + i, first_key, keys);
         }
-        add_to_queries(sequence, head, row, rows, keys);
+        add_to_queries(sequence, head, row, rows, first_key, keys);
         add_to_keys(rows, keys);
     }
 
@@ -253,22 +173,21 @@ private:
     }
 
     // Cotangents of rows that see no key do not count, be they NaN.
-    void silence_dead(const Row* of_rows, int rows, Value* cotangents) const {
+    void silence_dead(const QueryStatistics<Value>* of_rows, int rows, Value* cotangents) const {
         for (int i = 0; i < rows; ++i)
             if (of_rows[i].lse == kInfinity<Value>)
                 std::fill_n(cotangents + i * width_v_, width_v_, Value(0));
     }
 
     // S, T, A, B of a row become P, P Tc, Sbar, Tbar: 0 for hidden keys, whatever these hold.
-    void differentiate_softmax(const Row& row, int i, int columns) {
+    void differentiate_softmax(const QueryStatistics<Value>& row, int i, int columns) {
         Value *const s = s_ + i * kKeys, *const t = t_ + i * kKeys;
         Value *const a = a_ + i * kKeys, *const b = b_ + i * kKeys;
         const Vector<Value> zero = {};
         for (int j = 0; j < columns; j += kLanes<Value>) {
             const Vector<Value> score = load(s + j);
             const auto hidden = score == -kInfinity<Value>;
-            const Vector<Value> p =
-                exp_of_nonpositive<Value>((score - row.lse) - row.lse_residual);
+            const Vector<Value> p = exp_of_nonpositive<Value>((score - row.lse) - row.lse_residual);
             Vector<Value> x = load(a + j);
             if (has_b_) {
                 const Vector<Value> bc = load(b + j) - row.beta;
@@ -281,27 +200,33 @@ private:
         }
     }
 
-    void add_to_queries(const Sequence& sequence, int head, int row, int rows, int keys) {
-        const auto from_keys = [&]<Store Mode>(Value* weights, Value* right) {
+    void add_to_queries(const Sequence& sequence, int head, int row, int rows, int first_key,
+                        int keys) {
+        const bool has_gq = p_.grad_q.data, has_gtq = p_.grad_tq.data && has_b_;
+        const auto multiply_keys = [&]<Store Mode>(Value* weights, Value* right, Value* to) {
             multiply<Mode, Value>(rows, p_.head_dim, keys, {weights, kKeys, 1},
-                                  {right, width_, kPanel<Value>}, result_, width_);
+                                  {right, width_, kPanel<Value>}, to, width_);
         };
-        if (p_.grad_q.data) {
-            from_keys.template operator()<Store::set>(a_, keys_);
-            if (has_b_ && p_.tk.data) from_keys.template operator()<Store::add>(b_, tkeys_);
-            add_result(sums_of(sequence, p_.grad_q, sum_gq_, head), row, rows);
+        if (has_gq) {
+            multiply_keys.template operator()<Store::set>(a_, keys_, gq_);
+            if (has_b_ && p_.tk.data)
+                multiply_keys.template operator()<Store::add>(b_, tkeys_, gq_);
         }
-        if (p_.grad_tq.data && has_b_) {
-            from_keys.template operator()<Store::set>(b_, keys_);
-            add_result(sums_of(sequence, p_.grad_tq, sum_gtq_, head), row, rows);
-        }
+        if (has_gtq) multiply_keys.template operator()<Store::set>(b_, keys_, gtq_);
+        if (!has_gq && !has_gtq) return;
+
+        all_queries_.wait_for_turn(sequence, head, row, first_key);
+        if (has_gq) add_rows(all_queries_.sums_of_gq(sequence, head), row, rows, gq_);
+        if (has_gtq) add_rows(all_queries_.sums_of_gtq(sequence, head), row, rows, gtq_);
+        const bool is_last = first_key + keys >= sequence.visible_keys(row + rows - 1);
+        if (is_last) all_queries_.round(sequence, head, row, rows);
+        all_queries_.end_turn(sequence, head, row, first_key);
     }
 
-    void add_result(const Matrix& sums, int row, int rows) {
+    void add_rows(const Matrix& sums, int row, int rows, const Value* from) {
         const auto factor = static_cast<Value>(p_.softmax_scale);
-        for (int i = 0; i < rows; ++i) {
-            Value* const to = static_cast<Value*>(sums.data) + (row + i) * sums.row_stride;
-            const Value* const from = result_ + i * width_;
+        for (int i = row; i < row + rows; ++i, from += width_) {
+            Value* const to = static_cast<Value*>(sums.data) + i * sums.row_stride;
             for (int j = 0; j < p_.head_dim; ++j) to[j] += factor * from[j];
         }
     }
@@ -327,19 +252,19 @@ private:
         if (p_.grad_tv.data && p_.grad_tout.data) from_rows(s_, g_tout_, p_.head_dim_v, gtv_);
     }
 
+    Tasks& tasks_;
+    Queries<Value>& all_queries_;
     const AttentionParams& p_;
     const int width_, width_v_;
-    const bool has_t_, has_b_;                        // whether T and B are not all zero
-    std::vector<Row> rows_;                           // (group, queries)
-    std::vector<float> sum_gq_, sum_gtq_;             // (group, queries, head_dim), or none
+    const bool has_t_, has_b_;  // whether T and B are not all zero
     Scratch<Value> keys_transposed_, tkeys_transposed_;
     Scratch<Value> values_transposed_, tvalues_transposed_;
-    Scratch<Value> keys_, tkeys_;                     // (keys, head_dim)
-    Scratch<Value> gk_, gtk_, gv_, gtv_;              // (keys, head_dim or head_dim_v)
-    Scratch<Value> queries_, tqueries_;               // (rows, head_dim), scaled
-    Scratch<Value> g_out_, g_tout_;                   // (rows, head_dim_v)
-    Scratch<Value> s_, t_, a_, b_;                    // (rows, keys)
-    Scratch<Value> result_;                           // (rows, head_dim)
+    Scratch<Value> keys_, tkeys_;         // (keys, head_dim)
+    Scratch<Value> gk_, gtk_, gv_, gtv_;  // (keys, head_dim or head_dim_v)
+    Scratch<Value> queries_, tqueries_;   // (rows, head_dim), scaled
+    Scratch<Value> g_out_, g_tout_;       // (rows, head_dim_v)
+    Scratch<Value> s_, t_, a_, b_;        // (rows, keys)
+    Scratch<Value> gq_, gtq_;             // (rows, head_dim), of one block of keys
 };
 
 }  // namespace jvp_attn::cpu::JVP_ATTN_ISA

@@ -38,7 +38,7 @@ void bind_params(py::module_& module) {
     py::class_<Mask>(module, "Mask", py::module_local())
         .def(py::init([](std::uintptr_t data, int64_t batch, int64_t head, int64_t row,
                          int64_t column, int element) {
-                 return Mask{pointer_from<void>(data),      batch, head, row, column,
+                 return Mask{pointer_from<void>(data),     batch, head, row, column,
                              static_cast<Element>(element)};
              }),
              py::arg("data"), py::arg("batch_stride"), py::arg("head_stride"),

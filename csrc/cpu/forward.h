@@ -1,23 +1,71 @@
 // O = P V and lse; with tangents also tO = (P (T - mu)) V + P tV and mu, in the same pass over the
 // keys. A thread takes some rows of one head at a time, and they meet the keys tile by tile:
-// FlashAttention (arXiv 2205.14135) with tangents.
+// FlashAttention (arXiv 2205.14135) with tangents. Where there are few rows and many keys, it takes
+// a part of the keys, and who finishes the last part joins them all, in their order.
 #pragma once
+
+#include <atomic>
+#include <vector>
 
 #include "cpu/scratch.h"
 #include "cpu/softmax.h"
+#include "cpu/tiles.h"
 
 namespace jvp_attn::cpu::JVP_ATTN_ISA {
+
+// What all threads share.
+template <class Value>
+struct ForwardTasks {
+    // Sums over a part of the keys, of the rows of a block.
+    struct Part {
+        Part(int64_t size, int64_t tsize) : out(size), tout(tsize) {}
+
+        RowSums<Value> sums[kRows];
+        Scratch<Value> out, tout;  // (rows, head_dim_v)
+    };
+
+    explicit ForwardTasks(const AttentionParams& params)
+        : p(params), blocks(row_blocks(p)), splits(count_splits()) {
+        if (splits == 1) return;
+        const int size = kRows * packed_width<Value>(p.head_dim_v);
+        for (int64_t i = 0; i < count(); ++i)
+            parts.emplace_back(size, p.tout.data ? size : 0);
+        unfinished = std::vector<std::atomic<int>>(blocks.size());
+        for (auto& n : unfinished) n = splits;
+    }
+
+    int64_t count() const { return static_cast<int64_t>(blocks.size()) * splits; }
+
+    const AttentionParams& p;
+    const std::vector<RowBlock> blocks;
+    const int splits;                          // of the keys of each block
+    std::vector<Part> parts;                   // (blocks, splits), or none where splits is 1
+    std::vector<std::atomic<int>> unfinished;  // splits of a block
+
+private:
+    // It does not depend on the number of threads, so that results do not.
+    int count_splits() const {
+        constexpr int64_t kBlocksForAllThreads = 32, kKeysOfSplit = 8 * kKeys;
+        int64_t most = 1;
+        for (int i = 0; i < p.batch; ++i) most = std::max(most, Sequence(p, i).keys / kKeysOfSplit);
+        const auto n = std::max<int64_t>(blocks.size(), 1);
+        return static_cast<int>(std::clamp<int64_t>(kBlocksForAllThreads / n, 1, most));
+    }
+};
 
 template <class Value>
 class Forward {
 public:
-    explicit Forward(const AttentionParams& p)
-        : p_(p),
-          width_(packed_width<Value>(p.head_dim)),
-          width_v_(packed_width<Value>(p.head_dim_v)),
+    using Tasks = ForwardTasks<Value>;
+
+    explicit Forward(Tasks& tasks)
+        : tasks_(tasks),
+          p_(tasks.p),
+          width_(packed_width<Value>(p_.head_dim)),
+          width_v_(packed_width<Value>(p_.head_dim_v)),
           queries_(kRows * width_),
           tqueries_(kRows * width_),
-          keys_(kKeys * p.head_dim),
+          keys_(kKeys * p_.head_dim),
           values_(kKeys * width_v_),
           tvalues_(kKeys * width_v_),
           scores_(kRows * kKeys),
@@ -25,51 +73,63 @@ public:
           out_(kRows * width_v_),
           tout_(kRows * width_v_) {}
 
-    // Pieces of work: any thread may do any of them, with a Forward of its own.
-    static int64_t count(const AttentionParams& p) {
-        int64_t blocks = 0;
-        for (int i = 0; i < p.batch; ++i) blocks += blocks_of(Sequence(p, i));
-        return blocks * p.heads;
-    }
-
     void run(int64_t piece) {
-        head_ = piece % p_.heads;
-        int64_t block = piece / p_.heads;
-        int batch = 0;
-        while (block >= blocks_of(Sequence(p_, batch)))
-            block -= blocks_of(Sequence(p_, batch++));
-        const Sequence sequence(p_, batch);
-        // Later rows of a causal head take longest, and come first.
-        first_ = (blocks_of(sequence) - 1 - block) * kRows;
-        rows_ = std::min<int64_t>(kRows, sequence.queries - first_);
+        const int64_t block = piece / tasks_.splits;
+        const RowBlock& rows = tasks_.blocks[block];
+        head_ = rows.head, first_ = rows.first, rows_ = rows.rows;
+        const Sequence sequence(p_, rows.batch);
+        const int keys = sequence.visible_keys(first_ + rows_ - 1);
+        const int length = tiles_of(tiles_of(keys, kKeys), tasks_.splits) * kKeys;
+        const int start_key = piece % tasks_.splits * length;
+        const int end_key = std::min(start_key + length, keys);
 
         start(sequence);
-        const int keys = sequence.visible_keys(first_ + rows_ - 1);
-        for (int key = 0; key < keys; key += kKeys)
-            add_keys(sequence, key, std::min(kKeys, keys - key));
-        finish(sequence);
+        for (int key = start_key; key < end_key; key += kKeys)
+            add_keys(sequence, key, std::min(kKeys, end_key - key));
+        if (tasks_.splits == 1 || join_parts(block, piece)) finish(sequence);
     }
 
 private:
-    static constexpr int kRows = 96, kKeys = 128;
-    static_assert(kRows % kRowsAtOnce == 0 && kKeys % kPanel<Value> == 0);
+    using Part = typename Tasks::Part;
 
-    static int64_t blocks_of(const Sequence& sequence) {
-        return (sequence.queries + kRows - 1) / kRows;
+    // Whether all parts of the block are finished, and joined in this.
+    bool join_parts(int64_t block, int64_t piece) {
+        Part& own = tasks_.parts[piece];
+        std::copy_n(sums_, rows_, own.sums);
+        std::copy_n(out_.begin(), rows_ * width_v_, own.out.begin());
+        if (p_.tout.data) std::copy_n(tout_.begin(), rows_ * width_v_, own.tout.begin());
+        if (--tasks_.unfinished[block] > 0) return false;
+
+        clear();
+        for (int i = 0; i < tasks_.splits; ++i) join(tasks_.parts[block * tasks_.splits + i]);
+        return true;
+    }
+
+    void join(Part& part) {
+        for (int i = 0; i < rows_; ++i) {
+            const auto [own, other, shift] = sums_[i].join(part.sums[i]);
+            for (int j = i * width_v_; j < i * width_v_ + p_.head_dim_v; ++j) {
+                out_[j] = own * out_[j] + other * part.out[j];
+                if (p_.tout.data)
+                    tout_[j] = own * tout_[j] + other * (part.tout[j] + shift * part.out[j]);
+            }
+        }
+    }
+
+    void clear() {
+        std::fill_n(out_.begin(), rows_ * width_v_, Value(0));
+        if (p_.tout.data) std::fill_n(tout_.begin(), rows_ * width_v_, Value(0));
+        std::fill_n(sums_, rows_, RowSums<Value>());
     }
 
     void start(const Sequence& sequence) {
         const auto factor = static_cast<Value>(p_.softmax_scale);
-        pack<Value>(sequence.queries_of(p_.q, p_.element, head_), first_, rows_, p_.head_dim, factor,
-                  queries_);
+        pack<Value>(sequence.queries_of(p_.q, p_.element, head_), first_, rows_, p_.head_dim,
+                    factor, queries_);
         if (p_.tq.data)
             pack<Value>(sequence.queries_of(p_.tq, p_.element, head_), first_, rows_, p_.head_dim,
-                      factor, tqueries_);
-        std::fill_n(out_.begin(), rows_ * width_v_, Value(0));
-        if (p_.tout.data) std::fill_n(tout_.begin(), rows_ * width_v_, Value(0));
-        std::fill_n(sums_, rows_, RowSums<Value>());
-        std::fill_n(poison_, rows_, Value(0));
-        std::fill_n(tpoison_, rows_, Value(0));
+                        factor, tqueries_);
+        clear();
     }
 
     void add_keys(const Sequence& sequence, int first_key, int keys) {
@@ -78,7 +138,7 @@ private:
         const int padded = round_up_to_panel<Value>(keys);
 
         pack_transposed<Value>(sequence.keys_of(p_.k, p_.element, head_k), first_key, keys,
-                              p_.head_dim, keys_);
+                               p_.head_dim, keys_);
         add_scores<Store::set>(queries_, padded, scores_);
         if (p_.tq.data)
             add_scores<Store::set>(tqueries_, padded, tscores_);
@@ -102,14 +162,14 @@ private:
         pack<Value>(sequence.keys_of(p_.v, p_.element, head_k), first_key, keys, p_.head_dim_v, 1,
                     values_);
         if (take_out_non_finite<Value>(values_, keys, p_.head_dim_v, hurt)) {
-            poison_rows(hurt, keys, poison_);
-            poison_rows(hurt, keys, tpoison_);
+            poison_rows(hurt, keys, &RowSums<Value>::poison);
+            poison_rows(hurt, keys, &RowSums<Value>::tpoison);
         }
         if (p_.tv.data) {
-            pack<Value>(sequence.keys_of(p_.tv, p_.element, head_k), first_key, keys,
-                        p_.head_dim_v, 1, tvalues_);
+            pack<Value>(sequence.keys_of(p_.tv, p_.element, head_k), first_key, keys, p_.head_dim_v,
+                        1, tvalues_);
             if (take_out_non_finite<Value>(tvalues_, keys, p_.head_dim_v, hurt))
-                poison_rows(hurt, keys, tpoison_);
+                poison_rows(hurt, keys, &RowSums<Value>::tpoison);
         }
 
         for (int i = 0; i < rows_; ++i) {
@@ -141,11 +201,11 @@ private:
     }
 
     // Mark the rows that see a key of those.
-    void poison_rows(const bool* hurt, int keys, Value* poison) {
+    void poison_rows(const bool* hurt, int keys, Value RowSums<Value>::* poison) {
         for (int i = 0; i < rows_; ++i)
             for (int j = 0; j < keys; ++j)
                 if (hurt[j] && scores_[i * kKeys + j] != -kInfinity<Value>)
-                    poison[i] = std::numeric_limits<Value>::quiet_NaN();
+                    sums_[i].*poison = std::numeric_limits<Value>::quiet_NaN();
     }
 
     void finish(const Sequence& sequence) {
@@ -158,7 +218,7 @@ private:
         Value* const mu = sequence.template rows_of<Value>(p_.mu, head_);
         for (int i = 0; i < rows_; ++i) {
             const RowSums<Value>& sums = sums_[i];
-            const int64_t row = first_ + i;
+            const int row = first_ + i;
             Value *const o = out_ + i * width_v_, *const to = tout_ + i * width_v_;
             const bool is_dead = sums.weights == 0;
             const Value factor = is_dead ? 0 : 1 / sums.weights;
@@ -166,28 +226,27 @@ private:
             const double exact = sums.maximum + std::log(static_cast<double>(sums.weights));
             lse[row] = is_dead ? -kInfinity<Value> : static_cast<Value>(exact);
             if (lse_residual) lse_residual[row] = is_dead ? 0 : exact - lse[row];
-            for (int j = 0; j < p_.head_dim_v; ++j) o[j] = o[j] * factor + poison_[i];
+            for (int j = 0; j < p_.head_dim_v; ++j) o[j] = o[j] * factor + sums.poison;
             if (tout) {
                 mu[row] = sums.centre + mean;
                 for (int j = 0; j < p_.head_dim_v; ++j)
-                    to[j] = to[j] * factor - mean * o[j] + tpoison_[i];
+                    to[j] = to[j] * factor - mean * o[j] + sums.tpoison;
                 write_row(tout, tresidual, row, p_.head_dim_v, to);
             }
             write_row(out, residual, row, p_.head_dim_v, o);
         }
     }
 
+    Tasks& tasks_;
     const AttentionParams& p_;
     const int width_, width_v_;
-    Scratch<Value> queries_, tqueries_;       // (rows, head_dim), scaled
-    Scratch<Value> keys_;                     // packed, of the primal, then of the tangent
-    Scratch<Value> values_, tvalues_;         // packed
-    Scratch<Value> scores_, tscores_;         // (rows, keys): S and T, then P and P (T - centre)
-    Scratch<Value> out_, tout_;               // (rows, head_dim_v), in units of exp(maximum)
+    Scratch<Value> queries_, tqueries_;  // (rows, head_dim), scaled
+    Scratch<Value> keys_;                // packed, of the primal, then of the tangent
+    Scratch<Value> values_, tvalues_;    // packed
+    Scratch<Value> scores_, tscores_;    // (rows, keys): S and T, then P and P (T - centre)
+    Scratch<Value> out_, tout_;          // (rows, head_dim_v), in units of exp(maximum)
     RowSums<Value> sums_[kRows];
-    Value poison_[kRows], tpoison_[kRows];  // NaN for rows that see a value that is not finite
-    int head_ = 0, rows_ = 0;
-    int64_t first_ = 0;
+    int head_ = 0, first_ = 0, rows_ = 0;
 };
 
 }  // namespace jvp_attn::cpu::JVP_ATTN_ISA

@@ -14,7 +14,7 @@
 
 namespace jvp_attn::cpu {
 
-const Maps kAvx2Maps{"avx2", &avx2::run<avx2::Forward>, &avx2::run<avx2::Backward>};
+const Maps kAvx2Maps{"avx2", &avx2::forward, &avx2::backward};
 
 }  // namespace jvp_attn::cpu
 

@@ -4,7 +4,10 @@
 #include "cpu/shared_headers.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(                                                                 \
+    __attribute__((                                                                           \
+        target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #endif
@@ -14,7 +17,7 @@
 
 namespace jvp_attn::cpu {
 
-const Maps kAvx512Maps{"avx512", &avx512::run<avx512::Forward>, &avx512::run<avx512::Backward>};
+const Maps kAvx512Maps{"avx512", &avx512::forward, &avx512::backward};
 
 }  // namespace jvp_attn::cpu
 

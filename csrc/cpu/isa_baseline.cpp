@@ -7,7 +7,6 @@
 
 namespace jvp_attn::cpu {
 
-const Maps kBaselineMaps{"baseline", &baseline::run<baseline::Forward>,
-                         &baseline::run<baseline::Backward>};
+const Maps kBaselineMaps{"baseline", &baseline::forward, &baseline::backward};
 
 }  // namespace jvp_attn::cpu

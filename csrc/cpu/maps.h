@@ -7,15 +7,44 @@
 
 namespace jvp_attn::cpu::JVP_ATTN_ISA {
 
-template <template <class> class Work>
-void run(const AttentionParams& p) {
-    const auto run_as = [&]<class Value>(std::type_identity<Value>) {
-        run_in_threads<Work<Value>>(p, Work<Value>::count(p), p.threads);
-    };
+// About as many floating point operations as a map has matrix products of these.
+inline double operations(const AttentionParams& p, int products) {
+    double scores = 0;
+    for (int batch = 0; batch < p.batch; ++batch) {
+        const Sequence sequence(p, batch);
+        scores += double(sequence.queries) * sequence.keys;
+    }
+    return scores * p.heads * products * (p.head_dim + p.head_dim_v);
+}
+
+// A call of `as(type)` with the type to compute in.
+template <class Call>
+void in_computing_type(const AttentionParams& p, Call as) {
     if (p.element == Element::float64)
-        run_as(std::type_identity<double>());
+        as(std::type_identity<double>());
     else
-        run_as(std::type_identity<float>());
+        as(std::type_identity<float>());
+}
+
+template <class Worker, class Tasks>
+void run(Tasks tasks, int threads) {
+    run_in_threads<Worker>(tasks, tasks.count(), threads);
+}
+
+inline void forward(const AttentionParams& p) {
+    const int threads = threads_worth_starting(operations(p, p.tout.data ? 6 : 2), p.threads);
+    in_computing_type(p, [&]<class Value>(std::type_identity<Value>) {
+        run<Forward<Value>>(ForwardTasks<Value>(p), threads);
+    });
+}
+
+inline void backward(const AttentionParams& p) {
+    const int threads = threads_worth_starting(operations(p, p.tout.data ? 15 : 5), p.threads);
+    in_computing_type(p, [&]<class Value>(std::type_identity<Value>) {
+        Queries<Value> queries(p);
+        run<Statistics<Value>>(typename Statistics<Value>::Tasks(queries), threads);
+        run<Backward<Value>>(typename Backward<Value>::Tasks(queries), threads);
+    });
 }
 
 }  // namespace jvp_attn::cpu::JVP_ATTN_ISA

@@ -9,8 +9,8 @@ namespace jvp_attn::cpu {
 
 enum class Element : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, boolean = 4 };
 
-// (batch, row, head, column); columns are contiguous, the other strides, in elements, are free. With
-// packed sequences the batch stride is 0 and rows start at cu_seqlens[batch].
+// (batch, row, head, column); columns are contiguous, the other strides, in elements, are free.
+// With packed sequences the batch stride is 0 and rows start at cu_seqlens[batch].
 struct Tensor {
     void* data = nullptr;
     int64_t batch_stride = 0;

@@ -1,6 +1,7 @@
 // Matrix products of tiles. The micro-kernel keeps kRowsAtOnce x kPanel results in registers: each
 // step of the depth loads one row of a panel of B, and multiplies it by elements of A one by one.
-// Both factors stay in the caches: A is read again for each panel of B, B for each kRowsAtOnce of A.
+// Both factors stay in the caches: A is read again for each panel of B, B for each kRowsAtOnce of
+// A.
 #pragma once
 
 #include <cstdint>
@@ -82,8 +83,8 @@ inline void multiply(int rows, int columns, int depth, Left<Value> a, Right<Valu
         int i = 0;
         for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce)
             multiply_panel<kRowsAtOnce, Mode>(depth, a.from_row(i), b, c + i * c_row, c_row);
-        multiply_last_rows<kRowsAtOnce - 1, Mode>(rows - i, depth, a.from_row(i), b,
-                                                  c + i * c_row, c_row);
+        multiply_last_rows<kRowsAtOnce - 1, Mode>(rows - i, depth, a.from_row(i), b, c + i * c_row,
+                                                  c_row);
     }
 }
 

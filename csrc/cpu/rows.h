@@ -97,8 +97,8 @@ void write_row(const Matrix& m, const Matrix& residual, int64_t row, int columns
 // ------------------------------------------------------------------------------------------------
 // Packing for `multiply`
 
-// Rows as they are, each in whole panels, and one panel apart: a power of two would keep them all in
-// the same few sets of the cache.
+// Rows as they are, each in whole panels, and one panel apart: a power of two would keep them all
+// in the same few sets of the cache.
 template <class Value>
 constexpr int packed_width(int columns) {
     return round_up_to_panel<Value>(columns) + kPanel<Value>;
@@ -131,8 +131,8 @@ bool take_out_non_finite(Value* packed, int rows, int columns, bool* hurt) {
     return any;
 }
 
-// Panels (rows / kPanel, columns, kPanel) of the transpose, zeros up to whole panels of rows: B of a
-// product over columns.
+// Panels (rows / kPanel, columns, kPanel) of the transpose, zeros up to whole panels of rows: B of
+// a product over columns.
 template <class Value>
 void pack_transposed(const Matrix& m, int64_t first, int rows, int columns, Value* to) {
     constexpr int panel = kPanel<Value>;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <new>
+#include <utility>
 
 namespace jvp_attn::cpu {
 
@@ -12,8 +13,7 @@ public:
     explicit Scratch(int64_t size)
         : data_(static_cast<Value*>(::operator new(size * sizeof(Value), kAlignment))) {}
     ~Scratch() { ::operator delete(data_, kAlignment); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
+    Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
 
     operator Value*() { return data_; }
     Value* begin() { return data_; }

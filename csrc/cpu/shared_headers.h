@@ -1,5 +1,5 @@
-// What the attention maps need and what is shared by all instruction sets: to be included before one
-// is chosen, or these functions would be compiled for it and then run everywhere.
+// What the attention maps need and what is shared by all instruction sets: to be included before
+// one is chosen, or these functions would be compiled for it and then run everywhere.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,10 @@
 #include <limits>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/map.h"

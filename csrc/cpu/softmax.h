@@ -18,7 +18,8 @@ inline void hide(Value* scores, const Sequence& sequence, const MaskOfHead<Value
 template <class Value>
 inline Value largest(const Value* x, int n) {
     Vector<Value> result = load(x);
-    for (int j = kLanes<Value>; j < n; j += kLanes<Value>) result = larger<Value>(result, load(x + j));
+    for (int j = kLanes<Value>; j < n; j += kLanes<Value>)
+        result = larger<Value>(result, load(x + j));
     return largest_lane<Value>(result);
 }
 
@@ -53,6 +54,8 @@ struct RowSums {
     // digits are lost to it.
     Value centre = 0;
     bool has_centre = false;
+    // NaN where the row sees a value, or a tangent of one, that is not finite.
+    Value poison = 0, tpoison = 0;
 
     // Raise the maximum to that of further scores; returns the factor for what was summed before.
     Value raise(Value further) {
@@ -92,6 +95,28 @@ struct RowSums {
             sum += pt;
         }
         tangents += sum_of_lanes<Value>(sum);
+    }
+
+    // The factors of two sums of weighted rows that become one, and how far their centres differ.
+    struct Junction {
+        Value own, other, shift;
+    };
+
+    // Add the sums over other keys.
+    Junction join(const RowSums& other) {
+        const Value own_factor = raise(other.maximum);
+        const Value factor =
+            other.maximum == -kInfinity<Value> ? 0 : std::exp(other.maximum - maximum);
+        if (!has_centre) {
+            centre = other.centre;
+            has_centre = other.has_centre;
+        }
+        const Value shift = other.has_centre ? other.centre - centre : 0;
+        weights += factor * other.weights;
+        tangents += factor * (other.tangents + shift * other.weights);
+        poison += other.poison;
+        tpoison += other.tpoison;
+        return {own_factor, factor, shift};
     }
 };
 

@@ -13,8 +13,8 @@ namespace jvp_attn::cpu::JVP_ATTN_ISA {
 template <class Value>
 struct VectorTypes {
     typedef Value Aligned __attribute__((vector_size(JVP_ATTN_VECTOR_BYTES)));
-    typedef Value Anywhere __attribute__((vector_size(JVP_ATTN_VECTOR_BYTES),
-                                          aligned(alignof(Value)), may_alias));
+    typedef Value Anywhere
+        __attribute__((vector_size(JVP_ATTN_VECTOR_BYTES), aligned(alignof(Value)), may_alias));
 };
 
 template <class Value>
@@ -57,9 +57,9 @@ inline Value largest_lane(Vector<Value> x) {
     return largest;
 }
 
-// What exp needs to know of a floating type: rounding to an integer by adding a number so large that
-// no fraction is left, ln 2 in two parts of which the first has trailing zeros, where results would
-// be subnormal, and a polynomial for exp on [-ln 2 / 2, ln 2 / 2].
+// What exp needs to know of a floating type: rounding to an integer by adding a number so large
+// that no fraction is left, ln 2 in two parts of which the first has trailing zeros, where results
+// would be subnormal, and a polynomial for exp on [-ln 2 / 2, ln 2 / 2].
 template <class Value>
 struct Exponential;
 

@@ -1,0 +1,58 @@
+// How the scores of all heads are cut into tiles of kRows queries x kKeys keys, and in which order
+// threads take them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/sequence.h"
+
+namespace jvp_attn::cpu::JVP_ATTN_ISA {
+
+constexpr int kRows = 96, kKeys = 128;
+static_assert(kRows % kRowsAtOnce == 0 && kKeys % kPanel<float> == 0);
+
+constexpr int64_t tiles_of(int64_t length, int tile) { return (length + tile - 1) / tile; }
+
+// Queries of one head.
+struct RowBlock {
+    int batch, head, first, rows;
+};
+
+// All queries. Later ones of a causal head take longest, and come first.
+inline std::vector<RowBlock> row_blocks(const AttentionParams& p) {
+    std::vector<RowBlock> blocks;
+    for (int batch = 0; batch < p.batch; ++batch) {
+        const int queries = Sequence(p, batch).queries;
+        for (int64_t i = tiles_of(queries, kRows) - 1; i >= 0; --i)
+            for (int head = 0; head < p.heads; ++head) {
+                const int first = static_cast<int>(i * kRows);
+                blocks.push_back({batch, head, first, std::min(kRows, queries - first)});
+            }
+    }
+    return blocks;
+}
+
+// Keys of one head.
+struct KeyBlock {
+    int batch, head, first, keys;
+};
+
+// All keys. Those of one head come in their order, with as many heads as there are in between.
+inline std::vector<KeyBlock> key_blocks(const AttentionParams& p) {
+    std::vector<KeyBlock> blocks;
+    bool any = true;
+    for (int first = 0; any; first += kKeys) {
+        any = false;
+        for (int batch = 0; batch < p.batch; ++batch) {
+            const int rest = Sequence(p, batch).keys - first;
+            if (rest <= 0) continue;
+            any = true;
+            for (int head = 0; head < p.heads_k; ++head)
+                blocks.push_back({batch, head, first, std::min(kKeys, rest)});
+        }
+    }
+    return blocks;
+}
+
+}  // namespace jvp_attn::cpu::JVP_ATTN_ISA
