@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jvp_attn import results
+from jvp_attn.kernel_choice import MAX_SEQLEN
 from jvp_attn.maps import (
     AttentionOptions,
     Cotangents,
@@ -212,3 +213,11 @@ def _sum_of(gradient: Tensor) -> Tensor:
 def _is_broadcast(gradient: Tensor | None, q: Tensor) -> bool:
     """Whether threads would add to the same element."""
     return gradient is not None and gradient.shape[:2] != (q.shape[0], q.shape[2])
+
+
+def why_too_long(q: Tensor, k: Tensor) -> str | None:
+    """Why sequences of queries or keys are too long for the kernels; None where they are not."""
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[1] > MAX_SEQLEN:
+            return f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {x.shape[1]}"
+    return None

@@ -6,6 +6,10 @@
 //     gq = s (Sbar K + Tbar tK)    gk = s (Sbarᵀ Q + Tbarᵀ tQ)    gv = Pᵀ gO + (P Tc)ᵀ gT
 //     gtq = s Tbar K               gtk = s Tbarᵀ Q                gtv = Pᵀ gT
 //
+// Rows of Sbar and Tbar sum to g_lse and g_mu, but only as exactly as delta and beta are known, and
+// what is missing would be multiplied by what all keys have in common. So gq is computed as
+// s (Sbar (K - c) + g_lse c + ...), with the mean c of some keys of the head.
+//
 // A thread takes some keys of one head at a time, and they meet the queries of all heads that share
 // them, tile by tile: gradients of keys stay in the cache, those of queries are summed in memory.
 #pragma once
@@ -76,15 +80,12 @@ private:
         const auto of_keys = [&](const Tensor& x) {
             return sequence.keys_of(x, p_.element, head_k);
         };
-        bool hurt[kKeys];
         pack_transposed<Value>(of_keys(p_.k), first_key, keys, p_.head_dim, keys_transposed_);
         pack_transposed<Value>(of_keys(p_.v), first_key, keys, p_.head_dim_v, values_transposed_);
-        pack<Value>(of_keys(p_.k), first_key, keys, p_.head_dim, 1, keys_);
-        take_out_non_finite<Value>(keys_, keys, p_.head_dim, hurt);
+        pack_centred(of_keys(p_.k), sequence, first_key, keys, keys_, centre_);
         if (p_.tk.data) {
             pack_transposed<Value>(of_keys(p_.tk), first_key, keys, p_.head_dim, tkeys_transposed_);
-            pack<Value>(of_keys(p_.tk), first_key, keys, p_.head_dim, 1, tkeys_);
-            take_out_non_finite<Value>(tkeys_, keys, p_.head_dim, hurt);
+            pack_centred(of_keys(p_.tk), sequence, first_key, keys, tkeys_, tcentre_);
         }
         if (p_.tv.data)
             pack_transposed<Value>(of_keys(p_.tv), first_key, keys, p_.head_dim_v,
@@ -104,6 +105,23 @@ private:
         write_keys(of_keys(p_.grad_tk), gtk_, first_key, keys, p_.head_dim);
         write_keys(of_keys(p_.grad_v), gv_, first_key, keys, p_.head_dim_v);
         write_keys(of_keys(p_.grad_tv), gtv_, first_key, keys, p_.head_dim_v);
+    }
+
+    // Pack keys without what is not finite, less the mean of the first keys of the head.
+    void pack_centred(const Matrix& m, const Sequence& sequence, int first_key, int keys, Value* to,
+                      Value* centre) {
+        bool hurt[kKeys];
+        const int firsts = std::min(kKeys, sequence.keys);
+        pack<Value>(m, 0, firsts, p_.head_dim, 1, to);
+        take_out_non_finite<Value>(to, firsts, p_.head_dim, hurt);
+        std::fill_n(centre, p_.head_dim, Value(0));
+        for (int i = 0; i < firsts; ++i)
+            for (int j = 0; j < p_.head_dim; ++j) centre[j] += to[i * width_ + j] / firsts;
+
+        pack<Value>(m, first_key, keys, p_.head_dim, 1, to);
+        take_out_non_finite<Value>(to, keys, p_.head_dim, hurt);
+        for (int i = 0; i < keys; ++i)
+            for (int j = 0; j < p_.head_dim; ++j) to[i * width_ + j] -= centre[j];
     }
 
     void write_keys(const Matrix& to, Value* sums, int first_key, int keys, int columns) {
@@ -215,12 +233,22 @@ private:
         if (has_gtq) multiply_keys.template operator()<Store::set>(b_, keys_, gtq_);
         if (!has_gq && !has_gtq) return;
 
+        if (first_key == 0) add_centres(all_queries_.statistics_of(sequence, head) + row, rows);
         all_queries_.wait_for_turn(sequence, head, row, first_key);
         if (has_gq) add_rows(all_queries_.sums_of_gq(sequence, head), row, rows, gq_);
         if (has_gtq) add_rows(all_queries_.sums_of_gtq(sequence, head), row, rows, gtq_);
         const bool is_last = first_key + keys >= sequence.visible_keys(row + rows - 1);
         if (is_last) all_queries_.round(sequence, head, row, rows);
         all_queries_.end_turn(sequence, head, row, first_key);
+    }
+
+    void add_centres(const QueryStatistics<Value>* of_rows, int rows) {
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < p_.head_dim; ++j) {
+                gq_[i * width_ + j] += of_rows[i].g_lse * centre_[j];
+                if (p_.tk.data) gq_[i * width_ + j] += of_rows[i].g_mu * tcentre_[j];
+                gtq_[i * width_ + j] += of_rows[i].g_mu * centre_[j];
+            }
     }
 
     void add_rows(const Matrix& sums, int row, int rows, const Value* from) {
@@ -259,7 +287,8 @@ private:
     const bool has_t_, has_b_;  // whether T and B are not all zero
     Scratch<Value> keys_transposed_, tkeys_transposed_;
     Scratch<Value> values_transposed_, tvalues_transposed_;
-    Scratch<Value> keys_, tkeys_;         // (keys, head_dim)
+    Scratch<Value> keys_, tkeys_;         // (keys, head_dim), centred
+    Value centre_[256], tcentre_[256];    // means of keys
     Scratch<Value> gk_, gtk_, gv_, gtv_;  // (keys, head_dim or head_dim_v)
     Scratch<Value> queries_, tqueries_;   // (rows, head_dim), scaled
     Scratch<Value> g_out_, g_tout_;       // (rows, head_dim_v)

@@ -28,8 +28,7 @@ struct ForwardTasks {
         : p(params), blocks(row_blocks(p)), splits(count_splits()) {
         if (splits == 1) return;
         const int size = kRows * packed_width<Value>(p.head_dim_v);
-        for (int64_t i = 0; i < count(); ++i)
-            parts.emplace_back(size, p.tout.data ? size : 0);
+        for (int64_t i = 0; i < count(); ++i) parts.emplace_back(size, p.tout.data ? size : 0);
         unfinished = std::vector<std::atomic<int>>(blocks.size());
         for (auto& n : unfinished) n = splits;
     }

@@ -13,6 +13,7 @@ namespace jvp_attn::cpu::JVP_ATTN_ISA {
 template <class Value>
 struct QueryStatistics {
     Value lse, lse_residual, mu;
+    Value g_lse, g_mu;
     Value beta;   // gT·O - g_mu
     Value delta;  // gO·O + gT·tO - g_lse
 };
@@ -137,13 +138,15 @@ public:
         QueryStatistics<Value>* const rows = tasks_.queries.statistics_of(sequence, block.head);
         for (int i = block.first; i < block.first + block.rows; ++i) {
             QueryStatistics<Value>& row = rows[i];
-            // exp(S - inf) is 0 in a row that sees no key.
-            row.lse = lse[i] == -kInfinity<Value> ? kInfinity<Value> : lse[i];
+            const bool is_dead = lse[i] == -kInfinity<Value>;
+            // exp(S - inf) is 0.
+            row.lse = is_dead ? kInfinity<Value> : lse[i];
+            row.g_lse = is_dead || !g_lse ? 0 : g_lse[i];
+            row.g_mu = is_dead || !g_mu ? 0 : g_mu[i];
             row.lse_residual = lse_residual ? lse_residual[i] : 0;
             row.mu = mu ? mu[i] : 0;
-            row.beta = dot(g_tout, out, residual, i) - (g_mu ? g_mu[i] : 0);
-            row.delta = dot(g_out, out, residual, i) + dot(g_tout, tout, tresidual, i) -
-                        (g_lse ? g_lse[i] : 0);
+            row.beta = dot(g_tout, out, residual, i) - row.g_mu;
+            row.delta = dot(g_out, out, residual, i) + dot(g_tout, tout, tresidual, i) - row.g_lse;
         }
     }
 
