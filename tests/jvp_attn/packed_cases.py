@@ -62,7 +62,7 @@ class PackedCase:
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of `flash_attn_varlen_jvp`."""
         return flash_attn_varlen_jvp(
-            *(q, k, v, *self.cu_seqlens()),
+            *(q, k, v, *(x.to(q.device) for x in self.cu_seqlens())),
             *(max(x, default=0) for x in (self.seqlens_q, self.seqlens_k)),
             softmax_scale=self.softmax_scale,
             causal=self.causal,
