@@ -1,6 +1,8 @@
 """Which backend computes attention: automatic, or chosen by JVP_ATTN_BACKEND or `backend(name)`.
 
 Automatic is `cuda` or `cpu` where their kernels can compute the problem, else `blockwise`.
+torch.compile reads the variable when it traces, and does not see it change afterwards; it does see
+`backend(name)`.
 """
 
 from __future__ import annotations

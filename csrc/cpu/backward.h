@@ -8,14 +8,14 @@
 //
 // Rows of Sbar and Tbar sum to g_lse and g_mu, but only as exactly as delta and beta are known, and
 // what is missing would be multiplied by what all keys have in common. So gq is computed as
-// s (Sbar (K - c) + g_lse c + ...), with the mean c of some keys of the head.
+// s (Sbar (K - c) + g_lse c + ...), with a key c of the head.
 //
 // A thread takes some keys of one head at a time, and they meet the queries of all heads that share
 // them, tile by tile: gradients of keys stay in the cache, those of queries are summed in memory.
 #pragma once
 
-#include "cpu/queries.h"
 #include "cpu/scratch.h"
+#include "cpu/shared.h"
 #include "cpu/softmax.h"
 
 namespace jvp_attn::cpu::JVP_ATTN_ISA {
@@ -24,18 +24,18 @@ template <class Value>
 class Backward {
 public:
     struct Tasks {
-        explicit Tasks(Queries<Value>& shared) : queries(shared), blocks(key_blocks(shared.p)) {}
+        explicit Tasks(Shared<Value>& x) : shared(x), blocks(key_blocks(x.p)) {}
 
         int64_t count() const { return blocks.size(); }
 
-        Queries<Value>& queries;
+        Shared<Value>& shared;
         const std::vector<KeyBlock> blocks;
     };
 
     explicit Backward(Tasks& tasks)
         : tasks_(tasks),
-          all_queries_(tasks.queries),
-          p_(tasks.queries.p),
+          shared_(tasks.shared),
+          p_(tasks.shared.p),
           width_(packed_width<Value>(p_.head_dim)),
           width_v_(packed_width<Value>(p_.head_dim_v)),
           has_t_(p_.tq.data || p_.tk.data || p_.tmask.data),
@@ -82,10 +82,11 @@ private:
         };
         pack_transposed<Value>(of_keys(p_.k), first_key, keys, p_.head_dim, keys_transposed_);
         pack_transposed<Value>(of_keys(p_.v), first_key, keys, p_.head_dim_v, values_transposed_);
-        pack_centred(of_keys(p_.k), sequence, first_key, keys, keys_, centre_);
+        pack_centred(of_keys(p_.k), first_key, keys, shared_.centre_of(sequence, head_k), keys_);
         if (p_.tk.data) {
             pack_transposed<Value>(of_keys(p_.tk), first_key, keys, p_.head_dim, tkeys_transposed_);
-            pack_centred(of_keys(p_.tk), sequence, first_key, keys, tkeys_, tcentre_);
+            pack_centred(of_keys(p_.tk), first_key, keys, shared_.tcentre_of(sequence, head_k),
+                         tkeys_);
         }
         if (p_.tv.data)
             pack_transposed<Value>(of_keys(p_.tv), first_key, keys, p_.head_dim_v,
@@ -107,17 +108,8 @@ private:
         write_keys(of_keys(p_.grad_tv), gtv_, first_key, keys, p_.head_dim_v);
     }
 
-    // Pack keys without what is not finite, less the mean of the first keys of the head.
-    void pack_centred(const Matrix& m, const Sequence& sequence, int first_key, int keys, Value* to,
-                      Value* centre) {
+    void pack_centred(const Matrix& m, int first_key, int keys, const Value* centre, Value* to) {
         bool hurt[kKeys];
-        const int firsts = std::min(kKeys, sequence.keys);
-        pack<Value>(m, 0, firsts, p_.head_dim, 1, to);
-        take_out_non_finite<Value>(to, firsts, p_.head_dim, hurt);
-        std::fill_n(centre, p_.head_dim, Value(0));
-        for (int i = 0; i < firsts; ++i)
-            for (int j = 0; j < p_.head_dim; ++j) centre[j] += to[i * width_ + j] / firsts;
-
         pack<Value>(m, first_key, keys, p_.head_dim, 1, to);
         take_out_non_finite<Value>(to, keys, p_.head_dim, hurt);
         for (int i = 0; i < keys; ++i)
@@ -134,8 +126,7 @@ private:
     // One tile of scores
 
     void add_tile(const Sequence& sequence, int head, int row, int rows, int first_key, int keys) {
-        const QueryStatistics<Value>* const of_rows =
-            all_queries_.statistics_of(sequence, head) + row;
+        const QueryStatistics<Value>* const of_rows = shared_.statistics_of(sequence, head) + row;
         const auto pack_queries = [&](const Tensor& x, int columns, double factor, Value* to) {
             pack(queries_of(sequence, x, head), row, rows, columns, Value(factor), to);
         };
@@ -233,30 +224,37 @@ private:
         if (has_gtq) multiply_keys.template operator()<Store::set>(b_, keys_, gtq_);
         if (!has_gq && !has_gtq) return;
 
-        if (first_key == 0) add_centres(all_queries_.statistics_of(sequence, head) + row, rows);
-        all_queries_.wait_for_turn(sequence, head, row, first_key);
-        if (has_gq) add_rows(all_queries_.sums_of_gq(sequence, head), row, rows, gq_);
-        if (has_gtq) add_rows(all_queries_.sums_of_gtq(sequence, head), row, rows, gtq_);
+        if (first_key == 0) add_centres(sequence, head, row, rows);
+        shared_.wait_for_turn(sequence, head, row, first_key);
+        if (has_gq) add_rows(shared_.sums_of_gq(sequence, head), row, rows, gq_);
+        if (has_gtq) add_rows(shared_.sums_of_gtq(sequence, head), row, rows, gtq_);
         const bool is_last = first_key + keys >= sequence.visible_keys(row + rows - 1);
-        if (is_last) all_queries_.round(sequence, head, row, rows);
-        all_queries_.end_turn(sequence, head, row, first_key);
+        if (is_last) shared_.round(sequence, head, row, rows);
+        shared_.end_turn(sequence, head, row, first_key);
     }
 
-    void add_centres(const QueryStatistics<Value>* of_rows, int rows) {
-        for (int i = 0; i < rows; ++i)
-            for (int j = 0; j < p_.head_dim; ++j) {
-                gq_[i * width_ + j] += of_rows[i].g_lse * centre_[j];
-                if (p_.tk.data) gq_[i * width_ + j] += of_rows[i].g_mu * tcentre_[j];
-                gtq_[i * width_ + j] += of_rows[i].g_mu * centre_[j];
+    // What the first block of keys adds for all.
+    void add_centres(const Sequence& sequence, int head, int row, int rows) {
+        const QueryStatistics<Value>* const of_rows = shared_.statistics_of(sequence, head) + row;
+        const Value* const centre = shared_.centre_of(sequence, head / group());
+        const Value* const tcentre = shared_.tcentre_of(sequence, head / group());
+        for (int i = 0; i < rows; ++i) {
+            if (p_.grad_q.data) {
+                add(gq_ + i * width_, of_rows[i].g_lse, centre);
+                if (has_b_ && p_.tk.data) add(gq_ + i * width_, of_rows[i].g_mu, tcentre);
             }
+            if (p_.grad_tq.data && has_b_) add(gtq_ + i * width_, of_rows[i].g_mu, centre);
+        }
+    }
+
+    void add(Value* to, Value factor, const Value* from) const {
+        for (int j = 0; j < p_.head_dim; ++j) to[j] += factor * from[j];
     }
 
     void add_rows(const Matrix& sums, int row, int rows, const Value* from) {
         const auto factor = static_cast<Value>(p_.softmax_scale);
-        for (int i = row; i < row + rows; ++i, from += width_) {
-            Value* const to = static_cast<Value*>(sums.data) + i * sums.row_stride;
-            for (int j = 0; j < p_.head_dim; ++j) to[j] += factor * from[j];
-        }
+        for (int i = row; i < row + rows; ++i, from += width_)
+            add(static_cast<Value*>(sums.data) + i * sums.row_stride, factor, from);
     }
 
     void add_to_keys(int rows, int keys) {
@@ -281,14 +279,13 @@ private:
     }
 
     Tasks& tasks_;
-    Queries<Value>& all_queries_;
+    Shared<Value>& shared_;
     const AttentionParams& p_;
     const int width_, width_v_;
     const bool has_t_, has_b_;  // whether T and B are not all zero
     Scratch<Value> keys_transposed_, tkeys_transposed_;
     Scratch<Value> values_transposed_, tvalues_transposed_;
     Scratch<Value> keys_, tkeys_;         // (keys, head_dim), centred
-    Value centre_[256], tcentre_[256];    // means of keys
     Scratch<Value> gk_, gtk_, gv_, gtv_;  // (keys, head_dim or head_dim_v)
     Scratch<Value> queries_, tqueries_;   // (rows, head_dim), scaled
     Scratch<Value> g_out_, g_tout_;       // (rows, head_dim_v)

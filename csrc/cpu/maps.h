@@ -41,9 +41,9 @@ inline void forward(const AttentionParams& p) {
 inline void backward(const AttentionParams& p) {
     const int threads = threads_worth_starting(operations(p, p.tout.data ? 15 : 5), p.threads);
     in_computing_type(p, [&]<class Value>(std::type_identity<Value>) {
-        Queries<Value> queries(p);
-        run<Statistics<Value>>(typename Statistics<Value>::Tasks(queries), threads);
-        run<Backward<Value>>(typename Backward<Value>::Tasks(queries), threads);
+        Shared<Value> shared(p);
+        run<Preparation<Value>>(typename Preparation<Value>::Tasks(shared), threads);
+        run<Backward<Value>>(typename Backward<Value>::Tasks(shared), threads);
     });
 }
 

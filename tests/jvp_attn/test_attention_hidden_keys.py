@@ -38,10 +38,24 @@ def rows(outputs: Named, which: slice) -> dict[str, Tensor]:
 # Hidden keys
 
 
+def hidden_by(how: str, case: Case) -> tuple[Case, Named]:
+    """The case and its data, where row i sees key j if j ≤ i + seqlen_k − seqlen_q."""
+    if how == "causal":
+        case = replace(case, causal=True)
+        return case, case.data()
+    diagonal = case.seqlen_k - case.seqlen_q
+    visible = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool).tril(diagonal)
+    bias = torch.zeros(visible.shape, dtype=case.dtype).masked_fill(~visible, -torch.inf)
+    return case, case.data() | {"attn_mask": visible if how == "boolean mask" else bias}
+
+
+over_ways_to_hide = pytest.mark.parametrize("how", ["causal", "boolean mask", "additive mask"])
+
+
+@over_ways_to_hide
 @over_dtypes
-def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype) -> None:
-    case = Case(seqlen_q=8, seqlen_k=8, causal=True, dtype=dtype)
-    clean = case.data()
+def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) -> None:
+    case, clean = hidden_by(how, Case(seqlen_q=8, seqlen_k=8, dtype=dtype))
     for name in ("q", "tq"):
         clean[name][:, 5:] = 0  # the rows that do see it: 0 · garbage = 0
     garbage = {name: x.clone() for name, x in clean.items()}
@@ -87,16 +101,18 @@ def test_nan_is_passed_on_by_every_row_that_sees_it(name: str, affected: set[str
 # ----------------------------------------------------------------------------
 # Rows that see no key
 
-DEAD = Case(seqlen_q=9, seqlen_k=4, causal=True)  # five of nine rows
+DEAD = Case(seqlen_q=9, seqlen_k=4)  # five of nine rows
 
 
 @over_backends
+@over_ways_to_hide
 @over_dtypes
 def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
-    dtype: torch.dtype, backend: str
+    dtype: torch.dtype, how: str, backend: str
 ) -> None:
+    case, data = hidden_by(how, replace(DEAD, dtype=dtype))
     with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
-        found = outputs_and_gradients(DEAD.ours, replace(DEAD, dtype=dtype).data())
+        found = outputs_and_gradients(case.ours, data)
     dead = rows(part(found, OUTPUTS), slice(5))
     assert (dead["lse"] == -torch.inf).all()
     for zero in (dead["out"], dead["out_tangent"], dead["mu"]):
@@ -109,9 +125,12 @@ def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
 
 
 @over_backends
+@over_ways_to_hide
 def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
-    backend: str,
+    how: str, backend: str
 ) -> None:
+    case, data = hidden_by(how, DEAD)
+
     def through(outputs: Named) -> Tensor:
         alive = projection()(rows(outputs, slice(5, None)))
         normalised = [x / x.norm() for x in rows(outputs, slice(5)).values()]  # 0 / 0
@@ -119,7 +138,7 @@ def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
 
     with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
         found, expected = (
-            outputs_and_gradients(DEAD.ours, DEAD.data(), through=f)
+            outputs_and_gradients(case.ours, data, through=f)
             for f in (through, lambda outputs: projection()(rows(outputs, slice(5, None))))
         )
     assert_close(found, expected)
@@ -132,11 +151,14 @@ def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
 @over_backends
 @over_dtypes
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
 @pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k"])
 def test_batch_queries_or_keys_may_be_none(
-    empty: str, causal: bool, dtype: torch.dtype, backend: str
+    empty: str, mask: str | None, causal: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    case = replace(Case(causal=causal, dtype=dtype), **{empty: 0})
+    letters = "qkvm" if mask == "additive" else "qkv"
+    case = Case(causal=causal, mask=mask, with_tangent=letters, dtype=dtype)
+    case = replace(case, **{empty: 0})
     with jvp_attn.backend(backend):
         found = outputs_and_gradients(case.ours, case.data())
     out_shape = (case.batch, case.seqlen_q, case.heads, case.head_dim_v)
@@ -148,5 +170,9 @@ def test_batch_queries_or_keys_may_be_none(
         "out_tangent": torch.zeros(out_shape, dtype=dtype),
         "mu": torch.zeros(lse_shape, dtype=lse_dtype),
     }
-    gradients = {f"grad_{name}": torch.zeros_like(x) for name, x in case.data().items()}
+    gradients = {
+        f"grad_{name}": torch.zeros_like(x)
+        for name, x in case.data().items()
+        if x.is_floating_point()
+    }
     assert_close(found, expected | gradients, tolerance=0)

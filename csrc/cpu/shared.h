@@ -19,9 +19,9 @@ struct QueryStatistics {
 };
 
 template <class Value>
-class Queries {
+class Shared {
 public:
-    explicit Queries(const AttentionParams& params)
+    explicit Shared(const AttentionParams& params)
         : p(params), is_rounded_(sizeof(Value) == sizeof(float) && p.element != Element::float32) {
         int64_t queries = 0, blocks = 0;
         for (int batch = 0; batch < p.batch; ++batch) {
@@ -32,6 +32,7 @@ public:
             blocks += p.heads * tiles_of(sequence.queries, kRows);
         }
         statistics_.resize(queries);
+        centres_.resize(int64_t{p.batch} * p.heads_k * 2 * p.head_dim);
         turns_ = std::vector<std::atomic<int>>(blocks);
         if (is_rounded_ && p.grad_q.data) sum_gq_.resize(queries * p.head_dim);
         if (is_rounded_ && p.grad_tq.data) sum_gtq_.resize(queries * p.head_dim);
@@ -39,6 +40,14 @@ public:
 
     QueryStatistics<Value>* statistics_of(const Sequence& sequence, int head) {
         return statistics_.data() + place(sequence, head);
+    }
+
+    // What is taken off keys and their tangents.
+    Value* centre_of(const Sequence& sequence, int head_k) {
+        return centres_.data() + (int64_t{sequence.batch} * p.heads_k + head_k) * 2 * p.head_dim;
+    }
+    Value* tcentre_of(const Sequence& sequence, int head_k) {
+        return centre_of(sequence, head_k) + p.head_dim;
     }
 
     // Where the gradient of the queries of a head is summed: in itself, if it is not rounded.
@@ -101,27 +110,60 @@ private:
     const bool is_rounded_;
     std::vector<int64_t> queries_before_, blocks_before_;  // of all heads, by sequence
     std::vector<QueryStatistics<Value>> statistics_;       // (sequence, head, query)
+    std::vector<Value> centres_;                           // (sequence, head_k, 2, head_dim)
     std::vector<std::atomic<int>> turns_;                  // (sequence, head, block)
     std::vector<float> sum_gq_, sum_gtq_;                  // (sequence, head, query, head_dim)
 };
 
-// Computes the statistics, some rows of one head at a time.
+// Computes the statistics, some rows of one head at a time, and the centres, one head at a time.
 template <class Value>
-class Statistics {
+class Preparation {
 public:
     struct Tasks {
-        explicit Tasks(Queries<Value>& shared) : queries(shared), blocks(row_blocks(shared.p)) {}
+        explicit Tasks(Shared<Value>& x) : shared(x), blocks(row_blocks(x.p)) {}
 
-        int64_t count() const { return blocks.size(); }
+        int64_t count() const {
+            return std::ssize(blocks) + int64_t{shared.p.batch} * shared.p.heads_k;
+        }
 
-        Queries<Value>& queries;
+        Shared<Value>& shared;
         const std::vector<RowBlock> blocks;
     };
 
-    explicit Statistics(Tasks& tasks) : tasks_(tasks), p_(tasks.queries.p) {}
+    explicit Preparation(Tasks& tasks) : tasks_(tasks), p_(tasks.shared.p) {}
 
     void run(int64_t piece) {
-        const RowBlock& block = tasks_.blocks[piece];
+        const int64_t head = piece - std::ssize(tasks_.blocks);
+        if (head < 0)
+            compute_statistics(tasks_.blocks[piece]);
+        else
+            choose_centres(Sequence(p_, head / p_.heads_k), head % p_.heads_k);
+    }
+
+private:
+    // The shortest of all: less than it, no key is much longer than before, whatever those may hold
+    // that are hidden. What all keys have in common is in it.
+    void choose_centres(const Sequence& sequence, int head_k) {
+        copy_shortest(sequence, p_.k, head_k, tasks_.shared.centre_of(sequence, head_k));
+        if (p_.tk.data)
+            copy_shortest(sequence, p_.tk, head_k, tasks_.shared.tcentre_of(sequence, head_k));
+    }
+
+    void copy_shortest(const Sequence& sequence, const Tensor& x, int head_k, Value* to) {
+        const Matrix keys = sequence.keys_of(x, p_.element, head_k);
+        Value shortest = kInfinity<Value>;
+        for (int i = 0; i < sequence.keys; ++i) {
+            Value row[256];
+            read_row(keys, i, p_.head_dim, row);
+            Value length = 0;
+            for (int j = 0; j < p_.head_dim; ++j) length += row[j] * row[j];
+            if (!(length < shortest)) continue;
+            shortest = length;
+            std::copy_n(row, p_.head_dim, to);
+        }
+    }
+
+    void compute_statistics(const RowBlock& block) {
         const Sequence sequence(p_, block.batch);
         const auto matrix = [&](const Tensor& x) {
             return sequence.queries_of(x, p_.element, block.head);
@@ -135,7 +177,7 @@ public:
         const Value *const lse = row_vector(p_.lse), *const mu = row_vector(p_.mu);
         const Value* const lse_residual = row_vector(p_.lse_residual);
         const Value *const g_lse = row_vector(p_.grad_lse), *const g_mu = row_vector(p_.grad_mu);
-        QueryStatistics<Value>* const rows = tasks_.queries.statistics_of(sequence, block.head);
+        QueryStatistics<Value>* const rows = tasks_.shared.statistics_of(sequence, block.head);
         for (int i = block.first; i < block.first + block.rows; ++i) {
             QueryStatistics<Value>& row = rows[i];
             const bool is_dead = lse[i] == -kInfinity<Value>;
@@ -150,7 +192,6 @@ public:
         }
     }
 
-private:
     Value dot(const Matrix& a, const Matrix& b, const Matrix& residual, int row) const {
         if (!a || !b) return 0;
         Value x[256], y[256];
