@@ -6,9 +6,10 @@
 //     gq = s (Sbar K + Tbar tK)    gk = s (Sbarᵀ Q + Tbarᵀ tQ)    gv = Pᵀ gO + (P Tc)ᵀ gT
 //     gtq = s Tbar K               gtk = s Tbarᵀ Q                gtv = Pᵀ gT
 //
-// Rows of Sbar and Tbar sum to g_lse and g_mu, but only as exactly as delta and beta are known, and
-// what is missing would be multiplied by what all keys have in common. So gq is computed as
-// s (Sbar (K - c) + g_lse c + ...), with a key c of the head.
+// Rows of Sbar and Tbar sum to g_lse and g_mu, but only as exactly as delta and beta are known: by
+// as much as O was rounded, e and f, they are too large, and that multiplies what all keys have in
+// common into gq and gtq. Each row corrects it at its heaviest key k: gq -= s (e k + f tk), gtq -=
+// s f k.
 //
 // A thread takes some keys of one head at a time, and they meet the queries of all heads that share
 // them, tile by tile: gradients of keys stay in the cache, those of queries are summed in memory.
@@ -82,11 +83,10 @@ private:
         };
         pack_transposed<Value>(of_keys(p_.k), first_key, keys, p_.head_dim, keys_transposed_);
         pack_transposed<Value>(of_keys(p_.v), first_key, keys, p_.head_dim_v, values_transposed_);
-        pack_centred(of_keys(p_.k), first_key, keys, shared_.centre_of(sequence, head_k), keys_);
+        pack_finite(of_keys(p_.k), first_key, keys, keys_);
         if (p_.tk.data) {
             pack_transposed<Value>(of_keys(p_.tk), first_key, keys, p_.head_dim, tkeys_transposed_);
-            pack_centred(of_keys(p_.tk), first_key, keys, shared_.tcentre_of(sequence, head_k),
-                         tkeys_);
+            pack_finite(of_keys(p_.tk), first_key, keys, tkeys_);
         }
         if (p_.tv.data)
             pack_transposed<Value>(of_keys(p_.tv), first_key, keys, p_.head_dim_v,
@@ -108,12 +108,10 @@ private:
         write_keys(of_keys(p_.grad_tv), gtv_, first_key, keys, p_.head_dim_v);
     }
 
-    void pack_centred(const Matrix& m, int first_key, int keys, const Value* centre, Value* to) {
+    void pack_finite(const Matrix& m, int first_key, int keys, Value* to) {
         bool hurt[kKeys];
         pack<Value>(m, first_key, keys, p_.head_dim, 1, to);
         take_out_non_finite<Value>(to, keys, p_.head_dim, hurt);
-        for (int i = 0; i < keys; ++i)
-            for (int j = 0; j < p_.head_dim; ++j) to[i * width_ + j] -= centre[j];
     }
 
     void write_keys(const Matrix& to, Value* sums, int first_key, int keys, int columns) {
@@ -224,37 +222,54 @@ private:
         if (has_gtq) multiply_keys.template operator()<Store::set>(b_, keys_, gtq_);
         if (!has_gq && !has_gtq) return;
 
-        if (first_key == 0) add_centres(sequence, head, row, rows);
         shared_.wait_for_turn(sequence, head, row, first_key);
-        if (has_gq) add_rows(shared_.sums_of_gq(sequence, head), row, rows, gq_);
-        if (has_gtq) add_rows(shared_.sums_of_gtq(sequence, head), row, rows, gtq_);
-        const bool is_last = first_key + keys >= sequence.visible_keys(row + rows - 1);
-        if (is_last) shared_.round(sequence, head, row, rows);
+        const Matrix gq = shared_.sums_of_gq(sequence, head);
+        const Matrix gtq = shared_.sums_of_gtq(sequence, head);
+        for (int i = 0; i < rows; ++i) {
+            count(shared_.statistics_of(sequence, head)[row + i], i, first_key, keys);
+            if (has_gq) add(gq, row + i, p_.softmax_scale, gq_ + i * width_);
+            if (has_gtq) add(gtq, row + i, p_.softmax_scale, gtq_ + i * width_);
+        }
+        if (first_key + keys >= sequence.visible_keys(row + rows - 1)) {
+            for (int i = row; i < row + rows; ++i)
+                correct(sequence, head / group(), shared_.statistics_of(sequence, head)[i], i, gq,
+                        gtq);
+            shared_.round(sequence, head, row, rows);
+        }
         shared_.end_turn(sequence, head, row, first_key);
     }
 
-    // What the first block of keys adds for all.
-    void add_centres(const Sequence& sequence, int head, int row, int rows) {
-        const QueryStatistics<Value>* const of_rows = shared_.statistics_of(sequence, head) + row;
-        const Value* const centre = shared_.centre_of(sequence, head / group());
-        const Value* const tcentre = shared_.tcentre_of(sequence, head / group());
-        for (int i = 0; i < rows; ++i) {
-            if (p_.grad_q.data) {
-                add(gq_ + i * width_, of_rows[i].g_lse, centre);
-                if (has_b_ && p_.tk.data) add(gq_ + i * width_, of_rows[i].g_mu, tcentre);
-            }
-            if (p_.grad_tq.data && has_b_) add(gtq_ + i * width_, of_rows[i].g_mu, centre);
-        }
+    void add(const Matrix& sums, int row, double factor, const Value* from) const {
+        Value* const to = static_cast<Value*>(sums.data) + row * sums.row_stride;
+        for (int j = 0; j < p_.head_dim; ++j) to[j] += static_cast<Value>(factor) * from[j];
     }
 
-    void add(Value* to, Value factor, const Value* from) const {
-        for (int j = 0; j < p_.head_dim; ++j) to[j] += factor * from[j];
+    // Row i of the tile is a part of the row.
+    void count(QueryStatistics<Value>& row, int i, int first_key, int keys) const {
+        const Value* const weights = s_ + i * kKeys;
+        const int padded = round_up_to_panel<Value>(keys);
+        row.sbar += sum(a_ + i * kKeys, padded);
+        if (has_b_) row.tbar += sum(b_ + i * kKeys, padded);
+        const Value weight = largest(weights, padded);
+        if (!(weight > row.largest_weight)) return;
+        row.largest_weight = weight;
+        row.heaviest_key = first_key + (std::find(weights, weights + keys, weight) - weights);
     }
 
-    void add_rows(const Matrix& sums, int row, int rows, const Value* from) {
-        const auto factor = static_cast<Value>(p_.softmax_scale);
-        for (int i = row; i < row + rows; ++i, from += width_)
-            add(static_cast<Value*>(sums.data) + i * sums.row_stride, factor, from);
+    // Take off what too large row sums have added to gradients of a row that is complete.
+    void correct(const Sequence& sequence, int head_k, const QueryStatistics<Value>& row, int i,
+                 const Matrix& gq, const Matrix& gtq) const {
+        if (row.largest_weight == 0) return;
+        const double e = p_.softmax_scale * (row.sbar - row.g_lse);
+        const double f = p_.softmax_scale * (row.tbar - row.g_mu);
+        Value key[256];
+        read_row(sequence.keys_of(p_.k, p_.element, head_k), row.heaviest_key, p_.head_dim, key);
+        if (p_.grad_q.data) add(gq, i, -e, key);
+        if (!has_b_) return;
+        if (p_.grad_tq.data) add(gtq, i, -f, key);
+        if (!p_.grad_q.data || !p_.tk.data) return;
+        read_row(sequence.keys_of(p_.tk, p_.element, head_k), row.heaviest_key, p_.head_dim, key);
+        add(gq, i, -f, key);
     }
 
     void add_to_keys(int rows, int keys) {
@@ -285,7 +300,7 @@ private:
     const bool has_t_, has_b_;  // whether T and B are not all zero
     Scratch<Value> keys_transposed_, tkeys_transposed_;
     Scratch<Value> values_transposed_, tvalues_transposed_;
-    Scratch<Value> keys_, tkeys_;         // (keys, head_dim), centred
+    Scratch<Value> keys_, tkeys_;         // (keys, head_dim)
     Scratch<Value> gk_, gtk_, gv_, gtv_;  // (keys, head_dim or head_dim_v)
     Scratch<Value> queries_, tqueries_;   // (rows, head_dim), scaled
     Scratch<Value> g_out_, g_tout_;       // (rows, head_dim_v)

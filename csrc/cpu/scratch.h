@@ -15,8 +15,8 @@ public:
     ~Scratch() { ::operator delete(data_, kAlignment); }
     Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
 
-    operator Value*() { return data_; }
-    Value* begin() { return data_; }
+    operator Value*() const { return data_; }
+    Value* begin() const { return data_; }
 
 private:
     static constexpr std::align_val_t kAlignment{64};

@@ -16,6 +16,11 @@ struct QueryStatistics {
     Value g_lse, g_mu;
     Value beta;   // gT·O - g_mu
     Value delta;  // gO·O + gT·tO - g_lse
+
+    // Of the keys so far: sums of Sbar and Tbar, the largest weight and whose it is.
+    Value sbar = 0, tbar = 0;
+    Value largest_weight = 0;
+    int heaviest_key = 0;
 };
 
 template <class Value>
@@ -32,7 +37,6 @@ public:
             blocks += p.heads * tiles_of(sequence.queries, kRows);
         }
         statistics_.resize(queries);
-        centres_.resize(int64_t{p.batch} * p.heads_k * 2 * p.head_dim);
         turns_ = std::vector<std::atomic<int>>(blocks);
         if (is_rounded_ && p.grad_q.data) sum_gq_.resize(queries * p.head_dim);
         if (is_rounded_ && p.grad_tq.data) sum_gtq_.resize(queries * p.head_dim);
@@ -40,14 +44,6 @@ public:
 
     QueryStatistics<Value>* statistics_of(const Sequence& sequence, int head) {
         return statistics_.data() + place(sequence, head);
-    }
-
-    // What is taken off keys and their tangents.
-    Value* centre_of(const Sequence& sequence, int head_k) {
-        return centres_.data() + (int64_t{sequence.batch} * p.heads_k + head_k) * 2 * p.head_dim;
-    }
-    Value* tcentre_of(const Sequence& sequence, int head_k) {
-        return centre_of(sequence, head_k) + p.head_dim;
     }
 
     // Where the gradient of the queries of a head is summed: in itself, if it is not rounded.
@@ -110,21 +106,18 @@ private:
     const bool is_rounded_;
     std::vector<int64_t> queries_before_, blocks_before_;  // of all heads, by sequence
     std::vector<QueryStatistics<Value>> statistics_;       // (sequence, head, query)
-    std::vector<Value> centres_;                           // (sequence, head_k, 2, head_dim)
     std::vector<std::atomic<int>> turns_;                  // (sequence, head, block)
     std::vector<float> sum_gq_, sum_gtq_;                  // (sequence, head, query, head_dim)
 };
 
-// Computes the statistics, some rows of one head at a time, and the centres, one head at a time.
+// Computes the statistics, some rows of one head at a time.
 template <class Value>
 class Preparation {
 public:
     struct Tasks {
         explicit Tasks(Shared<Value>& x) : shared(x), blocks(row_blocks(x.p)) {}
 
-        int64_t count() const {
-            return std::ssize(blocks) + int64_t{shared.p.batch} * shared.p.heads_k;
-        }
+        int64_t count() const { return std::ssize(blocks); }
 
         Shared<Value>& shared;
         const std::vector<RowBlock> blocks;
@@ -133,37 +126,7 @@ public:
     explicit Preparation(Tasks& tasks) : tasks_(tasks), p_(tasks.shared.p) {}
 
     void run(int64_t piece) {
-        const int64_t head = piece - std::ssize(tasks_.blocks);
-        if (head < 0)
-            compute_statistics(tasks_.blocks[piece]);
-        else
-            choose_centres(Sequence(p_, head / p_.heads_k), head % p_.heads_k);
-    }
-
-private:
-    // The shortest of all: less than it, no key is much longer than before, whatever those may hold
-    // that are hidden. What all keys have in common is in it.
-    void choose_centres(const Sequence& sequence, int head_k) {
-        copy_shortest(sequence, p_.k, head_k, tasks_.shared.centre_of(sequence, head_k));
-        if (p_.tk.data)
-            copy_shortest(sequence, p_.tk, head_k, tasks_.shared.tcentre_of(sequence, head_k));
-    }
-
-    void copy_shortest(const Sequence& sequence, const Tensor& x, int head_k, Value* to) {
-        const Matrix keys = sequence.keys_of(x, p_.element, head_k);
-        Value shortest = kInfinity<Value>;
-        for (int i = 0; i < sequence.keys; ++i) {
-            Value row[256];
-            read_row(keys, i, p_.head_dim, row);
-            Value length = 0;
-            for (int j = 0; j < p_.head_dim; ++j) length += row[j] * row[j];
-            if (!(length < shortest)) continue;
-            shortest = length;
-            std::copy_n(row, p_.head_dim, to);
-        }
-    }
-
-    void compute_statistics(const RowBlock& block) {
+        const RowBlock& block = tasks_.blocks[piece];
         const Sequence sequence(p_, block.batch);
         const auto matrix = [&](const Tensor& x) {
             return sequence.queries_of(x, p_.element, block.head);
@@ -192,6 +155,7 @@ private:
         }
     }
 
+private:
     Value dot(const Matrix& a, const Matrix& b, const Matrix& residual, int row) const {
         if (!a || !b) return 0;
         Value x[256], y[256];
