@@ -55,7 +55,11 @@ over_data = pytest.mark.parametrize(
 over_dtypes = pytest.mark.parametrize(
     ("dtype", "computed_by"),
     [
-        *((dtype, "blockwise") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *(
+            (dtype, backend)
+            for backend in ("cpu", "blockwise")
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ),
         *((dtype, "emulated") for dtype in (torch.bfloat16, torch.float16)),
     ],
     indirect=["computed_by"],

@@ -177,7 +177,7 @@ def test_a_few_random_cases(name: str) -> None:
 
 
 # Not computed in half precision: where a result of a random case cancels, it is all rounding.
-over_exact_backends = pytest.mark.parametrize("backend", ["blockwise"])
+over_exact_backends = pytest.mark.parametrize("backend", ["cpu", "blockwise"])
 
 
 @over_exact_backends
