@@ -219,5 +219,7 @@ def why_too_long(q: Tensor, k: Tensor) -> str | None:
     """Why sequences of queries or keys are too long for the kernels; None where they are not."""
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] > MAX_SEQLEN:
-            return f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {x.shape[1]}"
+            return (
+                f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {x.shape[1]}"
+            )
     return None

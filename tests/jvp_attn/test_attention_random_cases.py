@@ -146,7 +146,9 @@ def lower_precision_costs_one_rounding(
     expected = outputs_and_gradients(case.naive, exact, through=through)
     for name, x in expected.items():
         assert ours[name].dtype == (torch.float32 if name in ("lse", "mu") else dtype), name
-        allowed = max(torch.finfo(ours[name].dtype).eps, 1e-4)
+        # What cancels altogether has rounding errors all the same.
+        of_what_cancels = 2e-5 / float(x[x.isfinite()].norm().clamp(min=0.01))
+        allowed = max(torch.finfo(ours[name].dtype).eps, 1e-4, of_what_cancels)
         assert relative_error(ours[name], x) <= allowed, name
 
 
