@@ -1,8 +1,10 @@
 """The four maps on a CPU, by the kernels of csrc/cpu: every dtype, mask and layout.
 
 They accumulate in float32, or float64 where the inputs are, and run in as many threads as torch
-does. Results do not depend on how many. Where a mask is broadcast over batch or heads, its gradient
-is summed in one thread.
+does. Results do not depend on how many. Where a mask is broadcast over batch, heads or keys, its
+gradient is summed in one thread.
+
+No layout is copied but one: where the last dimension is not contiguous.
 """
 
 from __future__ import annotations
@@ -140,7 +142,7 @@ class CpuMaps:
         params.softmax_scale, params.causal = options.softmax_scale, int(options.causal)
         params.element = _ELEMENTS[q.dtype]
         params.threads = torch.get_num_threads()
-        if any(_is_broadcast(tensors.get(x), q) for x in ("grad_mask", "grad_tmask")):
+        if any(_is_shared(tensors.get(x), q, k) for x in ("grad_mask", "grad_tmask")):
             params.threads = 1
         alive = []  # as long as the kernel runs
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -210,9 +212,12 @@ def _sum_of(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _is_broadcast(gradient: Tensor | None, q: Tensor) -> bool:
-    """Whether threads would add to the same element."""
-    return gradient is not None and gradient.shape[:2] != (q.shape[0], q.shape[2])
+def _is_shared(gradient: Tensor | None, q: Tensor, k: Tensor) -> bool:
+    """Whether threads, each with keys of one head, would add to the same element."""
+    if gradient is None:
+        return False
+    batch, heads, _, seqlen_k = gradient.shape
+    return (batch, heads, seqlen_k) != (q.shape[0], q.shape[2], k.shape[1])
 
 
 def why_too_long(q: Tensor, k: Tensor) -> str | None:
