@@ -8,6 +8,12 @@ using namespace jvp_attn::cpu::JVP_ATTN_ISA;
 
 namespace {
 
+#if defined(__aarch64__)
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
+
 int failures = 0;
 
 void check(bool holds, const char* what, double where) {
@@ -60,11 +66,11 @@ void check_same(float actual, float expected, const char* what, double where) {
 
 void check_float16() {
     for (int bits = 0; bits < 1 << 16; ++bits)
-        check_same(float_from_float16(bits), float(std::bit_cast<_Float16>(uint16_t(bits))),
+        check_same(float_from_float16(bits), float(std::bit_cast<Float16>(uint16_t(bits))),
                    "float16 is read wrong", bits);
     for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += 1021) {
         const float x = std::bit_cast<float>(uint32_t(bits));
-        check_same(float_from_float16(float16_from_float(x)), float(_Float16(x)),
+        check_same(float_from_float16(float16_from_float(x)), float(Float16(x)),
                    "float16 is rounded wrong", x);
     }
 }
