@@ -153,6 +153,19 @@ def test_tensors_may_be_on_another_device_than_the_current(machine: Machine, cas
         assert_same(found, outputs_and_gradients(case.ours, *second))
 
 
+def captured_in_a_graph(evaluate: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
+    """A graph, and the results that a replay of it computes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up
+        evaluate()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = evaluate()
+    return graph, results
+
+
 @on_a_gpu
 @over_cases
 @pytest.mark.parametrize("evaluate", [outputs, outputs_and_gradients], ids=lambda f: f.__name__)
@@ -162,14 +175,7 @@ def test_a_cuda_graph_replays_with_new_data(
     data, cotangents = machine.data(case), machine.cotangents(case)
     arguments = (case.ours, data) if evaluate is outputs else (case.ours, data, cotangents)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up
-        evaluate(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = evaluate(*arguments)
+    graph, captured = captured_in_a_graph(lambda: evaluate(*arguments))
 
     for _ in range(2):
         graph.replay()
@@ -195,14 +201,7 @@ def test_a_cuda_graph_of_packed_sequences_replays_with_other_lengths(machine: Ma
         gradients = torch.autograd.grad(loss, list(data.values()))
         return {**results, **dict(zip((f"grad_{x}" for x in data), gradients, strict=True))}
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up
-        evaluate()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = evaluate()
+    graph, captured = captured_in_a_graph(evaluate)
 
     for lengths_k in ((100, 90, 70), (0, 260, 0)):
         starts = torch.tensor([0, *lengths_k]).cumsum(0).to(ends_k)

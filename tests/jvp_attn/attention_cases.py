@@ -243,6 +243,11 @@ def part(tensors: Named, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names}
 
 
+def rows_of(outputs: Named, which: slice | Tensor) -> dict[str, Tensor]:
+    """Some rows of out, lse, out_tangent and mu."""
+    return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖, infinite where they disagree about what is infinite."""
     actual, expected = actual.detach().double(), expected.detach().double()
