@@ -144,10 +144,15 @@ def lower_precision_costs_one_rounding(
         ours = outputs_and_gradients(case.ours, data, through=through)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in data.items()}
     expected = outputs_and_gradients(case.naive, exact, through=through)
+    # The gradient of a broadcast mask is a sum, which may cancel down to the rounding of its terms.
+    everywhere = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
+    apart = {x: y.expand(everywhere) if "mask" in x else y for x, y in exact.items()}
+    terms = outputs_and_gradients(case.naive, apart, through=through)
     for name, x in expected.items():
         assert ours[name].dtype == (torch.float32 if name in ("lse", "mu") else dtype), name
         allowed = max(torch.finfo(ours[name].dtype).eps, 1e-4)
-        assert relative_error(ours[name], x) <= allowed, name
+        least = max(0.01, float(terms[name].norm())) if "mask" in name else 0.01
+        assert relative_error(ours[name], x, least) <= allowed, name
 
 
 PROPERTIES: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], ...]]] = {
@@ -163,7 +168,7 @@ PROPERTIES: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], .
     "lower precision": (lower_precision_costs_one_rounding, (cases(), any_dtype, any_blocks)),
 }
 few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
-a_thousand = settings(max_examples=1000, deadline=None, database=None, print_blob=True)
+a_thousand = settings(few, max_examples=1000)
 
 
 def check(name: str, amount: settings) -> None:
