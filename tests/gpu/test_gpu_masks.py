@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Attention, Case, Named, randn, relative_error
-from machines import Machine, outputs, outputs_and_gradients
+from attention_cases import Attention, Case, randn
+from kinds_of_data import in_dtype
+from machines import Machine, assert_at_most_twice_the_error, outputs, outputs_and_gradients
 from packed_cases import PackedCase
+from test_gpu_accuracy import over_dtypes, over_masks
 from torch import Tensor
 
-over_dtypes = pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
-)
-over_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 over_head_dims = pytest.mark.parametrize("head_dim", [64, 80, 128])
 
 
@@ -28,17 +26,14 @@ def assert_accurate(machine: Machine, case: Case | PackedCase) -> None:
     }
 
     def evaluate(attention: Attention, dtype: torch.dtype) -> dict[str, Tensor]:
-        of_dtype = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+        constant = None if mask is None else in_dtype({"mask": mask}, dtype)["mask"]
         return outputs_and_gradients(
-            beside(of_dtype, attention), in_dtype(data, dtype), in_dtype(cotangents, dtype)
+            beside(constant, attention), in_dtype(data, dtype), in_dtype(cotangents, dtype)
         )
 
     ours = outputs_and_gradients(beside(mask, case.ours), data, cotangents)
-    exact, single = (evaluate(case.naive, dtype) for dtype in (torch.float64, torch.float32))
-    one_rounding = torch.finfo(case.dtype).eps / 2
-    for name, x in ours.items():
-        allowed = max(2 * relative_error(single[name].to(x.dtype), exact[name]), one_rounding)
-        assert relative_error(x, exact[name]) <= allowed, name
+    torchs, exact = (evaluate(case.naive, dtype) for dtype in (torch.float32, torch.float64))
+    assert_at_most_twice_the_error(ours, torchs, exact, case.dtype)
 
 
 def beside(mask: Tensor | None, attention: Attention) -> Attention:
@@ -46,12 +41,8 @@ def beside(mask: Tensor | None, attention: Attention) -> Attention:
     return attention if mask is None else lambda q, k, v: attention(q, k, v, mask)
 
 
-def in_dtype(data: Named, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: x.to(dtype) for name, x in data.items()}
-
-
 @over_dtypes
-@over_causal
+@over_masks
 @over_head_dims
 @pytest.mark.parametrize("dims", ["bhqk", "b..k", "h.k", "qk", "hq."])
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
@@ -77,7 +68,7 @@ def test_derivatives_of_a_mask(machine: Machine, dims: str, dtype: torch.dtype) 
 
 
 @over_dtypes
-@over_causal
+@over_masks
 @over_head_dims
 def test_packed(machine: Machine, head_dim: int, causal: bool, dtype: torch.dtype) -> None:
     lengths_q, lengths_k = ((1000, 0, 700, 1, 64), (900, 300, 0, 130, 64))

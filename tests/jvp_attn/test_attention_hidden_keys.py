@@ -14,6 +14,7 @@ from attention_cases import (
     outputs_and_gradients,
     part,
     projection,
+    rows_of,
     small_blocks,
     with_tangents,
 )
@@ -27,11 +28,6 @@ GRADIENTS = tuple(f"grad_{name}" for name in ("q", "k", "v", "tq", "tk", "tv"))
 over_dtypes = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
 )
-
-
-def rows(outputs: Named, which: slice) -> dict[str, Tensor]:
-    """Some rows of out, lse, out_tangent and mu."""
-    return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
 
 
 # ----------------------------------------------------------------------------
@@ -64,14 +60,16 @@ def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) ->
         garbage[name][:, 5:] = torch.finfo(dtype).max / 4 * clean[name][:, 5:].sign()
 
     def through_the_first_rows(outputs: Named) -> Tensor:
-        return projection()(rows(outputs, slice(5)))
+        return projection()(rows_of(outputs, slice(5)))
 
     with small_blocks(scores=1, rows=6):  # in blocks of 3 rows: a row beside one that sees garbage
         expected, found = (
             outputs_and_gradients(case.ours, data, through=through_the_first_rows)
             for data in (clean, garbage)
         )
-    assert_close(rows(part(found, OUTPUTS), slice(5)), rows(part(expected, OUTPUTS), slice(5)))
+    assert_close(
+        rows_of(part(found, OUTPUTS), slice(5)), rows_of(part(expected, OUTPUTS), slice(5))
+    )
     assert_close(part(found, GRADIENTS), part(expected, GRADIENTS))
     for name in ("grad_k", "grad_v", "grad_tk", "grad_tv"):
         assert (found[name][:, 5:] == 0).all(), name
@@ -94,7 +92,7 @@ def test_nan_is_passed_on_by_every_row_that_sees_it(name: str, affected: set[str
     data[name][:, 2:3] = torch.nan
     outputs = with_tangents(case.ours, data)
     seeing = slice(2, 3) if "q" in name else slice(2, None)
-    assert {n for n, x in rows(outputs, seeing).items() if x.isnan().all()} == affected
+    assert {n for n, x in rows_of(outputs, seeing).items() if x.isnan().all()} == affected
     assert {n for n, x in outputs.items() if x.isnan().any()} == affected
 
 
@@ -113,7 +111,7 @@ def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
     case, data = hidden_by(how, replace(DEAD, dtype=dtype))
     with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
         found = outputs_and_gradients(case.ours, data)
-    dead = rows(part(found, OUTPUTS), slice(5))
+    dead = rows_of(part(found, OUTPUTS), slice(5))
     assert (dead["lse"] == -torch.inf).all()
     for zero in (dead["out"], dead["out_tangent"], dead["mu"]):
         assert (zero == 0).all()
@@ -132,14 +130,14 @@ def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
     case, data = hidden_by(how, DEAD)
 
     def through(outputs: Named) -> Tensor:
-        alive = projection()(rows(outputs, slice(5, None)))
-        normalised = [x / x.norm() for x in rows(outputs, slice(5)).values()]  # 0 / 0
+        alive = projection()(rows_of(outputs, slice(5, None)))
+        normalised = [x / x.norm() for x in rows_of(outputs, slice(5)).values()]  # 0 / 0
         return alive + sum(x.nansum() for x in normalised)
 
     with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
         found, expected = (
             outputs_and_gradients(case.ours, data, through=f)
-            for f in (through, lambda outputs: projection()(rows(outputs, slice(5, None))))
+            for f in (through, lambda outputs: projection()(rows_of(outputs, slice(5, None))))
         )
     assert_close(found, expected)
 

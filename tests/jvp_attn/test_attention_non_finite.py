@@ -18,6 +18,7 @@ from attention_cases import (
     outputs_and_gradients,
     part,
     projection,
+    rows_of,
     small_blocks,
     with_tangents,
 )
@@ -60,11 +61,6 @@ HIDING: dict[str, tuple[Case, Mapping[str, Tensor], Tensor]] = {
 over_hiding = pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING.keys())
 # Rows that see a bad key in one block with rows that do not, or each row in its own.
 over_blocks = pytest.mark.parametrize("rows", [64, 2], ids=["one block", "a block a row"])
-
-
-def rows_of(outputs: Named, which: Tensor) -> dict[str, Tensor]:
-    """Some rows of each output."""
-    return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
 
 
 @over_blocks

@@ -5,7 +5,6 @@ Errors are ‖x − exact‖ / ‖exact‖ against float64, and one rounding of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,26 +17,8 @@ from attention_cases import (
     projection,
     relative_error,
 )
+from kinds_of_data import Kind, in_dtype, over_data
 from packed_cases import PackedCase
-from torch import Tensor
-
-
-def plain(data: Named) -> Named:
-    return data
-
-
-def offset(data: Named) -> Named:
-    """Means that cancel: softmax does not see that of K, nor the gradient of Q that of V."""
-    return {**data, "k": data["k"] + 5, "tk": data["tk"] + 5, "v": data["v"] + 3}
-
-
-def large_logits(data: Named) -> Named:
-    """Softmax is nearly a choice of one key; exp of a logit alone overflows."""
-    return {**data, "q": 30 * data["q"], "tq": 30 * data["tq"]}
-
-
-def in_dtype(data: Named, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in data.items()}
 
 
 def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> None:
@@ -49,9 +30,6 @@ def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> 
     assert all(errors[name] <= allowed[name] for name in torchs), (errors, allowed)
 
 
-over_data = pytest.mark.parametrize(
-    "kind", [plain, offset, large_logits], ids=lambda kind: kind.__name__
-)
 over_dtypes = pytest.mark.parametrize(
     ("dtype", "computed_by"),
     [
@@ -83,7 +61,6 @@ PROBLEMS: dict[str, Case | PackedCase] = {
     ),
 }
 over_problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
-Kind = Callable[[Named], Named]
 
 
 @over_data

@@ -21,8 +21,8 @@ from attention_cases import (
     without_tangents,
 )
 from emulated_backend import emulated_backend
+from kinds_of_data import Kind, in_dtype, offset, over_data
 from packed_cases import PackedCase
-from test_attention_precision import in_dtype, offset, over_data
 from torch import Tensor
 
 from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
@@ -30,7 +30,6 @@ from jvp_attn.cuda import KernelMaps
 
 BF16 = torch.bfloat16
 Evaluate = Callable[[Attention, Named], dict[str, Tensor]]
-Kind = Callable[[Named], Named]
 
 
 @pytest.fixture(autouse=True)

@@ -140,6 +140,17 @@ def test_derivatives_are_limits_of_difference_quotients_wherever_lse_lies(shift:
     assert gradgradcheck(shifted, tensors, check_fwd_over_rev=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_part_that_has_all_the_weight_is_the_whole(place: int) -> None:
+    """The ratio of the weights is beyond the range of float64."""
+    (out, lse), light, _ = random_parts(3)
+    parts = [light]
+    parts.insert(place, (out, lse + 1000))
+    merged, alone = values_and_derivatives(parts), values_and_derivatives([parts[place]])
+    for name, x in alone.items():
+        assert torch.equal(merged[name.replace("0", str(place))], x), name
+
+
 # ----------------------------------------------------------------------------
 # Parts without keys
 

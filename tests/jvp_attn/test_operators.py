@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from attention_cases import Case, assert_close, named, projection
+from composition_checks import metadata
 from emulated_backend import emulated_backend
 from kernel_recorder import Recorder
 from map_calls import MapCall, call_of
@@ -138,10 +139,6 @@ BACKENDS = {
     "emulated": emulated_backend,
 }
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def metadata(results: Any) -> dict[str, Any]:
-    return {name: (x.shape, x.stride(), x.dtype) for name, x in named(results).items()}
 
 
 @over_backends

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from zlib import crc32
 
 import torch
+from attention_cases import randn
 from torch import Tensor, nn
 
 
@@ -26,12 +26,6 @@ class Network(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """(module, *inputs) → output."""
         return self.call(self.module, *inputs)
-
-
-def randn(*shape: int, seed: str) -> Tensor:
-    """Normal random numbers, the same for the same seed and shape."""
-    generator = torch.Generator().manual_seed(crc32(seed.encode()))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _timesteps() -> Tensor:

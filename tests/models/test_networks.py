@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import assert_close, peak_and_largest_allocation, relative_error, small_blocks
-from networks import NETWORKS, Network, modern_bert, randn
+from attention_cases import (
+    assert_close,
+    peak_and_largest_allocation,
+    randn,
+    relative_error,
+    small_blocks,
+)
+from networks import NETWORKS, Network, modern_bert
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
