@@ -8,6 +8,9 @@ ARGS            ?=
 VENV := .venv
 BIN  := $(VENV)/bin
 
+# A test for each core at a time, with one thread each. Tests of one group share what is costly.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,10 +27,10 @@ demo: build/extensions  ## train and distil a small model on real digits
 	$(BIN)/python -m rcm.train $(ARGS)
 
 test: check  ## check, then run the tests
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: build/extensions  ## run the tests that take long, such as the packaging
-	$(BIN)/pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 check: build/extensions  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -26,26 +26,28 @@ from attention import kernel_says
 from circumstances import circumstances
 from contenders import CONTENDERS, OPERATIONS, Inputs, call_of
 
-HEADS, MATMUL = 8, 4096
+MATMUL = 4096
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Queries and keys of a head, and its size."""
+    """Sizes; the batch is 1."""
 
     seqlen_q: int
     seqlen_k: int
     head_dim: int = 64
+    heads: int = 8
 
     @property
     def scores(self) -> int:
         """Of all heads."""
-        return HEADS * self.seqlen_q * self.seqlen_k
+        return self.heads * self.seqlen_q * self.seqlen_k
 
     def inputs(self) -> Inputs:
         generator = torch.Generator().manual_seed(0)
         lengths = 2 * [self.seqlen_q, self.seqlen_k, self.seqlen_k] + 2 * [self.seqlen_q]
-        tensors = [torch.randn(1, n, HEADS, self.head_dim, generator=generator) for n in lengths]
+        sizes = [(1, length, self.heads, self.head_dim) for length in lengths]
+        tensors = [torch.randn(size, generator=generator) for size in sizes]
         return Inputs(tuple(tensors[:3]), tuple(tensors[3:6]), tuple(tensors[6:]), causal=False)
 
 
@@ -72,7 +74,7 @@ def main() -> None:
         print(peak_memory_here(options.memory_of))
         return
     result: dict[str, Any] = {**circumstances(), "matmul": MATMUL, "rows": []}
-    print(f"{result['device']}, {result['threads']} threads, float32, B1 H{HEADS}")
+    print(f"{result['device']}, {result['threads']} threads, float32, B1 H8")
     for name in options.problems:
         for operation in OPERATIONS:
             row = measure(name, operation, options.repeats)
@@ -115,8 +117,8 @@ def measure(name: str, operation: str, repeats: int) -> dict[str, Any]:
 def print_row(row: dict[str, Any]) -> None:
     matmul = row["gflops"]["matmul"]
     print(f"\n{row['problem']}, {row['operation']}: matmul {matmul:.0f} GFLOP/s")
-    for name in row["gflops"].keys() - {"matmul"}:
-        rate, median = row["gflops"][name], statistics.median(row["seconds"][name])
+    for name, rate in row["gflops"].items():
+        median = statistics.median(row["seconds"][name])
         print(f"  {name:18s} {1e3 * median:9.1f} ms {rate:7.1f} GFLOP/s, {rate / matmul:.2f} of it")
 
 
@@ -127,11 +129,10 @@ def measured_peak(operation: str) -> float:
 
 def peak_memory_here(operation: str) -> float:
     """Bytes beyond inputs and, for a backward, outputs; for one head."""
-    global HEADS
-    HEADS = 1
     attention, _ = CONTENDERS["jvp_attn"]
     call_of(operation, attention, Problem(64, 64).inputs())()  # libraries
-    call = call_of(operation, attention, Problem(MEMORY_SEQLEN, MEMORY_SEQLEN).inputs())
+    long = Problem(MEMORY_SEQLEN, MEMORY_SEQLEN, heads=1)
+    call = call_of(operation, attention, long.inputs())
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = kernel_says("/proc/self/status", "VmRSS")
     call()
