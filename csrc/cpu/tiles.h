@@ -14,20 +14,27 @@ static_assert(kRows % kRowsAtOnce == 0 && kKeys % kPanel<float> == 0);
 
 constexpr int64_t tiles_of(int64_t length, int tile) { return (length + tile - 1) / tile; }
 
-// Queries of one head.
+inline int64_t row_tiles(const AttentionParams& p) {
+    int64_t tiles = 0;
+    for (int i = 0; i < p.batch; ++i) tiles += p.heads * tiles_of(Sequence(p, i).queries, kRows);
+    return tiles;
+}
+
+// Queries of one head: some tiles, and less in its last.
 struct RowBlock {
     int batch, head, first, rows;
 };
 
-// All queries. Later ones of a causal head take longest, and come first.
-inline std::vector<RowBlock> row_blocks(const AttentionParams& p) {
+// All queries, in blocks of so many tiles. Later ones of a causal head take longest, and come
+// first.
+inline std::vector<RowBlock> row_blocks(const AttentionParams& p, int tiles = 1) {
     std::vector<RowBlock> blocks;
     for (int batch = 0; batch < p.batch; ++batch) {
         const int queries = Sequence(p, batch).queries;
-        for (int64_t i = tiles_of(queries, kRows) - 1; i >= 0; --i)
+        for (int64_t i = tiles_of(queries, tiles * kRows) - 1; i >= 0; --i)
             for (int head = 0; head < p.heads; ++head) {
-                const int first = static_cast<int>(i * kRows);
-                blocks.push_back({batch, head, first, std::min(kRows, queries - first)});
+                const int first = static_cast<int>(i * tiles * kRows);
+                blocks.push_back({batch, head, first, std::min(tiles * kRows, queries - first)});
             }
     }
     return blocks;
