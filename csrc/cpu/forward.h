@@ -30,7 +30,7 @@ struct ForwardTasks {
         : p(params),
           splits(count_splits()),
           tiles(splits > 1 ? 1 : count_tiles(threads)),
-          blocks(row_blocks(p, tiles)) {
+          blocks(row_blocks(p, tiles * kRows)) {
         if (splits == 1) return;
         const int size = kRows * packed_width<Value>(p.head_dim_v);
         for (int64_t i = 0; i < count(); ++i) parts.emplace_back(size, p.tout.data ? size : 0);
@@ -48,12 +48,18 @@ struct ForwardTasks {
     std::vector<std::atomic<int>> unfinished;  // splits of a block
 
 private:
+    int64_t row_tiles() const {
+        int64_t n = 0;
+        for (int i = 0; i < p.batch; ++i) n += p.heads * tiles_of(Sequence(p, i).queries, kRows);
+        return n;
+    }
+
     // It does not depend on the number of threads, so that results do not.
     int count_splits() const {
         constexpr int64_t kTilesForAllThreads = 32, kKeysOfSplit = 8 * kKeys;
         int64_t most = 1;
         for (int i = 0; i < p.batch; ++i) most = std::max(most, Sequence(p, i).keys / kKeysOfSplit);
-        const int64_t all = std::max<int64_t>(row_tiles(p), 1);
+        const int64_t all = std::max<int64_t>(row_tiles(), 1);
         return static_cast<int>(std::clamp<int64_t>(kTilesForAllThreads / all, 1, most));
     }
 
@@ -62,7 +68,7 @@ private:
     int count_tiles(int threads) const {
         constexpr int64_t kMostTiles = 4, kBlocksOfThread = 4;
         return static_cast<int>(
-            std::clamp<int64_t>(row_tiles(p) / (kBlocksOfThread * threads), 1, kMostTiles));
+            std::clamp<int64_t>(row_tiles() / (kBlocksOfThread * threads), 1, kMostTiles));
     }
 };
 
