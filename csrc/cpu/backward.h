@@ -41,26 +41,26 @@ public:
           width_v_(packed_width<Value>(p_.head_dim_v)),
           has_t_(p_.tq.data || p_.tk.data || p_.tmask.data),
           has_b_(p_.grad_tout.data || p_.grad_mu.data),
-          keys_transposed_(kKeys * p_.head_dim),
-          tkeys_transposed_(kKeys * p_.head_dim),
-          values_transposed_(kKeys * p_.head_dim_v),
-          tvalues_transposed_(kKeys * p_.head_dim_v),
-          keys_(kKeys * width_),
-          tkeys_(kKeys * width_),
-          gk_(kKeys * width_),
-          gtk_(kKeys * width_),
-          gv_(kKeys * width_v_),
-          gtv_(kKeys * width_v_),
-          queries_(kRows * width_),
-          tqueries_(kRows * width_),
-          g_out_(kRows * width_v_),
-          g_tout_(kRows * width_v_),
-          s_(kRows * kKeys),
-          t_(kRows * kKeys),
-          a_(kRows * kKeys),
-          b_(kRows * kKeys),
-          gq_(kRows * width_),
-          gtq_(kRows * width_) {}
+          keys_transposed_(kBackwardKeys * p_.head_dim),
+          tkeys_transposed_(kBackwardKeys * p_.head_dim),
+          values_transposed_(kBackwardKeys * p_.head_dim_v),
+          tvalues_transposed_(kBackwardKeys * p_.head_dim_v),
+          keys_(kBackwardKeys * width_),
+          tkeys_(kBackwardKeys * width_),
+          gk_(kBackwardKeys * width_),
+          gtk_(kBackwardKeys * width_),
+          gv_(kBackwardKeys * width_v_),
+          gtv_(kBackwardKeys * width_v_),
+          queries_(kBackwardRows * width_),
+          tqueries_(kBackwardRows * width_),
+          g_out_(kBackwardRows * width_v_),
+          g_tout_(kBackwardRows * width_v_),
+          s_(kBackwardRows * kScoreStride),
+          t_(kBackwardRows * kScoreStride),
+          a_(kBackwardRows * kScoreStride),
+          b_(kBackwardRows * kScoreStride),
+          gq_(kBackwardRows * width_),
+          gtq_(kBackwardRows * width_) {}
 
     void run(int64_t piece) {
         const KeyBlock& block = tasks_.blocks[piece];
@@ -68,6 +68,9 @@ public:
     }
 
 private:
+    // Rows of scores lie a panel apart too: transposed, they are read across.
+    static constexpr int kScoreStride = kBackwardKeys + kPanel<Value>;
+
     int group() const { return p_.heads / p_.heads_k; }
 
     Matrix queries_of(const Sequence& sequence, const Tensor& x, int head) const {
@@ -96,8 +99,8 @@ private:
             std::fill_n(sums, keys * width_v_, Value(0));
 
         for (int head = head_k * group(); head < (head_k + 1) * group(); ++head)
-            for (int row = 0; row < sequence.queries; row += kRows) {
-                const int rows = std::min(kRows, sequence.queries - row);
+            for (int row = 0; row < sequence.queries; row += kBackwardRows) {
+                const int rows = std::min(kBackwardRows, sequence.queries - row);
                 if (sequence.visible_keys(row + rows - 1) > first_key)
                     add_tile(sequence, head, row, rows, first_key, keys);
             }
@@ -109,7 +112,7 @@ private:
     }
 
     void pack_finite(const Matrix& m, int first_key, int keys, Value* to) {
-        bool hurt[kKeys];
+        bool hurt[kBackwardKeys];
         pack<Value>(m, first_key, keys, p_.head_dim, 1, to);
         take_out_non_finite<Value>(to, keys, p_.head_dim, hurt);
     }
@@ -136,7 +139,7 @@ private:
             pack_queries(p_.tq, p_.head_dim, p_.softmax_scale, tqueries_);
             scores<Store::set>(rows, padded, p_.head_dim, tqueries_, keys_transposed_, t_);
         } else if (has_t_) {
-            std::fill_n(t_.begin(), rows * kKeys, Value(0));
+            std::fill_n(t_.begin(), rows * kScoreStride, Value(0));
         }
         if (p_.tk.data)
             scores<Store::add>(rows, padded, p_.head_dim, queries_, tkeys_transposed_, t_);
@@ -146,7 +149,7 @@ private:
             silence_dead(of_rows, rows, g_out_);
             scores<Store::set>(rows, padded, p_.head_dim_v, g_out_, values_transposed_, a_);
         } else {
-            std::fill_n(a_.begin(), rows * kKeys, Value(0));
+            std::fill_n(a_.begin(), rows * kScoreStride, Value(0));
         }
         if (p_.grad_tout.data) {
             pack_queries(p_.grad_tout, p_.head_dim_v, 1, g_tout_);
@@ -155,7 +158,7 @@ private:
             if (p_.tv.data)
                 scores<Store::add>(rows, padded, p_.head_dim_v, g_tout_, tvalues_transposed_, a_);
         } else if (has_b_) {
-            std::fill_n(b_.begin(), rows * kKeys, Value(0));
+            std::fill_n(b_.begin(), rows * kScoreStride, Value(0));
         }
 
         const MaskOfHead<Value> mask(p_.mask, sequence.batch, head);
@@ -163,11 +166,11 @@ private:
         const MaskOfHead<Value> grad_mask(p_.grad_mask, sequence.batch, head);
         const MaskOfHead<Value> grad_tmask(p_.grad_tmask, sequence.batch, head);
         for (int i = 0; i < rows; ++i) {
-            hide(s_ + i * kKeys, sequence, mask, row + i, first_key, keys);
-            if (tmask) tmask.add_to(t_ + i * kKeys, row + i, first_key, keys);
+            hide(s_ + i * kScoreStride, sequence, mask, row + i, first_key, keys);
+            if (tmask) tmask.add_to(t_ + i * kScoreStride, row + i, first_key, keys);
             differentiate_softmax(of_rows[i], i, padded);
-            if (grad_mask) grad_mask.add_from(a_ + i * kKeys, row + i, first_key, keys);
-            if (grad_tmask) grad_tmask.add_from(b_ + i * kKeys, row + i, first_key, keys);
+            if (grad_mask) grad_mask.add_from(a_ + i * kScoreStride, row + i, first_key, keys);
+            if (grad_tmask) grad_tmask.add_from(b_ + i * kScoreStride, row + i, first_key, keys);
         }
         add_to_queries(sequence, head, row, rows, first_key, keys);
         add_to_keys(rows, keys);
@@ -176,7 +179,7 @@ private:
     template <Store Mode>
     void scores(int rows, int columns, int depth, Value* left, Value* right, Value* to) {
         multiply<Mode, Value>(rows, columns, depth, {left, packed_width<Value>(depth), 1},
-                              {right, kPanel<Value>, depth * kPanel<Value>}, to, kKeys);
+                              {right, kPanel<Value>, depth * kPanel<Value>}, to, kScoreStride);
     }
 
     // Cotangents of rows that see no key do not count, be they NaN.
@@ -188,8 +191,8 @@ private:
 
     // S, T, A, B of a row become P, P Tc, Sbar, Tbar: 0 for hidden keys, whatever these hold.
     void differentiate_softmax(const QueryStatistics<Value>& row, int i, int columns) {
-        Value *const s = s_ + i * kKeys, *const t = t_ + i * kKeys;
-        Value *const a = a_ + i * kKeys, *const b = b_ + i * kKeys;
+        Value *const s = s_ + i * kScoreStride, *const t = t_ + i * kScoreStride;
+        Value *const a = a_ + i * kScoreStride, *const b = b_ + i * kScoreStride;
         const Vector<Value> zero = {};
         for (int j = 0; j < columns; j += kLanes<Value>) {
             const Vector<Value> score = load(s + j);
@@ -211,7 +214,7 @@ private:
                         int keys) {
         const bool has_gq = p_.grad_q.data, has_gtq = p_.grad_tq.data && has_b_;
         const auto multiply_keys = [&]<Store Mode>(Value* weights, Value* right, Value* to) {
-            multiply<Mode, Value>(rows, p_.head_dim, keys, {weights, kKeys, 1},
+            multiply<Mode, Value>(rows, p_.head_dim, keys, {weights, kScoreStride, 1},
                                   {right, width_, kPanel<Value>}, to, width_);
         };
         if (has_gq) {
@@ -246,10 +249,10 @@ private:
 
     // Row i of the tile is a part of the row.
     void count(QueryStatistics<Value>& row, int i, int first_key, int keys) const {
-        const Value* const weights = s_ + i * kKeys;
+        const Value* const weights = s_ + i * kScoreStride;
         const int padded = round_up_to_panel<Value>(keys);
-        row.sbar += sum(a_ + i * kKeys, padded);
-        if (has_b_) row.tbar += sum(b_ + i * kKeys, padded);
+        row.sbar += sum(a_ + i * kScoreStride, padded);
+        if (has_b_) row.tbar += sum(b_ + i * kScoreStride, padded);
         const Value weight = largest(weights, padded);
         if (!(weight > row.largest_weight)) return;
         row.largest_weight = weight;
@@ -275,10 +278,10 @@ private:
     void add_to_keys(int rows, int keys) {
         const auto from_rows = [&](Value* weights, Value* right, int columns, Value* to) {
             const int width = packed_width<Value>(columns);
-            multiply<Store::add, Value>(keys, columns, rows, {weights, 1, kKeys},
+            multiply<Store::add, Value>(keys, columns, rows, {weights, 1, kScoreStride},
                                         {right, width, kPanel<Value>}, to, width);
         };
-        bool hurt[kRows];
+        bool hurt[kBackwardRows];
         take_out_non_finite<Value>(queries_, rows, p_.head_dim, hurt);
         if (p_.tq.data) take_out_non_finite<Value>(tqueries_, rows, p_.head_dim, hurt);
         if (p_.grad_k.data) {

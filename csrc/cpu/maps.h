@@ -34,7 +34,7 @@ void run(Tasks tasks, int threads) {
 inline void forward(const AttentionParams& p) {
     const int threads = threads_worth_starting(operations(p, p.tout.data ? 6 : 2), p.threads);
     in_computing_type(p, [&]<class Value>(std::type_identity<Value>) {
-        run<Forward<Value>>(ForwardTasks<Value>(p), threads);
+        run<Forward<Value>>(ForwardTasks<Value>(p, threads), threads);
     });
 }
 

@@ -34,7 +34,7 @@ public:
             blocks_before_.push_back(blocks);
             const Sequence sequence(p, batch);
             queries += int64_t{p.heads} * sequence.queries;
-            blocks += p.heads * tiles_of(sequence.queries, kRows);
+            blocks += p.heads * tiles_of(sequence.queries, kBackwardRows);
         }
         statistics_.resize(queries);
         turns_ = std::vector<std::atomic<int>>(blocks);
@@ -58,13 +58,13 @@ public:
     // that results do not depend on who is faster.
     void wait_for_turn(const Sequence& sequence, int head, int row, int key) {
         std::atomic<int>& turn = turn_of(sequence, head, row);
-        for (int now; (now = turn.load(std::memory_order_acquire)) != key / kKeys;)
+        for (int now; (now = turn.load(std::memory_order_acquire)) != key / kBackwardKeys;)
             turn.wait(now, std::memory_order_acquire);
     }
 
     void end_turn(const Sequence& sequence, int head, int row, int key) {
         std::atomic<int>& turn = turn_of(sequence, head, row);
-        turn.store(key / kKeys + 1, std::memory_order_release);
+        turn.store(key / kBackwardKeys + 1, std::memory_order_release);
         turn.notify_all();
     }
 
@@ -84,8 +84,8 @@ private:
     }
 
     std::atomic<int>& turn_of(const Sequence& sequence, int head, int row) {
-        return turns_[blocks_before_[sequence.batch] + head * tiles_of(sequence.queries, kRows) +
-                      row / kRows];
+        return turns_[blocks_before_[sequence.batch] +
+                      head * tiles_of(sequence.queries, kBackwardRows) + row / kBackwardRows];
     }
 
     Matrix sums_of(const Sequence& sequence, const Tensor& gradient, std::vector<float>& sums,
@@ -115,7 +115,7 @@ template <class Value>
 class Preparation {
 public:
     struct Tasks {
-        explicit Tasks(Shared<Value>& x) : shared(x), blocks(row_blocks(x.p)) {}
+        explicit Tasks(Shared<Value>& x) : shared(x), blocks(row_blocks(x.p, kBackwardRows)) {}
 
         int64_t count() const { return std::ssize(blocks); }
 

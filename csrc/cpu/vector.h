@@ -58,56 +58,58 @@ inline Value largest_lane(Vector<Value> x) {
 }
 
 // What exp needs to know of a floating type: rounding to an integer by adding a number so large
-// that no fraction is left, ln 2 in two parts of which the first has trailing zeros, where results
-// would be subnormal, and a polynomial for exp on [-ln 2 / 2, ln 2 / 2].
+// that no fraction is left, the bias of exponents, ln 2 in two parts of which the first has
+// trailing zeros, and c_n, ..., c_2 of the polynomial 1 + x + c_2 x^2 + ... + c_n x^n whose largest
+// relative distance from exp on [-ln 2 / 2, ln 2 / 2] is the least.
 template <class Value>
 struct Exponential;
 
 template <>
 struct Exponential<float> {
     using Integer = int32_t;
-    static constexpr int kMantissaBits = 23;
+    static constexpr int kMantissaBits = 23, kBias = 127;
     static constexpr float kRounder = 12582912.f;  // 1.5 * 2^23
     static constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-    static constexpr float kSmallest = -87.3f;
-    // 1/7!, ..., 1/2!: the first that is left out is 5e-9 at most.
-    static constexpr float kCoefficients[] = {1.98412698e-4f, 1.38888889e-3f, 8.33333333e-3f,
-                                              4.16666667e-2f, 1.66666667e-1f, 0.5f};
+    static constexpr float kZero = -88.03f;  // below -127 ln 2
+    // To 3.1e-9.
+    static constexpr float kCoefficients[] = {1.3814467e-3f, 8.368781e-3f, 4.1668393e-2f,
+                                              1.666652e-1f, 4.9999994e-1f};
 };
 
 template <>
 struct Exponential<double> {
     using Integer = int64_t;
-    static constexpr int kMantissaBits = 52;
+    static constexpr int kMantissaBits = 52, kBias = 1023;
     static constexpr double kRounder = 6755399441055744.;  // 1.5 * 2^52
     static constexpr double kLn2High = 6.93147180369123816490e-01,
                             kLn2Low = 1.90821492927058770002e-10;
-    static constexpr double kSmallest = -708.3;
-    // 1/13!, ..., 1/2!
-    static constexpr double kCoefficients[] = {
-        1.6059043836821613e-10, 2.0876756987868099e-09, 2.5052108385441720e-08,
-        2.7557319223985893e-07, 2.7557319223985888e-06, 2.4801587301587302e-05,
-        1.9841269841269841e-04, 1.3888888888888889e-03, 8.3333333333333332e-03,
-        4.1666666666666664e-02, 1.6666666666666666e-01, 0.5};
+    static constexpr double kZero = -709.09;
+    // To 3.7e-18.
+    static constexpr double kCoefficients[] = {2.4999965343255924e-08, 2.763037862080518e-07,
+                                               2.755758734220382e-06,  2.4801492762795647e-05,
+                                               1.9841269504765357e-04, 1.388888894392264e-03,
+                                               8.333333333495624e-03,  4.166666666652919e-02,
+                                               1.666666666666641e-01,  5.000000000000011e-01};
 };
 
-// exp of what is not positive, to 2 ulp; 0 where that would be subnormal, NaN of NaN.
+// exp of what is not positive, to 2 ulp where that is normal; 0 from kZero on, NaN of every NaN.
 template <class Value>
 inline Vector<Value> exp_of_nonpositive(Vector<Value> x) {
     using E = Exponential<Value>;
     typedef typename E::Integer Integers __attribute__((vector_size(JVP_ATTN_VECTOR_BYTES)));
-    const Vector<Value> smallest = in_all_lanes(E::kSmallest);
-    const Vector<Value> inside = x < smallest ? smallest : x;
-    const Vector<Value> shifted = inside * Value(1.44269504088896340736) + E::kRounder;
-    const Vector<Value> n = shifted - E::kRounder;
-    const Vector<Value> rest = (inside - n * E::kLn2High) - n * E::kLn2Low;
+    const Vector<Value> zero = in_all_lanes(E::kZero);
+    x = zero > x ? zero : x;  // but NaN stays
+    constexpr Value kShift = E::kRounder + E::kBias;
+    const Vector<Value> shifted = x * Value(1.44269504088896340736) + kShift;
+    const Vector<Value> n = shifted - kShift;
+    const Vector<Value> rest = (x - n * E::kLn2High) - n * E::kLn2Low;
     Vector<Value> polynomial = in_all_lanes(E::kCoefficients[0]);
     for (unsigned i = 1; i < sizeof(E::kCoefficients) / sizeof(Value); ++i)
         polynomial = polynomial * rest + E::kCoefficients[i];
-    const Vector<Value> mantissa = polynomial * rest * rest + rest + Value(1);
-    // The integer n stands in the lowest bits of `shifted`: add it to the exponent.
-    const Integers bits = (Integers)mantissa + ((Integers)shifted << E::kMantissaBits);
-    return x < smallest ? Vector<Value>{} : (Vector<Value>)bits;
+    polynomial = (polynomial * rest + Value(1)) * rest + Value(1);
+    // The integer n + kBias stands in the lowest bits of `shifted`: as an exponent it is 2^n, and 0
+    // where n is -kBias.
+    return polynomial * (Vector<Value>)((Integers)shifted << E::kMantissaBits);
 }
 
 }  // namespace jvp_attn::cpu::JVP_ATTN_ISA

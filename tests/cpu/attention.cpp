@@ -39,6 +39,8 @@ const Problem kProblems[] = {
     {"bottom right", {150}, {260}, 2, 2, 16, 8, Causal::bottom_right},
     {"rows without keys", {150}, {40}, 2, 1, 16, 8, Causal::bottom_right},
     {"top left", {130}, {260}, 2, 1, 16, 8, Causal::top_left},
+    {"several tiles of queries", {500}, {310}, 2, 1, 10, 9},
+    {"several tiles, causal", {500}, {420}, 2, 2, 10, 9, Causal::bottom_right},
     {"packed", {97, 0, 5, 130}, {140, 3, 0, 200}, 2, 1, 9, 5, Causal::bottom_right, true},
     {"masked", {101, 101}, {135, 135}, 2, 1, 12, 10, Causal::no, false, true},
     {"masked and causal", {101}, {135}, 2, 2, 12, 10, Causal::bottom_right, false, true},

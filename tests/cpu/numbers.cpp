@@ -39,7 +39,9 @@ double error_of_exp(Value x) {
 
 template <class Value>
 void check_exp(double step) {
-    const Value smallest = Exponential<Value>::kSmallest;
+    using Integer = typename Exponential<Value>::Integer;
+    const Value least = std::numeric_limits<Value>::min();
+    const Value smallest = std::nextafter(std::log(least), Value(0));
     double worst = 0;
     for (Value x = -std::numeric_limits<Value>::denorm_min(); x >= smallest;
          x = std::min<Value>(x * (1 + step), std::nextafter(x, -kInfinity<Value>))) {
@@ -49,14 +51,15 @@ void check_exp(double step) {
     }
     check(worst > 0, "exp was not tried", smallest);
     check(exp_of<Value>(0) == 1, "exp is not 1", 0);
-    check(exp_of(smallest) > 0, "exp is 0", smallest);
-    check(std::exp(std::nextafter(smallest, -kInfinity<Value>)) <
-              2 * std::numeric_limits<Value>::min(),
-          "exp becomes 0 where it is still normal", smallest);
-    for (const Value x : {std::nextafter(smallest, -kInfinity<Value>),
-                          std::numeric_limits<Value>::lowest(), -kInfinity<Value>})
+    for (Value x = smallest; x > Exponential<Value>::kZero; x *= 1 + 1e-6)
+        check(exp_of(x) >= 0 && exp_of(x) < 1.001 * least, "exp is not tiny", x);
+    for (const Value x :
+         {Exponential<Value>::kZero, std::numeric_limits<Value>::lowest(), -kInfinity<Value>})
         check(exp_of(x) == 0, "exp is not 0", x);
-    check(std::isnan(exp_of(std::numeric_limits<Value>::quiet_NaN())), "exp is not NaN", 0);
+    for (const Value x :
+         {std::numeric_limits<Value>::quiet_NaN(), std::bit_cast<Value>(Integer(-1)),
+          std::bit_cast<Value>(std::numeric_limits<Integer>::max())})
+        check(std::isnan(exp_of(x)), "exp is not NaN", 0);
     std::printf("exp of %zu bytes: %.3f ulp\n", sizeof(Value), worst);
 }
 
