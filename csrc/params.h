@@ -71,6 +71,8 @@ struct AttentionParams {
     int32_t heads_k = 0;   // divides heads
     int32_t seqlen_q = 0;  // of the longest sequence, where sequences are packed
     int32_t seqlen_k = 0;
+    int32_t total_q = 0;  // rows of all sequences together, where they are packed
+    int32_t total_k = 0;
     int32_t head_dim = 0;    // columns of q and k; at most the kernel's own
     int32_t head_dim_v = 0;  // columns of v and out; likewise
     float softmax_scale = 1;

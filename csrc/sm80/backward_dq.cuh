@@ -7,7 +7,8 @@
 // backward_dkv.cuh gets them back sharpened.
 #pragma once
 
-#include "sm80/softmax.cuh"
+#include "sm80/tile.cuh"
+#include "softmax.cuh"
 
 namespace jvp_attn {
 

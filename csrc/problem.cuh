@@ -1,8 +1,8 @@
 // Where a block finds its data, and which keys its queries may see.
 #pragma once
 
+#include "matrix.cuh"
 #include "params.h"
-#include "sm80/tile.cuh"
 
 namespace jvp_attn {
 
