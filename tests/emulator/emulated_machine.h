@@ -39,7 +39,8 @@ void multiply_add_bf16(float (&accumulator)[4], const Words4& a, uint32_t b0, ui
                        const Place& where);
 void multiply_add_fp16(float (&accumulator)[4], const Words4& a, uint32_t b0, uint32_t b1,
                        const Place& where);
-std::string run(int blocks, int threads, std::size_t shared_bytes, std::function<void()> kernel);
+std::string run(int blocks, int threads, std::size_t shared_bytes, int capability,
+                std::function<void()> kernel);
 
 }  // namespace emulator
 
@@ -174,7 +175,9 @@ inline float unpack_high<Fp16>(uint32_t word) {
 template <class Params>
 std::string launch_kernel(void (*kernel)(Params), int blocks, int threads, std::size_t shared_bytes,
                           void* /*stream*/, const Params& params) {
-    return emulator::run(blocks, threads, shared_bytes, [&] { kernel(params); });
+    int capability = 80;
+    if constexpr (requires { Params::kCapability; }) capability = Params::kCapability;
+    return emulator::run(blocks, threads, shared_bytes, capability, [&] { kernel(params); });
 }
 
 }  // namespace jvp_attn

@@ -159,8 +159,9 @@ void multiply_add_fp16(float (&accumulator)[4], const Words4& a, uint32_t b0, ui
     machine.meet(kMultiplyAddFp16, &x, where);
 }
 
-std::string run(int blocks, int threads, std::size_t shared_bytes, std::function<void()> kernel) {
-    return machine.run(blocks, threads, shared_bytes, std::move(kernel));
+std::string run(int blocks, int threads, std::size_t shared_bytes, int capability,
+                std::function<void()> kernel) {
+    return machine.run({blocks, threads, shared_bytes, capability, std::move(kernel)});
 }
 
 }  // namespace emulator
