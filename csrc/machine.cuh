@@ -13,7 +13,7 @@ namespace jvp_attn {
 struct Bf16 {};
 struct Fp16 {};
 
-struct Words4 {
+struct alignas(16) Words4 {
     uint32_t word[4];
 };
 

@@ -211,6 +211,13 @@ DEVICE void pin(uint32_t (&registers)[Steps][4]) {
         for (int word = 0; word < 4; ++word) asm volatile("" : "+r"(registers[i][word])::"memory");
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is computed here, and
+// not ahead of a loop, to occupy registers all the while.
+DEVICE int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---------------------------------------------------------------------------------------------
 // On the host
 

@@ -11,6 +11,8 @@
 
 namespace jvp_attn::sm90 {
 
+constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
+
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 constexpr int kSwizzleBytes = 1024;  // the layout repeats after 8 rows; panels start at multiples
@@ -40,43 +42,16 @@ struct Tile {
     // The columns 16 step to 16 step + 15 of the rows from `row`, a multiple of 8, on: a factor
     // whose columns the product sums over.
     DEVICE uint64_t columns(int row, int step) const {
-        const int panel = step / 4, bytes = step % 4 * 32;
-        return matrix_descriptor(base + panel * kPanelBytes + row * kPanelRowBytes + bytes, 16,
-                                 kSwizzleBytes);
+        const int offset = step / 4 * kPanelBytes + step % 4 * 32;
+        return matrix_descriptor(base + row * kPanelRowBytes, 16, kSwizzleBytes) + (offset >> 4);
     }
 
     // The rows 16 step to 16 step + 15: a factor whose rows the product sums over.
     DEVICE uint64_t rows(int step) const {
-        return matrix_descriptor(base + step * 16 * kPanelRowBytes, kPanelBytes, kSwizzleBytes);
+        return matrix_descriptor(base, kPanelBytes, kSwizzleBytes) +
+               (step * 16 * kPanelRowBytes >> 4);
     }
 };
-
-// ---------------------------------------------------------------------------------------------
-// Loading
-
-// Where the rows of one head of one sequence are for the copy engine.
-struct Source {
-    const TensorMap& map;
-    int first_row, head, batch;
-};
-
-// Starts to fill a tile with the rows from `first_row` on; `full` counts its bytes.
-template <int Rows, int Columns>
-DEVICE void load_tile(const Tile<Rows, Columns>& tile, const Source& source, int first_row,
-                      SharedAddress full) {
-#pragma unroll
-    for (int panel = 0; panel < tile.kPanels; ++panel)
-        load_box(tile.base + panel * tile.kPanelBytes, source.map, full, panel * kPanelColumns,
-                 source.first_row + first_row, source.head, source.batch);
-}
-
-// A warp fills the rows from `row` on with zeros.
-template <int Rows, int Columns>
-DEVICE void clear_rows(const Tile<Rows, Columns>& tile, int row) {
-    constexpr int kChunks = 8 * tile.kPanels;
-    for (int i = row * kChunks + lane_index(); i < Rows * kChunks; i += 32)
-        shared_store_words4(tile.chunk(i / kChunks, i % kChunks), {});
-}
 
 // ---------------------------------------------------------------------------------------------
 // Products. A warpgroup multiplies 64 rows; they are under way until `wgmma_wait`.

@@ -1,0 +1,133 @@
+// Scores and their tangents, for a warp whose 16 rows are queries and whose columns are keys: as in
+// ../softmax.cuh, but never both in registers. Weights are rounded before tangents are computed,
+// and it is the rounded ones that tangents are weighted with.
+//
+// Scores lack the softmax scale, which is positive: one instruction scales them to units of log2
+// and subtracts the maximum.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace jvp_attn::sm90 {
+
+// The keys that the two queries of a thread see: those before `end`.
+struct Horizon {
+    int end[2];
+
+    DEVICE Horizon(const Sequence& sequence, int first_row) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            end[half] = sequence.visible_keys(first_row + row_in_warp(half));
+    }
+
+    // Replaces what belongs to hidden keys, of the keys from `first_key` on.
+    template <int Keys>
+    DEVICE void replace_hidden(Accumulator<Keys>& x, int first_key, float value) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            // Compared with what is known at compile time.
+            const int visible = end[half] - first_key - column_of(0, 0);
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int side = 0; side < 2; ++side)
+                    if (8 * i + side >= visible) x.at(i, half, side) = value;
+        }
+    }
+};
+
+// Softmax over tiles of keys, one after the other (FlashAttention-2, arXiv 2307.08691).
+struct OnlineSoftmax {
+    float max[2] = {-kInfinity, -kInfinity};  // of the scores so far
+    float sum[2] = {0, 0};                    // this thread's share of the sum of weights
+
+    // Scores become weights relative to the maximum so far, and are rounded. Returns, for each row,
+    // the factor that brings older weights to the new maximum.
+    template <class Element, int Keys>
+    DEVICE void update(Packed<Element, Keys>& weights, const Accumulator<Keys>& scores,
+                       float log2_scale, float (&rescaling)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float tile_max = scores.at(0, half, 0);
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+                tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
+            const float new_max = fmaxf(max[half], quad_max(tile_max));
+            // A row that has seen no key: its weights are exp2(-inf - 0) = 0.
+            const float subtrahend = new_max == -kInfinity ? 0 : new_max * log2_scale;
+            rescaling[half] = fast_exp2(max[half] * log2_scale - subtrahend);
+            max[half] = new_max;
+
+            sum[half] *= rescaling[half];
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i) {
+                const float low = fast_exp2(scores.at(i, half, 0) * log2_scale - subtrahend);
+                const float high = fast_exp2(scores.at(i, half, 1) * log2_scale - subtrahend);
+                weights.set(i, half, low, high);
+                sum[half] += low + high;
+            }
+        }
+    }
+
+    // Of a row, given the sum of all its weights.
+    DEVICE float lse(int half, float sum, float scale) const {
+        return sum == 0 ? -kInfinity : max[half] * scale + log2f(sum) * kLn2;
+    }
+};
+
+// P∘(T − c) with a reference c per row, rounded: see TangentWeights of ../softmax.cuh.
+struct TangentWeights {
+    float reference[2] = {0, 0};
+    float rounded_sum[2] = {0, 0};  // this thread's share of that of the rounded P∘(T − c)
+    float exact_sum[2] = {0, 0};    // likewise, not rounded
+
+    // Tangents are those of the first tile, 0 where a key is hidden, and lack the softmax scale.
+    template <int Keys>
+    DEVICE void set_reference(const Accumulator<Keys>& tangents, const Horizon& horizon,
+                              float scale) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float total = 0;
+#pragma unroll
+            for (int i = 0; i < tangents.kBlocks; ++i)
+                total += tangents.at(i, half, 0) + tangents.at(i, half, 1);
+            const int visible = min(horizon.end[half], Keys);
+            reference[half] = visible > 0 ? quad_sum(total) / visible * scale : 0;
+        }
+    }
+
+    // Brings older weights to a new scale.
+    DEVICE void rescale(const float (&factor)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            rounded_sum[half] *= factor[half];
+            exact_sum[half] *= factor[half];
+        }
+    }
+
+    template <class Element, int Keys>
+    DEVICE void update(Packed<Element, Keys>& weighted, const Packed<Element, Keys>& weights,
+                       const Accumulator<Keys>& tangents, float scale) {
+#pragma unroll
+        for (int i = 0; i < tangents.kBlocks; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float c = reference[half];
+                const float low =
+                    product(weights.low(i, half), tangents.at(i, half, 0) * scale - c);
+                const float high =
+                    product(weights.high(i, half), tangents.at(i, half, 1) * scale - c);
+                weighted.set(i, half, low, high);
+                exact_sum[half] += low + high;
+                rounded_sum[half] += weighted.low(i, half) + weighted.high(i, half);
+            }
+    }
+
+private:
+    // The tangent of a hidden key's score may be infinite, and 0 · inf is NaN.
+    DEVICE static float product(float weight, float tangent) {
+        return weight == 0 ? 0 : weight * tangent;
+    }
+};
+
+}  // namespace jvp_attn::sm90
