@@ -121,6 +121,8 @@ void pin(uint32_t (&registers)[Steps][4], emulator::Place where = emulator::Plac
     for (auto& fragment : registers) emulator::check_idle(fragment, where);
 }
 
+inline int opaque(int value) { return value; }
+
 // ---------------------------------------------------------------------------------------------
 // On the host
 
