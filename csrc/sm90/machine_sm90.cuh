@@ -119,9 +119,8 @@ DEVICE void mbarrier_wait(SharedAddress barrier, int phase) {
         : "memory");
 }
 
-// Orders this thread's own reads and writes of shared memory, and what it has seen of others',
-// before what copy engine and wgmma do there. The barrier that tells of them comes after it.
-// (PTX: fence.proxy)
+// Orders this thread's own reads and writes of shared memory before what copy engine and wgmma do
+// there. The barrier that tells of them comes after it. (PTX: fence.proxy)
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------
@@ -143,30 +142,6 @@ DEVICE void load_box(SharedAddress target, const TensorMap& map, SharedAddress b
 // Fetches the map itself. (PTX: prefetch)
 DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-// Adds float32 from shared memory to those in global memory, one rounding each, in any order with
-// others' sums. Addresses and bytes are multiples of 16. (PTX: cp.reduce.async.bulk)
-DEVICE void add_bulk(float* target, SharedAddress source, int bytes) {
-    asm volatile(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
-        "r"(source), "r"(bytes)
-        : "memory");
-}
-
-// Closes a group of this thread's `add_bulk`.
-DEVICE void add_bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Waits until at most `Pending` of this thread's latest groups still read shared memory.
-template <int Pending>
-DEVICE void add_bulk_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
-}
-
-// Waits until at most `Pending` of this thread's latest groups are still under way.
-template <int Pending>
-DEVICE void add_bulk_wait() {
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------

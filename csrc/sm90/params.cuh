@@ -15,6 +15,8 @@ struct TensorMaps {
 };
 
 struct Params {
+    static constexpr int kCapability = 90;  // that its kernels are for
+
     TensorMaps maps = {};
     AttentionParams attention;
     int32_t work = 0;    // how many pieces

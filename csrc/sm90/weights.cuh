@@ -78,8 +78,7 @@ struct OnlineSoftmax {
 // P∘(T − c) with a reference c per row, rounded: see TangentWeights of ../softmax.cuh.
 struct TangentWeights {
     float reference[2] = {0, 0};
-    float rounded_sum[2] = {0, 0};  // this thread's share of that of the rounded P∘(T − c)
-    float exact_sum[2] = {0, 0};    // likewise, not rounded
+    float sum[2] = {0, 0};  // this thread's share of that of the rounded P∘(T − c)
 
     // Tangents are those of the first tile, 0 where a key is hidden, and lack the softmax scale.
     template <int Keys>
@@ -99,10 +98,7 @@ struct TangentWeights {
     // Brings older weights to a new scale.
     DEVICE void rescale(const float (&factor)[2]) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            rounded_sum[half] *= factor[half];
-            exact_sum[half] *= factor[half];
-        }
+        for (int half = 0; half < 2; ++half) sum[half] *= factor[half];
     }
 
     template <class Element, int Keys>
@@ -118,8 +114,7 @@ struct TangentWeights {
                 const float high =
                     product(weights.high(i, half), tangents.at(i, half, 1) * scale - c);
                 weighted.set(i, half, low, high);
-                exact_sum[half] += low + high;
-                rounded_sum[half] += weighted.low(i, half) + weighted.high(i, half);
+                sum[half] += weighted.low(i, half) + weighted.high(i, half);
             }
     }
 
