@@ -64,9 +64,10 @@ struct BackwardDq {
         const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
-                                                    block.first_row + row);
+                                                    first_row);
         const float scale = p.softmax_scale;
-        const RowStatistics<Rows, kFull> rows(p, block, block.first_row + row);
+        const int first_row = block.first_row + row;
+        const RowStatistics<kFull> rows(p, block, first_row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
         RowTotals sbar_totals, tbar_totals;
@@ -123,8 +124,8 @@ struct BackwardDq {
             if (first_key + Keys < end) load_keys(first_key + Keys);
         }
 
-        rows.sharpen(p.delta, rows.delta, sbar_totals, p.grad_lse);
-        if (kFull) rows.sharpen(p.beta, rows.beta, tbar_totals, p.grad_mu);
+        rows.sharpen(block, first_row, p.delta, rows.delta, sbar_totals, p.grad_lse);
+        if (kFull) rows.sharpen(block, first_row, p.beta, rows.beta, tbar_totals, p.grad_mu);
 
         // Along a row Sbar sums to g_lse and Tbar to g_mu. Rounded they do not, and the mean of K
         // and tK would leak into the gradients. What is too much is taken back from keys that the
@@ -141,8 +142,11 @@ struct BackwardDq {
                 Packed<Element, Keys> seen;
                 const float count = visible_in_tile(seen, visible, half, first_key);
                 const bool balance = !balanced[half] && count > 0;
-                const float sbar_excess = sbar_totals.rounded(half) - rows.value(p.grad_lse, half);
-                const float tbar_excess = tbar_totals.rounded(half) - rows.value(p.grad_mu, half);
+                const int query = first_row + row_in_warp(half);
+                const float sbar_excess =
+                    sbar_totals.rounded(half) - value_of_row(block, p.grad_lse, query);
+                const float tbar_excess =
+                    tbar_totals.rounded(half) - value_of_row(block, p.grad_mu, query);
                 const float sbar_share = balance ? -sbar_excess / count : 0;
                 const float tbar_share = balance ? -tbar_excess / count : 0;
 #pragma unroll

@@ -1,5 +1,5 @@
-// The gradient of Q; with kFull, through the output's tangent as well, and that of tQ: the equations
-// of ../sm80/backward_dq.cuh.
+// The gradient of Q; with kFull, through the output's tangent as well, and that of tQ: the
+// equations of ../sm80/backward_dq.cuh.
 //
 // A block has some rows of one head, and each of its warpgroups 64 of them; tiles of K, tK, V and
 // tV stream by in a ring, the last first. gO Vᵀ is added to where Bc was before: Bc, Bc∘Tc and X
@@ -32,8 +32,8 @@ struct BackwardDq {
     static constexpr int kSlots =
         (kMaxSharedBytes - RowRing::kBytes - kBarrierBytes) / KeyTile::kBytes;
     using KeyRing = Ring<kSlots, KeyTile::kBytes>;
-    static constexpr int kSharedBytes = RowRing::kBytes + KeyRing::kBytes + RowRing::kBarrierBytes +
-                                        KeyRing::kBarrierBytes + 8;
+    static constexpr int kSharedBytes =
+        RowRing::kBytes + KeyRing::kBytes + RowRing::kBarrierBytes + KeyRing::kBarrierBytes + 8;
 
     static int64_t work(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
@@ -143,7 +143,7 @@ private:
         const AttentionParams& p;
         const Memory& memory;
         const Presence has;
-        const int row = (warpgroup_index() - 1) * 64;             // of the warpgroup in its block
+        const int row = (warpgroup_index() - 1) * 64;  // of the warpgroup in its block
         const int warp_row = row + warp_index() % 4 * 16;
         Position<1> row_at;
         Position<kSlots> at;
@@ -154,8 +154,7 @@ private:
         DEVICE void run() {
 #pragma unroll 1
             for (Turn turn(params); turn; turn.next()) {
-                const auto block = row_block<Rows>(p, turn.piece());
-                if (!block.is_empty()) differentiate(block);
+                differentiate(turn.piece());
             }
         }
 
@@ -178,8 +177,11 @@ private:
             if (lane_index() == 0) ring.release(place);
         }
 
-        DEVICE void differentiate(const RowBlock<Rows>& block) {
-            const RowStatistics<Rows, kFull> rows(p, block, block.first_row + warp_row);
+        DEVICE void differentiate(int piece) {
+            const auto block = row_block<Rows>(p, piece);
+            if (block.is_empty()) return;
+            const int first_row = block.first_row + warp_row;
+            const RowStatistics<kFull> rows(p, block, first_row);
             const Horizon horizon(block.sequence, block.first_row + warp_row);
             const float scale = p.softmax_scale, log2_scale = scale * kLog2E;
             const int clear = block.seen_by_all();
@@ -192,6 +194,7 @@ private:
 #pragma unroll 1
             for (int first_key = last_tile(block); first_key >= 0; first_key -= Keys) {
                 k = next();
+                if (has.tk) tk = next();
                 Scores weights, tangents, x;
                 pin(weights.value);
                 wgmma_fence();
@@ -200,10 +203,7 @@ private:
                 if (kFull) {
                     pin(tangents.value);
                     multiply_transposed<Element>(tangents, tq, row, tile(k), false);
-                    if (has.tk) {
-                        tk = next();
-                        multiply_transposed<Element>(tangents, q, row, tile(tk), true);
-                    }
+                    if (has.tk) multiply_transposed<Element>(tangents, q, row, tile(tk), true);
                     wgmma_commit();
                 }
                 wgmma_wait<kFull ? 1 : 0>();
@@ -223,6 +223,8 @@ private:
                         weights.value[i][e] = fast_exp2(weights.value[i][e]);
 
                 const Place v = next();
+                Place tv;
+                if (has.tv) tv = next();
                 Weights sbar, tbar;
                 pin(x.value);
                 if (kFull) {
@@ -245,12 +247,8 @@ private:
                     pin(x.value);
                 }
                 wgmma_fence();
-                Place tv;
                 if (!kFull || has.go) multiply_transposed<Element>(x, go, row, tile(v), kFull);
-                if (has.tv) {
-                    tv = next();
-                    multiply_transposed<Element>(x, gt, row, tile(tv), true);
-                }
+                if (has.tv) multiply_transposed<Element>(x, gt, row, tile(tv), true);
                 wgmma_commit();
                 if (kFull) {
                     pin(tbar.word);
@@ -288,17 +286,26 @@ private:
                 release(memory.rows, row_at);
                 row_at.advance();
             }
-            rows.sharpen(p.delta, rows.delta, sbar_totals, p.grad_lse);
-            if (kFull) rows.sharpen(p.beta, rows.beta, tbar_totals, p.grad_mu);
-            store(block, p.grad_q, grad_q);
-            if (kFull) store(block, p.grad_tq, grad_tq);
+            finish(row_block<Rows>(p, opaque(piece)), rows, sbar_totals, tbar_totals, grad_q,
+                   grad_tq);
         }
 
-        DEVICE void store(const RowBlock<Rows>& block, const Tensor& target, Gradient& gradient) {
+        DEVICE void finish(const RowBlock<Rows>& block, const RowStatistics<kFull>& rows,
+                           const RowTotals& sbar_totals, const RowTotals& tbar_totals,
+                           Gradient& grad_q, Gradient& grad_tq) {
+            const int first_row =
+                block.first_row + (warpgroup_index() - 1) * 64 + opaque(warp_index()) % 4 * 16;
+            rows.sharpen(block, first_row, p.delta, rows.delta, sbar_totals, p.grad_lse);
+            if (kFull) rows.sharpen(block, first_row, p.beta, rows.beta, tbar_totals, p.grad_mu);
+            store(block, first_row, p.grad_q, grad_q);
+            if (kFull) store(block, first_row, p.grad_tq, grad_tq);
+        }
+
+        DEVICE void store(const RowBlock<Rows>& block, int first_row, const Tensor& target,
+                          Gradient& gradient) {
             if (!target.data) return;
             gradient.scale(p.softmax_scale);
-            store_rows<Element>(block.rows_of(target, p.head_dim), Matrix{},
-                                block.first_row + warp_row, gradient);
+            store_rows<Element>(block.rows_of(target, p.head_dim), Matrix{}, first_row, gradient);
         }
     };
 };

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "matrix.cuh"
+#include "sm90/loader.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/work.cuh"
 #include "softmax.cuh"
@@ -29,14 +30,15 @@ struct TangentBackwardDkv {
     static constexpr int kThreads = 3 * kWarpgroupThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
 
+    // In slots of one tile: K, V, tK, tV; Q, gT, tQ, gO of each tile of queries; and statistics.
     static constexpr int kStages = 2;
-    using KeyRing = Ring<1, 4 * KeyTile::kBytes>;
-    using QueryRing = Ring<kStages, 4 * RowTile::kBytes>;
+    using KeyRing = Ring<4, KeyTile::kBytes>;
+    using QueryRing = Ring<4 * kStages, RowTile::kBytes>;
+    using StatisticsRing = Ring<kStages, 4 * Rows * 4>;
     static constexpr int kScoresBytes = Keys * Rows * 4;
-    static constexpr int kStatisticsBytes = 4 * Rows * 4;  // of a stage
-    static constexpr int kSharedBytes = KeyRing::kBytes + QueryRing::kBytes + 2 * kScoresBytes +
-                                        kStages * kStatisticsBytes + KeyRing::kBarrierBytes +
-                                        QueryRing::kBarrierBytes + 8;
+    static constexpr int kSharedBytes =
+        KeyRing::kBytes + QueryRing::kBytes + StatisticsRing::kBytes + 2 * kScoresBytes +
+        KeyRing::kBarrierBytes + QueryRing::kBarrierBytes + StatisticsRing::kBarrierBytes + 8;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
     static int64_t work(const AttentionParams& p) {
@@ -101,7 +103,8 @@ private:
     struct Memory {
         KeyRing keys;
         QueryRing queries;
-        SharedAddress exchange, statistics;
+        StatisticsRing statistics;
+        SharedAddress exchange;
         SharedAddress landed;  // an mbarrier
 
         DEVICE Memory() {
@@ -114,29 +117,30 @@ private:
             keys.slots = take(KeyRing::kBytes);
             queries.slots = take(QueryRing::kBytes);
             exchange = take(2 * kScoresBytes);
-            statistics = take(kStages * kStatisticsBytes);
+            statistics.slots = take(StatisticsRing::kBytes);
             keys.barriers = take(KeyRing::kBarrierBytes);
             queries.barriers = take(QueryRing::kBarrierBytes);
+            statistics.barriers = take(StatisticsRing::kBarrierBytes);
             landed = take(8);
         }
 
         DEVICE void init() const {
-            keys.init(1, kConsumerWarps);
-            queries.init(1 + 32, kConsumerWarps);  // the copy engine, and the lanes of a warp
+            keys.init(1, 2);
+            queries.init(1, 2);
+            statistics.init(32, kConsumerThreads / 32);
             mbarrier_init(landed, 1);
             fence_mbarrier_init();
         }
 
-        DEVICE KeyTile key_tile(int which) const { return {keys.slots + which * KeyTile::kBytes}; }
-        DEVICE KeyTile k() const { return key_tile(0); }
-        DEVICE KeyTile v() const { return key_tile(1); }
-        DEVICE KeyTile tk() const { return key_tile(2); }
-        DEVICE KeyTile tv() const { return key_tile(3); }
+        DEVICE KeyTile k() const { return {keys.slot({0, 0})}; }
+        DEVICE KeyTile v() const { return {keys.slot({1, 0})}; }
+        DEVICE KeyTile tk() const { return {keys.slot({2, 0})}; }
+        DEVICE KeyTile tv() const { return {keys.slot({3, 0})}; }
 
         // Of two successive queries, lse and mu (which = 0) or beta and delta (which = 1): four
         // float32.
         DEVICE SharedAddress statistics_of(int slot, int pair, int which) const {
-            return statistics + slot * kStatisticsBytes + (which * Rows / 2 + pair) * 16;
+            return statistics.slot({slot, 0}) + (which * Rows / 2 + pair) * 16;
         }
 
         // Where a thread finds P (which = 0) and Tc (which = 1) of 8 queries.
@@ -145,33 +149,20 @@ private:
             return exchange + which * kScoresBytes + (block * kWarpgroupThreads + thread) * 16;
         }
     };
-    static constexpr int kConsumerWarps = 8;
 
     // Named barriers of the two warpgroups that multiply.
     enum Barrier { kHandedOver = 1, kTaken = 2 };
     static constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
 
-    // A slot of the ring of queries.
-    struct Queries {
-        RowTile q, go, tq, gt;
-
-        DEVICE explicit Queries(SharedAddress slot)
-            : q{slot},
-              go{slot + RowTile::kBytes},
-              tq{slot + 2 * RowTile::kBytes},
-              gt{slot + 3 * RowTile::kBytes} {}
-    };
-
-    // Which inputs there are.
+    // Which inputs there are, of those whose products are left out where they are absent.
     struct Presence {
-        bool tq, tk, tv, go, gt;
+        bool tq, tk, tv, go;
 
         DEVICE explicit Presence(const AttentionParams& p)
             : tq(p.tq.data),
               tk(p.tk.data),
               tv(p.tv.data && p.grad_tout.data),
-              go(p.grad_out.data),
-              gt(p.grad_tout.data) {}
+              go(p.grad_out.data) {}
     };
 
     // Calls for each tile of queries that a block works on: with its head and its first row.
@@ -190,93 +181,33 @@ private:
 
     DEVICE static void load_tiles(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
-        clear_absent(p, memory);
-        Position<1> key_at;
-        Position<kStages> at;
-        int landed_phase = 0;
+        const TensorMaps& maps = params.maps;
+        Loader<KeyTile, 4> keys{memory.keys, memory.landed};
+        Loader<RowTile, 4 * kStages> queries{memory.queries, memory.landed};
         for (Turn turn(params); turn; turn.next()) {
             const Block block(p, turn.piece());
             if (!block.sees_queries()) continue;
-            load_keys(params, memory, block, key_at);
-            key_at.advance();
+            const auto load_keys = [&](const Tensor& x, const TensorMap& map) {
+                keys.load(keys_of(params, x, map, block.sequence, block.head_k), block.first_key);
+            };
+            load_keys(p.k, maps.k);
+            load_keys(p.v, maps.v);
+            load_keys(p.tk, maps.tk);
+            load_keys(p.tv, maps.tv);
             for_each_tile(block, [&](int head, int row) {
-                load_queries(params, memory, block, head, row, at, landed_phase);
-                at.advance();
+                const auto load = [&](const Tensor& x, const TensorMap& map) {
+                    queries.load_and_clear(queries_of(params, x, map, block.sequence, head), row);
+                };
+                load(p.q, maps.q);
+                load(p.grad_tout, maps.grad_tout);
+                load(p.tq, maps.tq);
+                load(p.grad_out, maps.grad_out);
             });
         }
     }
 
-    // What is absent and multiplied all the same is zero.
-    DEVICE static void clear_absent(const AttentionParams& p, const Memory& memory) {
-        const Presence has(p);
-        for (Position<kStages> at; at.phase == 0; at.advance()) {
-            const Queries queries(memory.queries.slot(at));
-            if (!has.go) clear_rows(queries.go, 0);
-            if (!has.tq) clear_rows(queries.tq, 0);
-            if (!has.gt) clear_rows(queries.gt, 0);
-        }
-        fence_proxy_async();
-        warp_barrier();
-    }
-
-    DEVICE static void load_keys(const Params& params, const Memory& memory, const Block& block,
-                                 const Position<1>& at) {
-        const AttentionParams& p = params.attention;
-        const Presence has(p);
-        memory.keys.wait_empty(at);
-        if (elect_one()) {
-            const SharedAddress full = memory.keys.full(at);
-            const int first = static_cast<int>(block.sequence.first_key);
-            const int batch = p.cu_seqlens_k ? 0 : block.sequence.batch;
-            const auto load = [&](const KeyTile& tile, const TensorMap& map) {
-                load_tile(tile, {map, first, block.head_k, batch}, block.first_key, full);
-            };
-            mbarrier_arrive_expect(full, (2 + has.tk + has.tv) * KeyTile::kBytes);
-            load(memory.k(), params.maps.k);
-            load(memory.v(), params.maps.v);
-            if (has.tk) load(memory.tk(), params.maps.tk);
-            if (has.tv) load(memory.tv(), params.maps.tv);
-        }
-        warp_barrier();
-    }
-
-    DEVICE static void load_queries(const Params& params, const Memory& memory, const Block& block,
-                                    int head, int row, const Position<kStages>& at,
-                                    int& landed_phase) {
-        const AttentionParams& p = params.attention;
-        const Presence has(p);
-        const Queries queries(memory.queries.slot(at));
-        const SharedAddress full = memory.queries.full(at);
-        const int rows = block.sequence.queries - row;
-        // Rows of another sequence follow; they become zeros.
-        const bool foreign = p.cu_seqlens_q && rows < Rows;
-        const SharedAddress landed = foreign ? memory.landed : full;
-        memory.queries.wait_empty(at);
-        if (elect_one()) {
-            const int first = static_cast<int>(block.sequence.first_query);
-            const int batch = p.cu_seqlens_q ? 0 : block.sequence.batch;
-            const auto load = [&](const RowTile& tile, const TensorMap& map) {
-                load_tile(tile, {map, first, head, batch}, row, landed);
-            };
-            mbarrier_arrive_expect(landed, (1 + has.go + has.tq + has.gt) * RowTile::kBytes);
-            load(queries.q, params.maps.q);
-            if (has.go) load(queries.go, params.maps.grad_out);
-            if (has.tq) load(queries.tq, params.maps.tq);
-            if (has.gt) load(queries.gt, params.maps.grad_tout);
-        }
-        warp_barrier();
-        if (!foreign) return;
-
-        mbarrier_wait(landed, landed_phase);
-        landed_phase ^= 1;
-        clear_rows(queries.q, rows);
-        if (has.go) clear_rows(queries.go, rows);
-        if (has.tq) clear_rows(queries.tq, rows);
-        if (has.gt) clear_rows(queries.gt, rows);
-        fence_proxy_async();
-        warp_barrier();
-        if (elect_one()) mbarrier_arrive(full);
-    }
+    // Four float32 in shared memory.
+    using Numbers = Accumulator<8>;
 
     // What is known of the queries beforehand, of two at a time by each lane.
     DEVICE static void load_statistics(const Params& params, const Memory& memory) {
@@ -290,12 +221,13 @@ private:
                                ? global_load(block.sequence.rows_of(x, head) + row)
                                : beyond;
                 };
-                memory.queries.wait_empty(at);
+                memory.statistics.wait_empty(at);
                 for (int pair = lane_index(); pair < Rows / 2; pair += 32) {
                     const int row = first_row + 2 * pair;
                     const auto store = [&](int which, float a, float b, float c, float d) {
-                        shared_store_floats4(memory.statistics_of(at.slot, pair, which),
-                                             {a, b, c, d});
+                        const Numbers numbers{{{a, b, c, d}}};
+                        shared_store_words4(memory.statistics_of(at.slot, pair, which),
+                                            numbers.words(0));
                     };
                     store(0, log2_of_sum(load(p.lse, row, -kInfinity)),
                           log2_of_sum(load(p.lse, row + 1, -kInfinity)), load(p.mu, row, 0),
@@ -303,7 +235,7 @@ private:
                     store(1, load(p.beta, row, 0), load(p.beta, row + 1, 0), load(p.delta, row, 0),
                           load(p.delta, row + 1, 0));
                 }
-                mbarrier_arrive(memory.queries.full(at));
+                mbarrier_arrive(memory.statistics.full(at));
                 at.advance();
             });
         }
@@ -312,48 +244,77 @@ private:
     // -----------------------------------------------------------------------------------------
     // Multiplying
 
-    // A tile of queries, and what the warpgroups do with it.
+    // A tile of queries, and all that the warpgroups need to work on it.
     struct Step {
         const AttentionParams& p;
         const Memory& memory;
         const Presence has;
         const Block& block;
-        int slot;
         int first_row;
-        Queries queries;
+        Position<kStages> at;
 
-        // Numbers of the two queries of a thread among 8: those of one kind, then of the other.
-        DEVICE Floats4 statistics(int which, int i) const {
-            return shared_load_floats4(memory.statistics_of(slot, 4 * i + lane_index() % 4, which));
+        DEVICE RowTile q() const { return tile(0); }
+        DEVICE RowTile gt() const { return tile(1); }
+        DEVICE RowTile tq() const { return tile(2); }
+        DEVICE RowTile go() const { return tile(3); }
+
+        // Of the two queries of a thread among 8.
+        DEVICE Numbers statistics(int which, int i) const {
+            return load_numbers(memory.statistics_of(at.slot, 4 * i + lane_index() % 4, which));
         }
+
+        DEVICE void wait() const {
+#pragma unroll
+            for (int which = 0; which < 4; ++which) memory.queries.wait_full(place(which));
+            memory.statistics.wait_full(at);
+        }
+
+        DEVICE void release() const {
+            warp_barrier();
+            if (lane_index() == 0) memory.statistics.release(at);
+            if (thread_index() % kWarpgroupThreads != 0) return;
+#pragma unroll
+            for (int which = 0; which < 4; ++which) memory.queries.release(place(which));
+        }
+
+    private:
+        DEVICE Position<4 * kStages> place(int which) const {
+            return {4 * at.slot + which, at.phase};
+        }
+
+        DEVICE RowTile tile(int which) const { return {memory.queries.slot(place(which))}; }
     };
+
+    DEVICE static Numbers load_numbers(SharedAddress address) {
+        Numbers numbers;
+        numbers.set_words(0, shared_load_words4(address));
+        return numbers;
+    }
 
     template <class Warpgroup>
     DEVICE static void consume(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
-        const auto release = [&](const auto& ring, const auto& at) {
-            warp_barrier();
-            if (lane_index() == 0) ring.release(at);
-        };
-        Position<1> key_at;
+        int key_phase = 0;
         Position<kStages> at;
+#pragma unroll 1
         for (Turn turn(params); turn; turn.next()) {
             const Block block(p, turn.piece());
             if (block.is_empty()) continue;
             Warpgroup warpgroup;
             if (block.sees_queries()) {
-                memory.keys.wait_full(key_at);
+                for (int which = 0; which < 4; ++which) memory.keys.wait_full({which, key_phase});
                 for_each_tile(block, [&](int, int row) {
-                    memory.queries.wait_full(at);
-                    warpgroup.add(Step{p, memory, Presence(p), block, at.slot, row,
-                                       Queries(memory.queries.slot(at))});
-                    release(memory.queries, at);
+                    const Step step{p, memory, Presence(p), block, row, at};
+                    step.wait();
+                    warpgroup.add(step);
+                    step.release();
                     at.advance();
                 });
-                release(memory.keys, key_at);
-                key_at.advance();
+                if (thread_index() % kWarpgroupThreads == 0)
+                    for (int which = 0; which < 4; ++which) memory.keys.release({which, key_phase});
+                key_phase ^= 1;
             }
-            warpgroup.store(p, block);
+            warpgroup.store(p, Block(p, opaque(turn.piece())));
         }
     }
 
@@ -377,7 +338,7 @@ private:
             Scores weights;
             pin(weights.value);
             wgmma_fence();
-            multiply_transposed<Element>(weights, memory.k(), 0, step.queries.q, false);
+            multiply_transposed<Element>(weights, memory.k(), 0, step.q(), false);
             wgmma_commit();
             wgmma_wait<0>();
             pin(weights.value);
@@ -393,12 +354,11 @@ private:
             pin(grad_v.value);
             pin(grad_tv.value);
             wgmma_fence();
-            multiply_transposed<Element>(tangents, memory.k(), 0, step.queries.tq, false);
-            if (step.has.tk)
-                multiply_transposed<Element>(tangents, memory.tk(), 0, step.queries.q, true);
+            multiply_transposed<Element>(tangents, memory.k(), 0, step.tq(), false);
+            if (step.has.tk) multiply_transposed<Element>(tangents, memory.tk(), 0, step.q(), true);
             wgmma_commit();
-            multiply<Element>(grad_tv, rounded, step.queries.gt);
-            if (step.has.go) multiply<Element>(grad_v, rounded, step.queries.go);
+            multiply<Element>(grad_tv, rounded, step.gt());
+            if (step.has.go) multiply<Element>(grad_v, rounded, step.go());
             wgmma_commit();
             wgmma_wait<1>();
             pin(tangents.value);
@@ -406,13 +366,13 @@ private:
             Weights weighted;
 #pragma unroll
             for (int i = 0; i < tangents.kBlocks; ++i) {
-                const Floats4 known = step.statistics(0, i);
+                const Numbers known = step.statistics(0, i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll
                     for (int side = 0; side < 2; ++side) {
                         float& tangent = tangents.at(i, half, side);
-                        const float centred = tangent * scale - known.value[2 + side];
+                        const float centred = tangent * scale - known.value[0][2 + side];
                         // Of a hidden key it may be infinite, and 0 · inf is NaN.
                         tangent = weights.at(i, half, side) == 0 ? 0 : centred;
                     }
@@ -425,7 +385,7 @@ private:
 
             pin(weighted.word);
             wgmma_fence();
-            multiply<Element>(grad_v, weighted, step.queries.gt);
+            multiply<Element>(grad_v, weighted, step.gt());
             wgmma_commit();
             wgmma_wait<0>();
             pin(grad_v.value);
@@ -445,13 +405,13 @@ private:
             const float scale = step.p.softmax_scale * kLog2E;
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i) {
-                const Floats4 known = step.statistics(0, i);
+                const Numbers known = step.statistics(0, i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
 #pragma unroll
                     for (int side = 0; side < 2; ++side) {
                         float& score = scores.at(i, half, side);
-                        score = score * scale - known.value[side];
+                        score = score * scale - known.value[0][side];
                     }
             }
             if (step.block.hides_keys(step.first_row)) hide(scores, step);
@@ -489,16 +449,15 @@ private:
 
         DEVICE void add(const Step& step) {
             const Memory& memory = step.memory;
-            const Queries& queries = step.queries;
 
             Scores bc, x;
             pin(bc.value);
             pin(x.value);
             wgmma_fence();
-            multiply_transposed<Element>(bc, memory.v(), 0, queries.gt, false);
+            multiply_transposed<Element>(bc, memory.v(), 0, step.gt(), false);
             wgmma_commit();
-            multiply_transposed<Element>(x, memory.v(), 0, queries.go, false);
-            if (step.has.tv) multiply_transposed<Element>(x, memory.tv(), 0, queries.gt, true);
+            multiply_transposed<Element>(x, memory.v(), 0, step.go(), false);
+            if (step.has.tv) multiply_transposed<Element>(x, memory.tv(), 0, step.gt(), true);
             wgmma_commit();
             wgmma_wait<0>();
             pin(bc.value);
@@ -508,17 +467,18 @@ private:
             Weights sbar, tbar;
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i) {
-                const Floats4 weights = shared_load_floats4(memory.handed_over(0, i));
-                const Floats4 tangents = shared_load_floats4(memory.handed_over(1, i));
-                const Floats4 known = step.statistics(1, i);
+                const Numbers weights = load_numbers(memory.handed_over(0, i));
+                const Numbers tangents = load_numbers(memory.handed_over(1, i));
+                const Numbers known = step.statistics(1, i);
                 float s[4], t[4];
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float b = bc.value[i][e] - known.value[e % 2];
-                    const float a = x.value[i][e] - known.value[2 + e % 2] + b * tangents.value[e];
+                    const float b = bc.value[i][e] - known.value[0][e % 2];
+                    const float a =
+                        x.value[i][e] - known.value[0][2 + e % 2] + b * tangents.value[0][e];
                     // Where a weight is 0 these may be infinite, and 0 · inf is NaN.
-                    t[e] = weights.value[e] == 0 ? 0 : weights.value[e] * b;
-                    s[e] = weights.value[e] == 0 ? 0 : weights.value[e] * a;
+                    t[e] = weights.value[0][e] == 0 ? 0 : weights.value[0][e] * b;
+                    s[e] = weights.value[0][e] == 0 ? 0 : weights.value[0][e] * a;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
@@ -533,9 +493,9 @@ private:
             pin(grad_k.value);
             pin(grad_tk.value);
             wgmma_fence();
-            multiply<Element>(grad_tk, tbar, queries.q);
-            multiply<Element>(grad_k, sbar, queries.q);
-            if (step.has.tq) multiply<Element>(grad_k, tbar, queries.tq);
+            multiply<Element>(grad_tk, tbar, step.q());
+            multiply<Element>(grad_k, sbar, step.q());
+            if (step.has.tq) multiply<Element>(grad_k, tbar, step.tq());
             wgmma_commit();
             wgmma_wait<0>();
             pin(grad_k.value);
