@@ -225,17 +225,19 @@ private:
             const int first_row = block.first_row + warp_row;
             float* const lse = block.statistic(p.lse);
             float* const mu = block.statistic(p.mu);
-            float normalisation[2], mean[2];
+            float normalisation[2], rounded_mean[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float sum = quad_sum(softmax.sum[half]);
                 normalisation[half] = sum == 0 ? 0 : 1 / sum;  // 0 in a row that sees no key
-                mean[half] = quad_sum(tangent_weights.sum[half]) * normalisation[half];
+                rounded_mean[half] =
+                    quad_sum(tangent_weights.rounded_sum[half]) * normalisation[half];
+                const float mean = quad_sum(tangent_weights.exact_sum[half]) * normalisation[half];
 
                 const int row = first_row + row_in_warp(half);
                 if (lane_index() % 4 == 0 && row < block.sequence.queries) {
                     global_store(lse + row, softmax.lse(half, sum, p.softmax_scale));
-                    global_store(mu + row, tangent_weights.reference[half] + mean[half]);
+                    global_store(mu + row, tangent_weights.reference[half] + mean);
                 }
             }
             out.scale_rows(normalisation);
@@ -244,7 +246,7 @@ private:
             for (int i = 0; i < tout.kBlocks; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    tout.value[i][e] -= mean[e / 2] * out.value[i][e];
+                    tout.value[i][e] -= rounded_mean[e / 2] * out.value[i][e];
             store_rows<Element>(block.rows_of(p.out, p.head_dim_v),
                                 block.rows_of(p.out_residual, p.head_dim_v), first_row, out, stage);
             store_rows<Element>(block.rows_of(p.tout, p.head_dim_v),

@@ -75,10 +75,12 @@ struct OnlineSoftmax {
     }
 };
 
-// P∘(T − c) with a reference c per row, rounded: see TangentWeights of ../softmax.cuh.
+// P∘(T − c) with a reference c per row, rounded, and two sums of each row: as TangentWeights of
+// ../softmax.cuh, but for P, which has been rounded before.
 struct TangentWeights {
     float reference[2] = {0, 0};
-    float sum[2] = {0, 0};  // this thread's share of that of the rounded P∘(T − c)
+    float rounded_sum[2] = {0, 0};  // this thread's share of those of the rounded P∘(T − c)
+    float exact_sum[2] = {0, 0};    // and of P∘(T − c)
 
     // Tangents are those of the first tile, 0 where a key is hidden, and lack the softmax scale.
     template <int Keys>
@@ -91,14 +93,17 @@ struct TangentWeights {
             for (int i = 0; i < tangents.kBlocks; ++i)
                 total += tangents.at(i, half, 0) + tangents.at(i, half, 1);
             const int visible = min(horizon.end[half], Keys);
-            reference[half] = visible > 0 ? quad_sum(total) / visible * scale : 0;
+            reference[half] = quad_sum(total) / max(visible, 1) * scale;
         }
     }
 
     // Brings older weights to a new scale.
     DEVICE void rescale(const float (&factor)[2]) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) sum[half] *= factor[half];
+        for (int half = 0; half < 2; ++half) {
+            rounded_sum[half] *= factor[half];
+            exact_sum[half] *= factor[half];
+        }
     }
 
     template <class Element, int Keys>
@@ -114,7 +119,8 @@ struct TangentWeights {
                 const float high =
                     product(weights.high(i, half), tangents.at(i, half, 1) * scale - c);
                 weighted.set(i, half, low, high);
-                sum[half] += weighted.low(i, half) + weighted.high(i, half);
+                exact_sum[half] += low + high;
+                rounded_sum[half] += weighted.low(i, half) + weighted.high(i, half);
             }
     }
 
