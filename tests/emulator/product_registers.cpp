@@ -11,8 +11,10 @@ namespace jvp_attn::emulator {
 
 namespace {
 
-constexpr uint32_t kInFlight = 0x7fd1f1f1;  // a quiet NaN
-constexpr uint32_t kNoSign = 0x7fffffff;    // arithmetic keeps a NaN but perhaps for its sign
+// A signalling NaN. Arithmetic makes a quiet one of it, perhaps of the other sign, and keeps the
+// rest.
+constexpr uint32_t kInFlight = 0x7f91f1f1;
+constexpr uint32_t kKept = 0x7fbfffff;
 
 bool is_untouched(const float* registers, std::size_t count) {
     return std::all_of(registers, registers + count, [](const float& value) {
@@ -29,7 +31,7 @@ auto find(Registers& registers, const void* address) {
 }  // namespace
 
 void check_not_in_flight(float value, const char* instruction, const Place& where) {
-    if ((std::bit_cast<uint32_t>(value) & kNoSign) == kInFlight)
+    if ((std::bit_cast<uint32_t>(value) & kKept) == kInFlight)
         fail({current.thread, instruction, where},
              "its operand comes from an accumulator that a wgmma still works on");
 }

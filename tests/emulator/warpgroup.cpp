@@ -30,9 +30,10 @@ bool Warpgroup::start(std::span<const StartProduct* const> lanes, const Order& o
     const int warp = (first.actor.thread - first_thread_) / 32;
     const uint32_t number = started_[warp]++;
     if (number == performed_ + products_.size()) {
-        products_.push_back({.actor = first.actor,
-                             .product = first.product,
-                             .knowledge = order.of_thread(first.actor.thread)});
+        Started& next = products_.emplace_back();
+        next.actor = first.actor;
+        next.product = first.product;
+        next.knowledge = order.of_thread(first.actor.thread);
     }
     Started& product = products_[number - performed_];
     for (const StartProduct* lane : lanes) {

@@ -50,8 +50,8 @@ public:
 
 private:
     struct Started {
-        Actor actor;
-        Product product;
+        Actor actor = {};
+        Product product = {};
         int warps = 0;        // that have come to it
         Knowledge knowledge;  // of all its threads
         std::vector<SharedAddress> a, b;
