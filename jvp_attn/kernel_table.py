@@ -37,6 +37,7 @@ tangent_backward_dkv   backward_dkv  BackwardDkv          true   true    32x64  
 _SM90 = """
 step                   header           class           flag  masked  64       96       128     256
 forward_tangent        forward_tangent  ForwardTangent  true  -       128x128  128x112  128x80  -
+forward_query_tangent  forward_tangent  ForwardTangent  false -       128x128  128x112  128x80  -
 """
 
 # Bytes of registers that the compiler may spill to memory, by kernel; 0 for all that are not here.

@@ -102,7 +102,7 @@ private:
             const int clear = block.seen_by_all();
             const int row = (warpgroup_index() - 1) * 64;  // within the block
             const int warp_row = row + warp_index() % 4 * 16;
-            const Horizon horizon(block.sequence, block.first_row + warp_row);
+            const Horizon horizon{block.sequence, block.first_row + warp_row};
             const float scale = p.softmax_scale;
 
             const Position<2> q_slot = row_slot;

@@ -10,14 +10,15 @@
 
 namespace jvp_attn::sm90 {
 
-// The keys that the two queries of a thread see: those before `end`.
+// Which keys the queries of a warp see.
 struct Horizon {
-    int end[2];
+    const Sequence& sequence;
+    int first_query;
 
-    DEVICE Horizon(const Sequence& sequence, int first_row) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            end[half] = sequence.visible_keys(first_row + row_in_warp(half));
+    // How many keys, counted from the first, a query of this thread sees. To remember it would cost
+    // registers in loops that rarely ask.
+    DEVICE int end(int half) const {
+        return sequence.visible_keys(first_query + opaque(lane_index()) / 4 + 8 * half);
     }
 
     // Replaces what belongs to hidden keys, of the keys from `first_key` on.
@@ -26,7 +27,7 @@ struct Horizon {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             // Compared with what is known at compile time.
-            const int visible = end[half] - first_key - column_of(0, 0);
+            const int visible = end(half) - first_key - column_of(0, 0);
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -92,7 +93,7 @@ struct TangentWeights {
 #pragma unroll
             for (int i = 0; i < tangents.kBlocks; ++i)
                 total += tangents.at(i, half, 0) + tangents.at(i, half, 1);
-            const int visible = min(horizon.end[half], Keys);
+            const int visible = min(horizon.end(half), Keys);
             reference[half] = quad_sum(total) / max(visible, 1) * scale;
         }
     }
