@@ -35,9 +35,6 @@ public:
     // One of them lands. Returns its mbarrier if that has ended a phase.
     Mbarrier* land_one(Random& random, SharedMemory& shared);
 
-    // A block must not end before its copies.
-    void check_finished() const;
-
 private:
     struct Load {
         Actor actor;

@@ -93,6 +93,7 @@ bool warp_any(bool condition, Place where) {
 }
 
 float shuffle_xor(float value, int mask, Place where) {
+    check_not_in_flight(value, "shuffle_xor", where);
     if (mask < 0 || mask >= kWarpThreads)
         fail(self("shuffle_xor", where), "mask " + std::to_string(mask) + "; it can be 0 to 31");
     ShuffleXor x = {value, mask, 0};
@@ -107,6 +108,7 @@ float shared_load_float(SharedAddress address, Place where) {
 }
 
 void shared_store_float(SharedAddress address, float value, Place where) {
+    check_not_in_flight(value, "shared_store_float", where);
     shared_store("shared_store_float", address, value, where);
 }
 

@@ -97,10 +97,7 @@ void Machine::end_thread() {
     thread.copies.check_finished(current.thread);
     warpgroup_of(current.thread).registers(current.thread).check_finished();
     thread.ended = true;
-    if (++ended_threads_ == launch_.threads) {
-        box_loads.check_finished();
-        mbarriers.check_bytes_have_come();
-    }
+    if (++ended_threads_ == launch_.threads) mbarriers.check_finished();
     run_another();
 }
 

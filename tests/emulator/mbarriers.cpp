@@ -18,15 +18,17 @@ bool Mbarrier::arrive(const Actor& actor, int bytes, Order& order) {
     if (bytes < 0 || missing_bytes_ + bytes > kMaxBytes)
         fail(actor, "expects " + std::to_string(bytes) + " bytes at " + state() +
                         "; there can be 0 to " + std::to_string(kMaxBytes));
-    if (bytes > 0) last_expectation_ = actor;
+    if (bytes > 0) last_copy_ = actor;
     --missing_arrivals_;
     missing_bytes_ += bytes;
     order.release(actor.thread, gathered_);
     return end_phase_if_complete();
 }
 
-bool Mbarrier::count_copy(int bytes) {
+bool Mbarrier::count_copy(const Actor& actor, int bytes) {
     missing_bytes_ -= bytes;
+    last_copy_ = actor;
+    last_copies_ = deed();
     return end_phase_if_complete();
 }
 
@@ -39,11 +41,10 @@ bool Mbarrier::end_phase_if_complete() {
     return true;
 }
 
-void Mbarrier::check_bytes_have_come() const {
-    if (missing_bytes_ == 0) return;
-    Actor actor = last_expectation_;
-    if (actor.instruction == nullptr) actor = {thread_, "mbarrier_init", {}};
-    fail(actor, "the block ends with " + state());
+void Mbarrier::check_finished() const {
+    if (missing_bytes_ != 0) fail(last_copy_, "the block ends with " + state());
+    if (last_copies_ > waited_)
+        fail(last_copy_, "the block ends, and nobody has waited for what is counted by " + state());
 }
 
 std::string Mbarrier::state() const {
@@ -89,8 +90,8 @@ Mbarrier& Mbarriers::at_in_background(const Actor& actor, SharedAddress address,
     return barrier;
 }
 
-void Mbarriers::check_bytes_have_come() const {
-    for (const auto& [address, entry] : barriers_) entry.barrier.check_bytes_have_come();
+void Mbarriers::check_finished() const {
+    for (const auto& [address, entry] : barriers_) entry.barrier.check_finished();
 }
 
 }  // namespace jvp_attn::emulator

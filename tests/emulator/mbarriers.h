@@ -22,9 +22,11 @@ public:
 
     // Each returns whether it has ended the phase.
     bool arrive(const Actor& actor, int bytes, Order& order);
-    bool count_copy(int bytes);
+    bool count_copy(const Actor& actor, int bytes);
 
     bool has_ended(int phase) const { return (ended_ & 1) != static_cast<uint32_t>(phase); }
+    // Somebody has waited for all phases that have ended.
+    void note_wait() { waited_ = ended_; }
     // What those knew who arrived in phases that have ended, and that their copies are over.
     const Knowledge& released() const { return released_; }
 
@@ -34,7 +36,9 @@ public:
 
     SharedAddress address() const { return address_; }
     int thread() const { return thread_; }  // that has initialised it
-    void check_bytes_have_come() const;
+    // A block must not end before the bytes that it expects, nor before somebody has waited for
+    // them.
+    void check_finished() const;
     std::string state() const override;
 
 private:
@@ -46,9 +50,11 @@ private:
     int64_t missing_bytes_ = 0;
     int thread_;
     int agent_;
-    uint32_t ended_ = 0;  // phases
+    uint32_t ended_ = 0;        // phases
+    uint32_t waited_ = 0;       // of those
+    uint32_t last_copies_ = 0;  // the last phase with copies, the first being 1
     Knowledge gathered_, released_;
-    Actor last_expectation_ = {};
+    Actor last_copy_ = {};  // or expectation of one
 };
 
 class Mbarriers {
@@ -65,7 +71,7 @@ public:
     void show(int thread);
     Mbarrier& at_in_background(const Actor& actor, SharedAddress address, SharedMemory& shared);
 
-    void check_bytes_have_come() const;
+    void check_finished() const;
 
 private:
     struct Entry {

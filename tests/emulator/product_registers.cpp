@@ -6,15 +6,11 @@
 #include <string>
 
 #include "current.h"
+#include "in_flight.h"
 
 namespace jvp_attn::emulator {
 
 namespace {
-
-// A signalling NaN. Arithmetic makes a quiet one of it, perhaps of the other sign, and keeps the
-// rest.
-constexpr uint32_t kInFlight = 0x7f91f1f1;
-constexpr uint32_t kKept = 0x7fbfffff;
 
 bool is_untouched(const float* registers, std::size_t count) {
     return std::all_of(registers, registers + count, [](const float& value) {
@@ -30,10 +26,9 @@ auto find(Registers& registers, const void* address) {
 
 }  // namespace
 
-void check_not_in_flight(float value, const char* instruction, const Place& where) {
-    if ((std::bit_cast<uint32_t>(value) & kKept) == kInFlight)
-        fail({current.thread, instruction, where},
-             "its operand comes from an accumulator that a wgmma still works on");
+void complain_of_use_in_flight(const char* instruction, const Place& where) {
+    fail({current.thread, instruction, where},
+         "its operand comes from an accumulator that a wgmma still works on");
 }
 
 template <class Value>

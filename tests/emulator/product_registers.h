@@ -1,8 +1,8 @@
 // The registers of a thread that products in the background (wgmma) read and write.
 //
-// From its start to the wait, an accumulator is full of one NaN that nothing else makes, and its
-// values are kept here: whoever uses them meanwhile is found by that NaN, whoever changes them, or
-// the registers of a factor, at the wait.
+// From its start to the wait, an accumulator is full of the NaN of in_flight.h, and its values are
+// kept here: whoever uses them meanwhile is found by that NaN; whoever changes them, or the
+// registers of a factor, at the wait.
 #pragma once
 
 #include <array>
@@ -13,9 +13,6 @@
 #include "report.h"
 
 namespace jvp_attn::emulator {
-
-// Complains of a value that comes from an accumulator on which a product still works.
-void check_not_in_flight(float value, const char* instruction, const Place& where);
 
 class ProductRegisters {
 public:

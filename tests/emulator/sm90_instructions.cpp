@@ -157,6 +157,7 @@ void mbarrier_wait(SharedAddress address, int phase, Place where) {
         fail(actor, "phase " + std::to_string(phase) + "; it can be 0 or 1");
     Mbarrier& barrier = machine.mbarriers.at(actor, address, machine.shared);
     while (!barrier.has_ended(phase)) machine.wait_for(barrier, actor);
+    barrier.note_wait();
     machine.order.acquire(current.thread, barrier.released());
 }
 

@@ -1,6 +1,5 @@
 #include "probes_sm90.h"
 
-#include "instructions_sm90.h"
 #include "tile_products.h"
 
 namespace jvp_attn::sm90 {
@@ -42,7 +41,6 @@ std::vector<Kernel> broken_kernels() {
         FAULT(missing_wgmma_wait),
         FAULT(missing_wgmma_commit),
         FAULT(unfinished_product),
-        FAULT(accumulator_used),
         FAULT(accumulator_changed),
         FAULT(accumulator_pinned),
         FAULT(factor_changed),

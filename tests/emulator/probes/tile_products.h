@@ -40,7 +40,6 @@ enum class Fault {
     missing_wgmma_wait,
     missing_wgmma_commit,
     unfinished_product,
-    accumulator_used,
     accumulator_changed,
     accumulator_pinned,
     factor_changed,
@@ -158,11 +157,10 @@ private:
             mbarrier_wait(full(slot) + (has(Fault::no_mbarrier) ? 1024 : 0),
                           has(Fault::constant_phase) ? 0 : round ^ has(Fault::wrong_phase));
 
+            if (has(Fault::warp_without_product) && thread >= 96) return;
             Accumulator<kKeys> scores;
             start_scores(scores, row, slot);
-            if (has(Fault::warp_without_product) && thread >= 96) return;
             if (!has(Fault::missing_wgmma_commit)) wgmma_commit();
-            if (has(Fault::accumulator_used)) scores.scale(2);
             if (!has(Fault::missing_wgmma_wait)) wgmma_wait<0>();
             if (has(Fault::accumulator_pinned)) start_scores(scores, row, slot);
             if (!has(Fault::missing_wgmma_wait) && !has(Fault::missing_wgmma_commit))
@@ -181,16 +179,14 @@ private:
             if (has(Fault::accumulator_changed)) from_shared.value[3][1] += 1;
             if (has(Fault::factor_changed)) weights.word[1][2] = 0;
             if (has(Fault::released_too_early)) release(slot);
-            if (!has(Fault::unfinished_product)) {
-                wgmma_wait<0>();
-                pin(from_registers.value);
-                pin(from_shared.value);
-                pin(weights.word);
-            }
+            if (has(Fault::unfinished_product) && tile == p.seqlen_k / kKeys - 1) return;
+            wgmma_wait<0>();
+            pin(from_registers.value);
+            pin(from_shared.value);
+            pin(weights.word);
             if (!has(Fault::released_too_early)) release(slot);
             if (has(Fault::too_many_arrivals)) mbarrier_arrive(empty(slot));
         }
-        if (has(Fault::unfinished_product)) return;
 
         const int place = block_index() * kRows + row + thread / 32 * 16;
         store(static_cast<float*>(p.out.data) + place * kValueDim, from_registers);
