@@ -224,9 +224,7 @@ PROBES = [
 # Answers
 
 
-def params_of(
-    machine: ModuleType, probe: Probe, address: Callable[[str], int], answer: int
-) -> Any:
+def params_of(machine: ModuleType, probe: Probe, address: Callable[[str], int], answer: int) -> Any:
     """AttentionParams with the addresses of the inputs and of the answer, and their shapes."""
     params = machine.AttentionParams()
     params.out = machine.Tensor(answer, 0, 0, 0)
