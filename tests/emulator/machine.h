@@ -46,8 +46,9 @@ public:
     // The orders of blocks and threads in all further launches.
     void set_seed(uint64_t seed) { seed_ = seed; }
 
-    // What the host is told of the machine.
-    int multiprocessors = 2;
+    // What the host is told of the machine. So few that a block of a persistent kernel has several
+    // pieces of work; how many differs from seed to seed.
+    int multiprocessors() const { return static_cast<int>(2 + seed_ % 3); }
 
     // Calls the kernel once in each thread of each block. Returns what rule was broken, if any.
     std::string run(Launch launch);

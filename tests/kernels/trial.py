@@ -130,7 +130,8 @@ class Trial:
         if name == "lse":
             return 1e-6
         if name == "mu":
-            return 3e-5
+            # Kernels for 9.0 have no registers left for weights that are not rounded.
+            return 3e-5 if KERNELS[self.case["kernel"]].arch == "sm80" else rounding
         if name in ("beta", "delta") and self.case.get("residuals") == "given":
             return 1e-6 + rounding**2
         # Sharpened by the kernel of grad_q, from products that large logits make large.
