@@ -83,7 +83,7 @@ def kernel_name(
     masked: bool = False,
     arch: str = "sm80",
 ) -> str:
-    """The name of a kernel, such as "forward_bf16_d64_masked" or "forward_tangent_fp16_d96_sm90"."""
+    """The name of a kernel: "forward_bf16_d64_masked", "forward_tangent_fp16_d96_sm90"."""
     name = f"{step}_{element}"
     if head_dim is not None:
         name += f"_d{head_dim}"
