@@ -2,11 +2,20 @@
 // array in params.q to an array in params.out.
 #pragma once
 
-#include "probes/instructions.h"
 #include "sm90/launch.cuh"
 #include "sm90/tile.cuh"
 
 namespace jvp_attn::sm90 {
+
+template <class Value>
+DEVICE const Value* input(const Params& params) {
+    return static_cast<const Value*>(params.attention.q.data);
+}
+
+template <class Value>
+DEVICE Value* output(const Params& params) {
+    return static_cast<Value*>(params.attention.out.data);
+}
 
 // What kernels need that take no tensor maps.
 template <int Count>
@@ -24,7 +33,7 @@ struct Threads {
 // whether it chooses others the next time.
 struct Identities : Threads<256> {
     DEVICE static void run(const Params& params) {
-        uint32_t* const row = output<uint32_t>(params.attention) + 4 * thread_index();
+        uint32_t* const row = output<uint32_t>(params) + 4 * thread_index();
         global_store(row, static_cast<uint32_t>(warpgroup_index()));
         global_store(row + 1, static_cast<uint32_t>(opaque(thread_index())));
         const bool elected = elect_one();
@@ -42,7 +51,7 @@ struct ShareRegisters : Threads<384> {
             release_registers<24>();
         else
             claim_registers<240>();
-        global_store(output<float>(params.attention) + thread_index(), float(warpgroup_index()));
+        global_store(output<float>(params) + thread_index(), float(warpgroup_index()));
     }
 };
 
@@ -53,15 +62,14 @@ struct Reverse : Threads<64> {
     static constexpr int kSharedBytes = 4 * kThreads;
 
     DEVICE static float value(const Params& params) {
-        return global_load(input<float>(params.attention) + thread_index());
+        return global_load(input<float>(params) + thread_index());
     }
     DEVICE static void put(float value) {
         shared_store_float(shared_memory() + 4 * thread_index(), value);
     }
     // What another thread has put.
     DEVICE static void store(const Params& params, int place, int other) {
-        global_store(output<float>(params.attention) + place,
-                     shared_load_float(shared_memory() + 4 * other));
+        global_store(output<float>(params) + place, shared_load_float(shared_memory() + 4 * other));
     }
 };
 
@@ -140,7 +148,7 @@ struct LoadBoxes : Threads<128> {
             }
             mbarrier_wait(full, box & 1);
             for (int i = thread_index(); i < Panel::kBytes / 16; i += kThreads)
-                global_store(output<Words4>(params.attention) + box * Panel::kBytes / 16 + i,
+                global_store(output<Words4>(params) + box * Panel::kBytes / 16 + i,
                              shared_load_words4(shared_memory() + 16 * i));
             fence_proxy_async();
             block_barrier();
@@ -157,9 +165,9 @@ struct StoreMatrices : Threads<32> {
 
     DEVICE static void run(const Params& params) {
         const SharedAddress row = shared_memory() + 16 * thread_index();
-        store_matrices(row, global_load(input<Words4>(params.attention) + thread_index()));
+        store_matrices(row, global_load(input<Words4>(params) + thread_index()));
         block_barrier();
-        global_store(output<Words4>(params.attention) + thread_index(), shared_load_words4(row));
+        global_store(output<Words4>(params) + thread_index(), shared_load_words4(row));
     }
 };
 
@@ -210,7 +218,7 @@ struct Product : Threads<128> {
             for (int half = 0; half < 2; ++half)
                 for (int side = 0; side < 2; ++side) {
                     const int row = warp_index() * 16 + row_in_warp(half);
-                    global_store(output<float>(params.attention) + row * N + column_of(i, side),
+                    global_store(output<float>(params) + row * N + column_of(i, side),
                                  product.at(i, half, side));
                 }
     }
