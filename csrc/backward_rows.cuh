@@ -5,31 +5,6 @@
 
 namespace jvp_attn {
 
-// What the rows of Sbar or Tbar sum to, before and after rounding.
-struct RowTotals {
-    float exact_share[2] = {0, 0};  // of this thread
-    RowSums rounded_sums;
-
-    DEVICE float exact(int half) const { return quad_sum(exact_share[half]); }
-    DEVICE float rounded(int half) const { return rounded_sums.at(half); }
-
-    // Rounds the product of weights and x, and adds its rows.
-    template <class Element, int Keys>
-    DEVICE void add_product(Packed<Element, Keys>& product, const Accumulator<Keys>& weights,
-                            const Accumulator<Keys>& x) {
-#pragma unroll
-        for (int i = 0; i < x.kBlocks; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float low = weights.at(i, half, 0) * x.at(i, half, 0);
-                const float high = weights.at(i, half, 1) * x.at(i, half, 1);
-                product.set(i, half, low, high);
-                exact_share[half] += low + high;
-            }
-        rounded_sums.add(product);
-    }
-};
-
 // A statistic of a row; `missing` where there is none.
 template <int Rows>
 DEVICE float value_of_row(const RowBlock<Rows>& block, const RowVector& x, int row,
@@ -55,24 +30,25 @@ struct RowStatistics {
             if (kFull) beta[half] = value_of_row(block, p.beta, row);
         }
     }
-
-    DEVICE bool sees_no_key(int half) const { return log2_sum[half] == kInfinity; }
-
-    // delta and beta carry the rounding of P inside O and tO. The rows of Sbar and Tbar tell by how
-    // much: they would sum to the cotangents of lse and mu.
-    template <int Rows>
-    DEVICE void sharpen(const RowBlock<Rows>& block, int first_row, const RowVector& statistic,
-                        const float (&known)[2], const RowTotals& totals,
-                        const RowVector& cotangent) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = first_row + row_in_warp(half);
-            const float excess = totals.exact(half) - value_of_row(block, cotangent, row);
-            if (lane_index() % 4 == 0 && !sees_no_key(half))
-                global_store(block.statistic(statistic) + row, known[half] + excess);
-        }
-    }
 };
 
-}  // namespace jvp_attn
+// delta and beta carry the rounding of P inside O and tO. What the rows of Sbar and Tbar sum to
+// tells by how much: it would be the cotangents of lse and mu. A thread gives its share of the
+// sums.
+template <int Rows>
+DEVICE void sharpen(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
+                    const RowVector& statistic, const float (&shares)[2],
+                    const RowVector& cotangent) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = first_row + row_in_warp(half);
+        const float total = quad_sum(shares[half]);
+        const bool sees_keys = value_of_row(block, p.lse, row, -kInfinity) != -kInfinity;
+        if (!sees_keys || lane_index() % 4 != 0) continue;
+        const float excess = total - value_of_row(block, cotangent, row);
+        global_store(block.statistic(statistic) + row,
+                     value_of_row(block, statistic, row) + excess);
+    }
+}
 
+}  // namespace jvp_attn

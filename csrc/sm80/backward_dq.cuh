@@ -7,8 +7,8 @@
 // backward_dkv.cuh gets them back sharpened.
 #pragma once
 
-#include "sm80/tile.cuh"
 #include "backward_rows.cuh"
+#include "sm80/tile.cuh"
 #include "softmax.cuh"
 
 namespace jvp_attn {
@@ -63,8 +63,7 @@ struct BackwardDq {
         const int end = block.seen_by_none();
         const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
-        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
-                                                    first_row);
+        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head, first_row);
         const float scale = p.softmax_scale;
         const int first_row = block.first_row + row;
         const RowStatistics<kFull> rows(p, block, first_row);
@@ -124,13 +123,13 @@ struct BackwardDq {
             if (first_key + Keys < end) load_keys(first_key + Keys);
         }
 
-        rows.sharpen(block, first_row, p.delta, rows.delta, sbar_totals, p.grad_lse);
-        if (kFull) rows.sharpen(block, first_row, p.beta, rows.beta, tbar_totals, p.grad_mu);
+        sharpen(p, block, first_row, p.delta, sbar_totals.exact_share, p.grad_lse);
+        if (kFull) sharpen(p, block, first_row, p.beta, tbar_totals.exact_share, p.grad_mu);
 
         // Along a row Sbar sums to g_lse and Tbar to g_mu. Rounded they do not, and the mean of K
         // and tK would leak into the gradients. What is too much is taken back from keys that the
         // row sees: from all in the first tile where it sees any.
-        bool balanced[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
+        bool balanced[2] = {rows.log2_sum[0] == kInfinity, rows.log2_sum[1] == kInfinity};
 #pragma unroll 1
         for (int first_key = 0; first_key < end; first_key += Keys) {
             load_keys(first_key);
@@ -171,6 +170,28 @@ struct BackwardDq {
     }
 
 private:
+    // What the rows of Sbar and Tbar sum to, before and after rounding.
+    struct RowTotals {
+        float exact_share[2] = {0, 0};  // of this thread
+        RowSums rounded_sums;
+
+        DEVICE float rounded(int half) const { return rounded_sums.at(half); }
+
+        DEVICE void add_product(Packed<Element, Keys>& product, const Accumulator<Keys>& weights,
+                                const Accumulator<Keys>& x) {
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float low = weights.at(i, half, 0) * x.at(i, half, 0);
+                    const float high = weights.at(i, half, 1) * x.at(i, half, 1);
+                    product.set(i, half, low, high);
+                    exact_share[half] += low + high;
+                }
+            rounded_sums.add(product);
+        }
+    };
+
     DEVICE static void add_products(Accumulator<HeadDim>& grad_q, Accumulator<HeadDim>& grad_tq,
                                     const Packed<Element, Keys>& sbar,
                                     const Packed<Element, Keys>& tbar, const KeyTile& k_tile,
