@@ -319,7 +319,7 @@ private:
             x.silence_unweighted(weights);
             multiply_weights(sbar, weights, x, Own::sbar_totals);
             pin(sbar.word);
-            pin(grad_q.value);
+            if (!kFull) pin(grad_q.value);
             wgmma_fence();
             multiply<Element>(grad_q, sbar, tile(k));
             wgmma_commit();
