@@ -42,24 +42,33 @@ struct OnlineSoftmax {
     float max[2] = {-kInfinity, -kInfinity};  // of the scores so far
     float sum[2] = {0, 0};                    // this thread's share of the sum of weights
 
-    // Scores become weights relative to the maximum so far, and are rounded. Returns, for each row,
-    // the factor that brings older weights to the new maximum.
+    // Scores become weights relative to the maximum so far. Returns, for each row, the factor that
+    // brings older weights to the new maximum.
+    template <int Keys>
+    DEVICE void update(Accumulator<Keys>& scores, float log2_scale, float (&rescaling)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float subtrahend;
+            raise_maximum(half, scores, log2_scale, subtrahend, rescaling[half]);
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    float& score = scores.at(i, half, side);
+                    score = fast_exp2(score * log2_scale - subtrahend);
+                    sum[half] += score;
+                }
+        }
+    }
+
+    // The same, rounded at once.
     template <class Element, int Keys>
     DEVICE void update(Packed<Element, Keys>& weights, const Accumulator<Keys>& scores,
                        float log2_scale, float (&rescaling)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float tile_max = scores.at(0, half, 0);
-#pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i)
-                tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
-            const float new_max = fmaxf(max[half], quad_max(tile_max));
-            // A row that has seen no key: its weights are exp2(-inf - 0) = 0.
-            const float subtrahend = new_max == -kInfinity ? 0 : new_max * log2_scale;
-            rescaling[half] = fast_exp2(max[half] * log2_scale - subtrahend);
-            max[half] = new_max;
-
-            sum[half] *= rescaling[half];
+            float subtrahend;
+            raise_maximum(half, scores, log2_scale, subtrahend, rescaling[half]);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i) {
                 const float low = fast_exp2(scores.at(i, half, 0) * log2_scale - subtrahend);
@@ -73,6 +82,22 @@ struct OnlineSoftmax {
     // Of a row, given the sum of all its weights.
     DEVICE float lse(int half, float sum, float scale) const {
         return sum == 0 ? -kInfinity : max[half] * scale + log2f(sum) * kLn2;
+    }
+
+private:
+    template <int Keys>
+    DEVICE void raise_maximum(int half, const Accumulator<Keys>& scores, float log2_scale,
+                              float& subtrahend, float& rescaling) {
+        float tile_max = scores.at(0, half, 0);
+#pragma unroll
+        for (int i = 0; i < scores.kBlocks; ++i)
+            tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
+        const float new_max = fmaxf(max[half], quad_max(tile_max));
+        // A row that has seen no key: its weights are exp2(-inf - 0) = 0.
+        subtrahend = new_max == -kInfinity ? 0 : new_max * log2_scale;
+        rescaling = fast_exp2(max[half] * log2_scale - subtrahend);
+        max[half] = new_max;
+        sum[half] *= rescaling;
     }
 };
 
