@@ -76,8 +76,7 @@ void Order::block_barrier() {
     }
 }
 
-bool Order::is_over(const Access& access, const Observer& observer) const {
-    if (is_settled(access)) return true;
+bool Order::is_known_to_be_over(const Access& access, const Observer& observer) const {
     const Knowledge& knowledge = observer.knowledge;
     const bool needs_fence = observer.in_background && is_thread(access.agent);
     return (needs_fence ? knowledge.over_in_background : knowledge.over).of(access.agent) >=

@@ -82,9 +82,12 @@ public:
     void block_barrier();
 
     bool is_settled(const Access& access) const { return access.epoch <= settled_; }
-    bool is_over(const Access& access, const Observer& observer) const;
+    bool is_over(const Access& access, const Observer& observer) const {
+        return is_settled(access) || is_known_to_be_over(access, observer);
+    }
 
 private:
+    bool is_known_to_be_over(const Access& access, const Observer& observer) const;
     void tick(int thread);
 
     std::vector<Knowledge> threads_;

@@ -62,9 +62,28 @@ void SharedMemory::check_write_is_over(const Word& word, const char* does, const
     if (!order_.is_over(write, observer)) complain(access, observer, does, address, write, "wrote");
 }
 
+void SharedMemory::check_reads_are_over(const Word& word, const Access& access,
+                                        const Observer& observer, SharedAddress address) const {
+    if (!order_.is_over(word.first_read, observer))
+        complain(access, observer, "writes", address, word.first_read, "read");
+    for (const Access& read : word.other_reads)
+        if (!order_.is_over(read, observer))
+            complain(access, observer, "writes", address, read, "read");
+}
+
 void SharedMemory::add_read(Word& word, const Access& access) const {
-    std::vector<Access>& reads = word.reads;
-    std::erase_if(reads, [&](const Access& read) { return order_.is_settled(read); });
+    if (order_.is_settled(word.first_read)) {
+        word.first_read = access;
+        word.other_reads.clear();  // they are settled too
+    } else if (word.first_read.agent == access.agent) {
+        word.first_read = access;
+    } else {
+        add_other_read(word, access);
+    }
+}
+
+void SharedMemory::add_other_read(Word& word, const Access& access) const {
+    std::vector<Access>& reads = word.other_reads;
     const auto place =
         std::lower_bound(reads.begin(), reads.end(), access.agent,
                          [](const Access& read, int agent) { return read.agent < agent; });
@@ -89,10 +108,9 @@ std::byte* SharedMemory::write(const Access& access, const Observer& observer,
     Word* words = words_at(access.actor, address, bytes, alignment);
     for (int i = 0; i < bytes / kWordBytes; ++i) {
         check_write_is_over(words[i], "writes", access, observer, address);
-        for (const Access& read : words[i].reads)
-            if (!order_.is_over(read, observer))
-                complain(access, observer, "writes", address, read, "read");
-        words[i].reads.clear();
+        check_reads_are_over(words[i], access, observer, address);
+        words[i].first_read = {};
+        words[i].other_reads.clear();
         words[i].write = access;
     }
     return &bytes_[address - kStart];

@@ -52,14 +52,20 @@ public:
 private:
     struct Word {
         Access write;
-        std::vector<Access> reads;  // since the write, in the order of agents
-        bool in_flight = false;     // the write is a copy that is under way
+        // Since the write, the latest of each agent: that of the first to read, and of the others
+        // in the order of agents.
+        Access first_read;
+        std::vector<Access> other_reads;
+        bool in_flight = false;  // the write is a copy that is under way
     };
 
     Word* words_at(const Actor& actor, SharedAddress address, int bytes, int alignment);
     void check_write_is_over(const Word& word, const char* does, const Access& access,
                              const Observer& observer, SharedAddress address) const;
+    void check_reads_are_over(const Word& word, const Access& access, const Observer& observer,
+                              SharedAddress address) const;
     void add_read(Word& word, const Access& access) const;
+    void add_other_read(Word& word, const Access& access) const;
     [[noreturn]] void complain(const Access& access, const Observer& observer, const char* does,
                                SharedAddress address, const Access& other, const char* did) const;
 
