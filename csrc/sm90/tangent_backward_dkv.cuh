@@ -10,7 +10,7 @@
 // copy engine busy and one brings what is known of each query.
 #pragma once
 
-#include "matrix.cuh"
+#include "sm90/key_block.cuh"
 #include "sm90/loader.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/work.cuh"
@@ -26,6 +26,7 @@ struct TangentBackwardDkv {
     using Scores = Accumulator<Rows>;
     using Weights = Packed<Element, Rows>;
     using Gradient = Accumulator<HeadDim>;
+    using Block = KeyBlock<Keys>;
 
     static constexpr int kThreads = 3 * kWarpgroupThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
@@ -41,9 +42,7 @@ struct TangentBackwardDkv {
         KeyRing::kBarrierBytes + QueryRing::kBarrierBytes + StatisticsRing::kBarrierBytes + 8;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
-    static int64_t work(const AttentionParams& p) {
-        return int64_t{p.batch} * p.heads_k * ((p.seqlen_k + Keys - 1) / Keys);
-    }
+    static int64_t work(const AttentionParams& p) { return Block::count(p); }
 
     DEVICE static void run(const Params& params) {
         const Memory memory;
@@ -68,37 +67,6 @@ struct TangentBackwardDkv {
     }
 
 private:
-    // The keys that the warpgroups work on at a time, and the queries that see any of them.
-    struct Block {
-        Sequence sequence;
-        int head_k;
-        int first_key;
-        int first_row;
-        int first_head, last_head;  // of the query heads that share the keys
-
-        // Successive pieces share a head, and so its queries in the cache; of a causal head that
-        // with the most queries comes first.
-        DEVICE Block(const AttentionParams& p, int piece)
-            : sequence(p, piece / ceil_div(p.seqlen_k, Keys) / p.heads_k),
-              head_k(piece / ceil_div(p.seqlen_k, Keys) % p.heads_k),
-              first_key(piece % ceil_div(p.seqlen_k, Keys) * Keys),
-              first_row(sequence.first_query_of(first_key)),
-              first_head(head_k * (p.heads / p.heads_k)),
-              last_head(first_head + p.heads / p.heads_k - 1) {}
-
-        DEVICE bool is_empty() const { return first_key >= sequence.key_rows; }
-
-        DEVICE bool sees_queries() const {
-            return first_key < sequence.keys && first_row < sequence.queries;
-        }
-
-        // Whether a tile of queries from `row` on may not see all keys of the block.
-        DEVICE bool hides_keys(int row) const {
-            const int end = first_key + Keys;
-            return end > sequence.keys || sequence.first_query_of(end - 1) > row;
-        }
-    };
-
     // What is where in shared memory.
     struct Memory {
         KeyRing keys;
@@ -165,17 +133,6 @@ private:
               go(p.grad_out.data) {}
     };
 
-    // Calls for each tile of queries that a block works on: with its head and its first row.
-    template <class Function>
-    DEVICE static void for_each_tile(const Block& block, const Function& function) {
-        if (!block.sees_queries()) return;
-#pragma unroll 1
-        for (int head = block.first_head; head <= block.last_head; ++head)
-#pragma unroll 1
-            for (int row = block.first_row; row < block.sequence.queries; row += Rows)
-                function(head, row);
-    }
-
     // -----------------------------------------------------------------------------------------
     // Loading
 
@@ -194,7 +151,7 @@ private:
             load_keys(p.v, maps.v);
             load_keys(p.tk, maps.tk);
             load_keys(p.tv, maps.tv);
-            for_each_tile(block, [&](int head, int row) {
+            block.template for_each_tile<Rows>([&](int head, int row) {
                 const auto load = [&](const Tensor& x, const TensorMap& map) {
                     queries.load_and_clear(queries_of(params, x, map, block.sequence, head), row);
                 };
@@ -206,34 +163,20 @@ private:
         }
     }
 
-    // Four float32 in shared memory.
-    using Numbers = Accumulator<8>;
-
     // What is known of the queries beforehand, of two at a time by each lane.
     DEVICE static void load_statistics(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
         Position<kStages> at;
         for (Turn turn(params); turn; turn.next()) {
             const Block block(p, turn.piece());
-            for_each_tile(block, [&](int head, int first_row) {
-                const auto load = [&](const RowVector& x, int row, float beyond) {
-                    return row < block.sequence.queries
-                               ? global_load(block.sequence.rows_of(x, head) + row)
-                               : beyond;
-                };
+            block.template for_each_tile<Rows>([&](int head, int first_row) {
                 memory.statistics.wait_empty(at);
                 for (int pair = lane_index(); pair < Rows / 2; pair += 32) {
                     const int row = first_row + 2 * pair;
-                    const auto store = [&](int which, float a, float b, float c, float d) {
-                        const Numbers numbers{{{a, b, c, d}}};
-                        shared_store_words4(memory.statistics_of(at.slot, pair, which),
-                                            numbers.words(0));
-                    };
-                    store(0, log2_of_sum(load(p.lse, row, -kInfinity)),
-                          log2_of_sum(load(p.lse, row + 1, -kInfinity)), load(p.mu, row, 0),
-                          load(p.mu, row + 1, 0));
-                    store(1, load(p.beta, row, 0), load(p.beta, row + 1, 0), load(p.delta, row, 0),
-                          load(p.delta, row + 1, 0));
+                    store_numbers(memory.statistics_of(at.slot, pair, 0), block.sequence, head, row,
+                                  p.lse, p.mu, true);
+                    store_numbers(memory.statistics_of(at.slot, pair, 1), block.sequence, head, row,
+                                  p.beta, p.delta, false);
                 }
                 mbarrier_arrive(memory.statistics.full(at));
                 at.advance();
@@ -285,12 +228,6 @@ private:
         DEVICE RowTile tile(int which) const { return {memory.queries.slot(place(which))}; }
     };
 
-    DEVICE static Numbers load_numbers(SharedAddress address) {
-        Numbers numbers;
-        numbers.set_words(0, shared_load_words4(address));
-        return numbers;
-    }
-
     template <class Warpgroup>
     DEVICE static void consume(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
@@ -303,7 +240,7 @@ private:
             Warpgroup warpgroup;
             if (block.sees_queries()) {
                 for (int which = 0; which < 4; ++which) memory.keys.wait_full({which, key_phase});
-                for_each_tile(block, [&](int, int row) {
+                block.template for_each_tile<Rows>([&](int, int row) {
                     const Step step{p, memory, Presence(p), block, row, at};
                     step.wait();
                     warpgroup.add(step);
@@ -318,15 +255,9 @@ private:
         }
     }
 
-    DEVICE static void store(const AttentionParams& p, const Block& block, const Tensor& target,
-                             const Gradient& gradient, int columns) {
-        if (!target.data) return;
-        store_rows<Element>(block.sequence.key_rows_of(target, block.head_k, columns), Matrix{},
-                            block.first_key + key_in_block(), gradient);
+    DEVICE static int first_key_of_warp(const Block& block) {
+        return block.first_key + opaque(warp_index()) % 4 * 16;
     }
-
-    // The first key of a warp.
-    DEVICE static int key_in_block() { return warp_index() % 4 * 16; }
 
     struct ValueWarpgroup {
         Gradient grad_v, grad_tv;
@@ -395,8 +326,9 @@ private:
         }
 
         DEVICE void store(const AttentionParams& p, const Block& block) const {
-            TangentBackwardDkv::store(p, block, p.grad_v, grad_v, p.head_dim_v);
-            TangentBackwardDkv::store(p, block, p.grad_tv, grad_tv, p.head_dim_v);
+            block.template store<Element>(p.grad_v, p.head_dim_v, first_key_of_warp(block), grad_v);
+            block.template store<Element>(p.grad_tv, p.head_dim_v, first_key_of_warp(block),
+                                          grad_tv);
         }
 
     private:
@@ -414,27 +346,12 @@ private:
                         score = score * scale - known.value[0][side];
                     }
             }
-            if (step.block.hides_keys(step.first_row)) hide(scores, step);
+            if (step.block.hides_keys(step.first_row))
+                step.block.hide(scores, first_key_of_warp(step.block), step.first_row);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) scores.value[i][e] = fast_exp2(scores.value[i][e]);
-        }
-
-        DEVICE static void hide(Scores& scores, const Step& step) {
-            const Sequence& sequence = step.block.sequence;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int key = step.block.first_key + key_in_block() + row_in_warp(half);
-                const int first =
-                    key < sequence.keys ? sequence.first_query_of(key) : sequence.queries;
-                const int hidden = first - step.first_row - column_of(0, 0);
-#pragma unroll
-                for (int i = 0; i < scores.kBlocks; ++i)
-#pragma unroll
-                    for (int side = 0; side < 2; ++side)
-                        if (8 * i + side < hidden) scores.at(i, half, side) = -kInfinity;
-            }
         }
 
         DEVICE static void hand_over(const Memory& memory, int which, const Scores& scores) {
@@ -507,8 +424,8 @@ private:
         DEVICE void store(const AttentionParams& p, const Block& block) {
             grad_k.scale(p.softmax_scale);
             grad_tk.scale(p.softmax_scale);
-            TangentBackwardDkv::store(p, block, p.grad_k, grad_k, p.head_dim);
-            TangentBackwardDkv::store(p, block, p.grad_tk, grad_tk, p.head_dim);
+            block.template store<Element>(p.grad_k, p.head_dim, first_key_of_warp(block), grad_k);
+            block.template store<Element>(p.grad_tk, p.head_dim, first_key_of_warp(block), grad_tk);
         }
     };
 };
