@@ -63,9 +63,9 @@ struct BackwardDq {
         const int end = block.seen_by_none();
         const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
+        const int first_row = block.first_row + row;
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head, first_row);
         const float scale = p.softmax_scale;
-        const int first_row = block.first_row + row;
         const RowStatistics<kFull> rows(p, block, first_row);
 
         Accumulator<HeadDim> grad_q, grad_tq;

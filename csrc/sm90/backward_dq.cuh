@@ -117,7 +117,7 @@ private:
 
     // Numbers of a thread's two rows.
     struct Numbers {
-        float first[2] = {0, 0}, second[2] = {0, 0};
+        float first[2], second[2];
     };
 
     // What a thread keeps in shared memory for itself: log2_sum and mu; beta and delta; what the
