@@ -7,7 +7,6 @@
 // backward_dkv.cuh gets them back sharpened.
 #pragma once
 
-#include "backward_rows.cuh"
 #include "sm80/tile.cuh"
 #include "softmax.cuh"
 
@@ -63,10 +62,10 @@ struct BackwardDq {
         const int end = block.seen_by_none();
         const int clear = kMasked ? 0 : block.seen_by_all();
         const int row = 16 * warp_index();  // within the block
-        const int first_row = block.first_row + row;
-        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head, first_row);
+        const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
+                                                    block.first_row + row);
         const float scale = p.softmax_scale;
-        const RowStatistics<kFull> rows(p, block, first_row);
+        const Statistics rows(p, block, block.first_row + row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
         RowTotals sbar_totals, tbar_totals;
@@ -123,13 +122,13 @@ struct BackwardDq {
             if (first_key + Keys < end) load_keys(first_key + Keys);
         }
 
-        sharpen(p, block, first_row, p.delta, sbar_totals.exact_share, p.grad_lse);
-        if (kFull) sharpen(p, block, first_row, p.beta, tbar_totals.exact_share, p.grad_mu);
+        rows.sharpen(block, p.delta, rows.delta, sbar_totals, rows.grad_lse);
+        if (kFull) rows.sharpen(block, p.beta, rows.beta, tbar_totals, rows.grad_mu);
 
         // Along a row Sbar sums to g_lse and Tbar to g_mu. Rounded they do not, and the mean of K
         // and tK would leak into the gradients. What is too much is taken back from keys that the
         // row sees: from all in the first tile where it sees any.
-        bool balanced[2] = {rows.log2_sum[0] == kInfinity, rows.log2_sum[1] == kInfinity};
+        bool balanced[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
 #pragma unroll 1
         for (int first_key = 0; first_key < end; first_key += Keys) {
             load_keys(first_key);
@@ -141,11 +140,8 @@ struct BackwardDq {
                 Packed<Element, Keys> seen;
                 const float count = visible_in_tile(seen, visible, half, first_key);
                 const bool balance = !balanced[half] && count > 0;
-                const int query = first_row + row_in_warp(half);
-                const float sbar_excess =
-                    sbar_totals.rounded(half) - value_of_row(block, p.grad_lse, query);
-                const float tbar_excess =
-                    tbar_totals.rounded(half) - value_of_row(block, p.grad_mu, query);
+                const float sbar_excess = sbar_totals.rounded(half) - rows.grad_lse[half];
+                const float tbar_excess = tbar_totals.rounded(half) - rows.grad_mu[half];
                 const float sbar_share = balance ? -sbar_excess / count : 0;
                 const float tbar_share = balance ? -tbar_excess / count : 0;
 #pragma unroll
@@ -175,6 +171,7 @@ private:
         float exact_share[2] = {0, 0};  // of this thread
         RowSums rounded_sums;
 
+        DEVICE float exact(int half) const { return quad_sum(exact_share[half]); }
         DEVICE float rounded(int half) const { return rounded_sums.at(half); }
 
         DEVICE void add_product(Packed<Element, Keys>& product, const Accumulator<Keys>& weights,
@@ -189,6 +186,47 @@ private:
                     exact_share[half] += low + high;
                 }
             rounded_sums.add(product);
+        }
+    };
+
+    // What is known beforehand of the two rows of a thread.
+    struct Statistics {
+        int row[2];
+        float log2_sum[2] = {kInfinity, kInfinity};
+        float mu[2] = {0, 0}, beta[2] = {0, 0}, delta[2] = {0, 0};
+        float grad_lse[2] = {0, 0}, grad_mu[2] = {0, 0};
+
+        DEVICE Statistics(const AttentionParams& p, const RowBlock<Rows>& block, int first_row) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                row[half] = first_row + row_in_warp(half);
+                if (row[half] >= block.sequence.queries) continue;
+                const auto value = [&](const RowVector& x) {
+                    return x.data ? global_load(block.statistic(x) + row[half]) : 0;
+                };
+                log2_sum[half] = log2_of_sum(value(p.lse));
+                delta[half] = value(p.delta);
+                grad_lse[half] = value(p.grad_lse);
+                if (!kFull) continue;
+                mu[half] = value(p.mu);
+                beta[half] = value(p.beta);
+                grad_mu[half] = value(p.grad_mu);
+            }
+        }
+
+        DEVICE bool sees_no_key(int half) const { return log2_sum[half] == kInfinity; }
+
+        // delta and beta carry the rounding of P inside O and tO. Here the rows of Sbar and Tbar
+        // tell by how much: they would sum to the cotangents of lse and mu.
+        DEVICE void sharpen(const RowBlock<Rows>& block, const RowVector& target,
+                            const float (&value)[2], const RowTotals& totals,
+                            const float (&cotangent)[2]) const {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sharp = value[half] + totals.exact(half) - cotangent[half];
+                if (lane_index() % 4 == 0 && !sees_no_key(half))
+                    global_store(block.statistic(target) + row[half], sharp);
+            }
         }
     };
 

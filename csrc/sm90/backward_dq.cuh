@@ -7,7 +7,7 @@
 // and tV are added to it. What a thread knows of its rows waits in shared memory meanwhile.
 #pragma once
 
-#include "backward_rows.cuh"
+#include "sm90/backward_rows.cuh"
 #include "sm90/loader.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/weights.cuh"

@@ -3,7 +3,7 @@
 
 #include "problem.cuh"
 
-namespace jvp_attn {
+namespace jvp_attn::sm90 {
 
 // A statistic of a row; `missing` where there is none.
 template <int Rows>
@@ -51,4 +51,4 @@ DEVICE void sharpen(const AttentionParams& p, const RowBlock<Rows>& block, int f
     }
 }
 
-}  // namespace jvp_attn
+}  // namespace jvp_attn::sm90
