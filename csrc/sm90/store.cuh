@@ -1,4 +1,5 @@
-// From the registers of a warp to whole rows in global memory, by way of shared memory.
+// Between the registers of a warp and whole rows in global memory, by way of shared memory. Those
+// start at multiples of 16 bytes, and have a multiple of 8 columns.
 #pragma once
 
 #include "matrix.cuh"
@@ -27,11 +28,41 @@ struct Stage {
                 low -= unpack_low<Element>(words.word[i]);
                 high -= unpack_high<Element>(words.word[i]);
             }
-            store_matrices(tile.chunk(first_row + lane % 16, 2 * step + lane / 16), words);
+            store_matrices(place(lane, step), words);
         }
     }
 
-    // Rows of the target start at multiples of 16 bytes, and have a multiple of 8 columns.
+    // Subtracts from `rows` what lies here, each row times a factor.
+    template <class Element>
+    DEVICE void subtract_from(Accumulator<Columns>& rows, const float (&factor)[2]) const {
+        const int lane = opaque(lane_index());
+#pragma unroll
+        for (int step = 0; step < Columns / 16; ++step) {
+            const Words4 words = load_matrices(place(lane, step));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                rows.at(2 * step + i / 2, i % 2, 0) -=
+                    factor[i % 2] * unpack_low<Element>(words.word[i]);
+                rows.at(2 * step + i / 2, i % 2, 1) -=
+                    factor[i % 2] * unpack_high<Element>(words.word[i]);
+            }
+        }
+    }
+
+    // Zeros beyond the source.
+    DEVICE void copy_from(const Matrix& source, int first_source_row) const {
+        constexpr int kChunks = Columns / 8;
+#pragma unroll
+        for (int i = opaque(lane_index()); i < 16 * kChunks; i += 32) {
+            const int row = i / kChunks, chunk = i % kChunks, source_row = first_source_row + row;
+            Words4 words = {};
+            if (source_row < source.rows && 8 * chunk < source.columns)
+                words = global_load(
+                    reinterpret_cast<const Words4*>(source.element(source_row, 8 * chunk)));
+            shared_store_words4(tile.chunk(first_row + row, chunk), words);
+        }
+    }
+
     DEVICE void copy_to(const Matrix& target, int first_target_row) const {
         constexpr int kChunks = Columns / 8;
 #pragma unroll
@@ -41,6 +72,12 @@ struct Stage {
                 global_store(reinterpret_cast<Words4*>(target.element(target_row, 8 * chunk)),
                              shared_load_words4(tile.chunk(first_row + row, chunk)));
         }
+    }
+
+private:
+    // Of the row that a lane loads or stores of 16 columns.
+    DEVICE SharedAddress place(int lane, int step) const {
+        return tile.chunk(first_row + lane % 16, 2 * step + lane / 16);
     }
 };
 
@@ -56,6 +93,17 @@ DEVICE void store_rows(const Matrix& target, const Matrix& residual, int first_r
     stage.template put<Element>(rows);
     warp_barrier();
     stage.copy_to(residual, first_row);
+    warp_barrier();
+}
+
+// rows -= factor∘source, where the source may be absent.
+template <class Element, int Rows, int Columns>
+DEVICE void subtract_rows(Accumulator<Columns>& rows, const float (&factor)[2],
+                          const Matrix& source, int first_row, const Stage<Rows, Columns>& stage) {
+    if (!source.exists()) return;
+    stage.copy_from(source, first_row);
+    warp_barrier();
+    stage.template subtract_from<Element>(rows, factor);
     warp_barrier();
 }
 

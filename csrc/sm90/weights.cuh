@@ -79,9 +79,22 @@ struct OnlineSoftmax {
         }
     }
 
-    // Of a row, given the sum of all its weights.
-    DEVICE float lse(int half, float sum, float scale) const {
-        return sum == 0 ? -kInfinity : max[half] * scale + log2f(sum) * kLn2;
+    // Stores the lse of the warp's rows, and returns what their outputs are to be multiplied with.
+    template <int Rows>
+    DEVICE void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
+                       float (&normalisation)[2]) const {
+        float* const lse = block.statistic(p.lse);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float total = quad_sum(sum[half]);
+            const bool sees_no_key = total == 0;
+            normalisation[half] = sees_no_key ? 0 : 1 / total;
+            const int row = first_row + row_in_warp(half);
+            if (lane_index() % 4 == 0 && row < block.sequence.queries)
+                global_store(lse + row, sees_no_key
+                                            ? -kInfinity
+                                            : max[half] * p.softmax_scale + log2f(total) * kLn2);
+        }
     }
 
 private:
