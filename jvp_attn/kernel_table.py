@@ -35,10 +35,14 @@ tangent_backward_dkv   backward_dkv  BackwardDkv          true   true    32x64  
 
 # Those that are faster by the instructions that compute capability 9.0 has alone.
 _SM90 = """
-step                   header          class          flag  masked 64       96       128      256
-forward                forward         Forward        -     -      192x128  128x176  128x176  128x80
-forward_tangent        forward_tangent ForwardTangent true  -      128x128  128x112  128x80   -
-forward_query_tangent  forward_tangent ForwardTangent false -      128x128  128x112  128x80   -
+step                  header          class              flag  masked 64      96      128     256
+forward               forward         Forward            -     -      192x128 128x176 128x176 128x80
+forward_tangent       forward_tangent ForwardTangent     true  -      128x128 128x112 128x80  -
+forward_query_tangent forward_tangent ForwardTangent     false -      128x128 128x112 128x80  -
+backward_dq           backward_dq     BackwardDq         false -      128x128 128x128 128x128 -
+backward_dkv          backward_dkv    BackwardDkv        -     -      96x128  64x128  64x128  -
+tangent_backward_dq   backward_dq     BackwardDq         true  -      128x80  128x64  128x48  -
+tangent_backward_dkv  tangent_dkv     TangentBackwardDkv -     -      96x64   64x64   64x64   -
 """
 
 # Bytes of registers that the compiler may spill to memory, by kernel; 0 for all that are not here.
