@@ -122,17 +122,6 @@ private:
     enum Barrier { kHandedOver = 1, kTaken = 2 };
     static constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
 
-    // Which inputs there are, of those whose products are left out where they are absent.
-    struct Presence {
-        bool tq, tk, tv, go;
-
-        DEVICE explicit Presence(const AttentionParams& p)
-            : tq(p.tq.data),
-              tk(p.tk.data),
-              tv(p.tv.data && p.grad_tout.data),
-              go(p.grad_out.data) {}
-    };
-
     // -----------------------------------------------------------------------------------------
     // Loading
 
@@ -191,7 +180,6 @@ private:
     struct Step {
         const AttentionParams& p;
         const Memory& memory;
-        const Presence has;
         const Block& block;
         int first_row;
         Position<kStages> at;
@@ -241,7 +229,7 @@ private:
             if (block.sees_queries()) {
                 for (int which = 0; which < 4; ++which) memory.keys.wait_full({which, key_phase});
                 block.template for_each_tile<Rows>([&](int, int row) {
-                    const Step step{p, memory, Presence(p), block, row, at};
+                    const Step step{p, memory, block, row, at};
                     step.wait();
                     warpgroup.add(step);
                     step.release();
@@ -286,10 +274,10 @@ private:
             pin(grad_tv.value);
             wgmma_fence();
             multiply_transposed<Element>(tangents, memory.k(), 0, step.tq(), false);
-            if (step.has.tk) multiply_transposed<Element>(tangents, memory.tk(), 0, step.q(), true);
+            multiply_transposed<Element>(tangents, memory.tk(), 0, step.q(), true);
             wgmma_commit();
             multiply<Element>(grad_tv, rounded, step.gt());
-            if (step.has.go) multiply<Element>(grad_v, rounded, step.go());
+            multiply<Element>(grad_v, rounded, step.go());
             wgmma_commit();
             wgmma_wait<1>();
             pin(tangents.value);
@@ -374,7 +362,7 @@ private:
             multiply_transposed<Element>(bc, memory.v(), 0, step.gt(), false);
             wgmma_commit();
             multiply_transposed<Element>(x, memory.v(), 0, step.go(), false);
-            if (step.has.tv) multiply_transposed<Element>(x, memory.tv(), 0, step.gt(), true);
+            multiply_transposed<Element>(x, memory.tv(), 0, step.gt(), true);
             wgmma_commit();
             wgmma_wait<0>();
             pin(bc.value);
@@ -412,7 +400,7 @@ private:
             wgmma_fence();
             multiply<Element>(grad_tk, tbar, step.q());
             multiply<Element>(grad_k, sbar, step.q());
-            if (step.has.tq) multiply<Element>(grad_k, tbar, step.tq());
+            multiply<Element>(grad_k, tbar, step.tq());
             wgmma_commit();
             wgmma_wait<0>();
             pin(grad_k.value);
