@@ -38,7 +38,14 @@ class Variant:
 
 
 PLAIN = Variant("plain")
-SANITIZED = Variant("sanitized", ("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"))
+SANITIZED = Variant(
+    "sanitized",
+    (
+        *("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"),
+        # wgmma_fence looks at all registers that products have used, in scope or not.
+        "-fno-sanitize-address-use-after-scope",
+    ),
+)
 # Switches between fibers as on machines for which there is no switch in assembly.
 PORTABLE = Variant("portable", ("-DJVP_ATTN_UCONTEXT",))
 
