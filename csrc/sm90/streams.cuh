@@ -76,6 +76,11 @@ struct Streams {
         if (warpgroup_index() == 0) {
             release_registers<kWarpgroups == 2 ? 24 : 32>();
             if (warp_index() != 0) return;
+            if (elect_one()) {
+                prefetch_map(params.maps.q);
+                prefetch_map(params.maps.k);
+                prefetch_map(params.maps.v);
+            }
             RowLoader row_loader{rows, landed};
             KeyLoader key_loader{keys, landed};
             for (Turn turn(params); turn; turn.next()) {
