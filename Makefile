@@ -54,7 +54,8 @@ $(VENV)/ready: pyproject.toml Makefile
 	@echo 'Setting up $(VENV): a few minutes, once.'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'setuptools>=70.1' '$(TORCH)' $$($(cpu_index))
-	JVP_ATTN_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test,dev]'
+	JVP_ATTN_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test,dev]' \
+	  '$(TORCH)' $$($(cpu_index))
 	@rm $(VENV)/unfinished && touch $@
 
 # PyTorch's own index has CPU builds, right for a machine without a GPU. Where it does not answer

@@ -1,6 +1,7 @@
 """Which backend computes attention: automatic, or chosen by JVP_ATTN_BACKEND or `backend(name)`.
 
-Automatic is `cuda` where its kernels can compute the problem, else `blockwise`.
+Automatic is `cuda` where its kernels can compute the problem, else `blockwise`. torch.compile reads
+the variable when it traces, and does not see it change afterwards; it does see `backend(name)`.
 """
 
 from __future__ import annotations

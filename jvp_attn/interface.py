@@ -73,6 +73,9 @@ def flash_attn_jvp(
     tangents and gradients of a mask, on tiled operations of torch.
     `python -m jvp_attn.info --shape ...` tells which, and why.
 
+    What a row does not see cannot reach it, not even NaN. Only the CUDA kernels multiply it by
+    zero: there k, v and their tangents must be finite everywhere, or rows become NaN.
+
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64.
         k: (batch, seqlen_k, heads_k, head_dim), same dtype; heads is a multiple of heads_k.

@@ -6,20 +6,13 @@ where there is an NVIDIA GPU; elsewhere one line says how many did not.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from machines import Machine
 
 import jvp_attn
-
-# The cases and oracles of these tests serve here too.
-sys.path.insert(0, str(Path(__file__).parents[1] / "jvp_attn"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-from machines import Machine
 
 CPU = Machine(torch.device("cpu"), "blockwise", shrink=64)
 GPU = Machine(torch.device("cuda"), "cuda", shrink=1)

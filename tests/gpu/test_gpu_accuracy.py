@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Attention, Case, Named, relative_error
+from attention_cases import Attention, Case, relative_error
+from kinds_of_data import Kind, over_data, plain
 from machines import Machine, assert_accurate, outputs, outputs_and_gradients
 from torch import Tensor
 from torch.func import grad, jvp
@@ -16,21 +17,6 @@ over_dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
 )
 over_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-Kind = Callable[[Named], dict[str, Tensor]]
-
-
-def plain(data: Named) -> dict[str, Tensor]:
-    return dict(data)
-
-
-def offset(data: Named) -> dict[str, Tensor]:
-    """Means that cancel: softmax does not see that of K, nor the gradient of Q that of V."""
-    return {**data, "k": data["k"] + 5, "tk": data["tk"] + 5, "v": data["v"] + 3}
-
-
-def large_logits(data: Named) -> dict[str, Tensor]:
-    """Softmax is nearly a choice of one key; exp of a logit alone overflows."""
-    return {**data, "q": 30 * data["q"], "tq": 30 * data["tq"]}
 
 
 def case_of(
@@ -50,7 +36,7 @@ def check_outputs_and_gradients(machine: Machine, case: Case, kind: Kind = plain
 @over_dtypes
 @over_masks
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
-@pytest.mark.parametrize("kind", [plain, offset, large_logits], ids=lambda kind: kind.__name__)
+@over_data
 def test_all_outputs_and_gradients_through_them(
     machine: Machine, kind: Kind, head_dim: int, causal: bool, dtype: torch.dtype
 ) -> None:
@@ -70,7 +56,7 @@ def test_out_and_lse_and_gradients_through_them(
 
 @over_dtypes
 @over_masks
-@pytest.mark.parametrize("kind", [plain, offset, large_logits], ids=lambda kind: kind.__name__)
+@over_data
 def test_tangents_of_the_largest_head_dim(
     machine: Machine, kind: Kind, causal: bool, dtype: torch.dtype
 ) -> None:

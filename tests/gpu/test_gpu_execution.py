@@ -9,10 +9,12 @@ import pytest
 import torch
 from attention_cases import Case, assert_close, with_tangents
 from machines import Machine, outputs, outputs_and_gradients
+from packed_cases import PackedCase
 from test_gpu_layouts import assert_same
 from torch import Tensor
 
 import jvp_attn
+from jvp_attn import flash_attn_varlen_jvp
 
 Tensors = dict[str, Tensor]
 
@@ -151,6 +153,19 @@ def test_tensors_may_be_on_another_device_than_the_current(machine: Machine, cas
         assert_same(found, outputs_and_gradients(case.ours, *second))
 
 
+def captured_in_a_graph(evaluate: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
+    """A graph, and the results that a replay of it computes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up
+        evaluate()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = evaluate()
+    return graph, results
+
+
 @on_a_gpu
 @over_cases
 @pytest.mark.parametrize("evaluate", [outputs, outputs_and_gradients], ids=lambda f: f.__name__)
@@ -160,14 +175,7 @@ def test_a_cuda_graph_replays_with_new_data(
     data, cotangents = machine.data(case), machine.cotangents(case)
     arguments = (case.ours, data) if evaluate is outputs else (case.ours, data, cotangents)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up
-        evaluate(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = evaluate(*arguments)
+    graph, captured = captured_in_a_graph(lambda: evaluate(*arguments))
 
     for _ in range(2):
         graph.replay()
@@ -175,3 +183,29 @@ def test_a_cuda_graph_replays_with_new_data(
         assert_same(replayed, evaluate(*arguments))
         for x in data.values():
             x.copy_(x.flip(1))
+
+
+@on_a_gpu
+def test_a_cuda_graph_of_packed_sequences_replays_with_other_lengths(machine: Machine) -> None:
+    case = PackedCase((64, 200, 1), (100, 90, 70), head_dim=64, head_dim_v=64, dtype=torch.bfloat16)
+    data = {name: x.to(machine.device).requires_grad_() for name, x in case.data().items()}
+    ends_q, ends_k = (x.to(machine.device) for x in case.cu_seqlens())
+
+    def evaluate() -> dict[str, Tensor]:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            lengths = ends_q, ends_k, 200, 260
+            return flash_attn_varlen_jvp(q, k, v, *lengths, causal=True, return_lse=True)
+
+        results = outputs(attention, data)
+        loss = sum(x.float().sin().sum() for x in (results["out"], results["out_tangent"]))
+        gradients = torch.autograd.grad(loss, list(data.values()))
+        return {**results, **dict(zip((f"grad_{x}" for x in data), gradients, strict=True))}
+
+    graph, captured = captured_in_a_graph(evaluate)
+
+    for lengths_k in ((100, 90, 70), (0, 260, 0)):
+        starts = torch.tensor([0, *lengths_k]).cumsum(0).to(ends_k)
+        ends_k.copy_(starts)
+        graph.replay()
+        replayed = {name: x.clone() for name, x in captured.items()}
+        assert_same(replayed, evaluate())

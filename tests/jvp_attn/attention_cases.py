@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 from zlib import crc32
@@ -13,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import jvp_attn
-from jvp_attn import blockwise, flash_attn_jvp
+from jvp_attn import blocks, flash_attn_jvp
 
-# (q, k, v) → (out, lse), or only out.
-Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+# (q, k, v), and attn_mask where there is one → (out, lse), or only out.
+Attention = Callable[..., tuple[Tensor, ...]]
 Tensors = tuple[Tensor, ...]
 Named = Mapping[str, Tensor]
+
+# What may have a tangent, by the letter of `Case.with_tangent`, in the order of the arguments.
+INPUTS = {"q": "q", "k": "k", "v": "v", "m": "attn_mask"}
 
 # Those that compute on every device.
 BACKENDS = [name for name in jvp_attn.available_backends() if name != "cuda"]
@@ -44,54 +49,109 @@ class Case:
     head_dim_v: int = 6
     causal: bool = False
     softmax_scale: float | None = None
-    with_tangent: str = "qkv"  # the others have none
+    mask: str | None = None  # "boolean" or "additive"; both hide about a third, and a whole row
+    mask_dims: str = "bhqk"  # from the right; of size 1 where there is a dot
+    with_tangent: str = "qkv"  # the others have none; "m" is the mask
+    torchs_interface: bool = False  # scaled_dot_product_attention, whose causal is top-left
     dtype: torch.dtype = torch.float64
 
     def data(self) -> dict[str, Tensor]:
-        """q, k, v, and tq, tk, tv where there is such a tangent."""
+        """q, k, v, attn_mask where there is one, and tq, tk, tv, tattn_mask where they move."""
         q_shape = (self.batch, self.seqlen_q, self.heads, self.head_dim)
         k_shape = (self.batch, self.seqlen_k, self.heads_k, self.head_dim)
         v_shape = (self.batch, self.seqlen_k, self.heads_k, self.head_dim_v)
         shapes = {"q": q_shape, "k": k_shape, "v": v_shape}
-        shapes |= {f"t{x}": shapes[x] for x in self.with_tangent}
-        return {x: randn(*shape, seed=x, dtype=self.dtype) for x, shape in shapes.items()}
+        if self.mask:
+            shapes["attn_mask"] = self.mask_shape()
+        shapes |= {f"t{x}": shapes[x] for x in (INPUTS[letter] for letter in self.with_tangent)}
+        data = {x: randn(*shape, seed=x, dtype=self.dtype) for x, shape in shapes.items()}
+        if self.mask:
+            hidden = self._hidden_by_mask()
+            additive = data["attn_mask"].masked_fill(hidden, -torch.inf)
+            data["attn_mask"] = ~hidden if self.mask == "boolean" else additive
+        return data
+
+    def mask_shape(self) -> tuple[int, ...]:
+        """As `mask_dims` says."""
+        sizes = {"b": self.batch, "h": self.heads, "q": self.seqlen_q, "k": self.seqlen_k, ".": 1}
+        return tuple(sizes[dim] for dim in self.mask_dims)
+
+    def _hidden_by_mask(self) -> Tensor:
+        hidden = randn(*self.mask_shape(), seed="hidden") < -0.5
+        if "q" in self.mask_dims:
+            hidden[..., 1:2, :] = True
+        return hidden
 
     def primals(self) -> dict[str, Tensor]:
-        """q, k, v."""
+        """q, k, v, and attn_mask where there is one."""
         return replace(self, with_tangent="").data()
 
     def point_and_direction(self) -> tuple[Tensors, Tensors]:
-        """(q, k, v) and (tq, tk, tv)."""
+        """(q, k, v) and (tq, tk, tv), or whatever else moves."""
         data = self.data()
-        return tuple(data[x] for x in ("q", "k", "v")), tuple(data[x] for x in ("tq", "tk", "tv"))
+        moving = [x for x in INPUTS.values() if f"t{x}" in data]
+        return tuple(data[x] for x in moving), tuple(data[f"t{x}"] for x in moving)
 
-    def ours(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, lse) of `flash_attn_jvp`."""
-        return flash_attn_jvp(
-            q, k, v, softmax_scale=self.softmax_scale, causal=self.causal, return_lse=True
-        )
-
-    def naive(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the naive formula, which torch differentiates by itself."""
-        with jvp_attn.backend("math"):
-            return self.ours(q, k, v)
-
-    def torch_math(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        """(out,) of torch's own attention, in the variant that has all derivatives."""
-        # Its gradients are NaN where a row sees no key: such rows are cut off and put back.
-        dead_rows = max(self.seqlen_q - self.seqlen_k, 0) if self.causal else 0
-        visible = None
-        if self.causal:
-            visible = torch.ones(self.seqlen_q, self.seqlen_k, dtype=torch.bool)
-            visible = visible.tril(self.seqlen_k - self.seqlen_q)[dead_rows:]
-        with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q[:, dead_rows:], k, v)),
-                attn_mask=visible,
+    def ours(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """(out, lse) of `flash_attn_jvp`, or (out,) of `scaled_dot_product_attention`."""
+        if self.torchs_interface:
+            out = jvp_attn.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                attn_mask=attn_mask,
+                is_causal=self.causal,
                 scale=self.softmax_scale,
                 enable_gqa=True,
             )
-        return (F.pad(out.transpose(1, 2), (0, 0, 0, 0, dead_rows, 0)),)
+            return (out.transpose(1, 2),)
+        return flash_attn_jvp(
+            *(q, k, v),
+            attn_mask=attn_mask,
+            softmax_scale=self.softmax_scale,
+            causal=self.causal,
+            return_lse=True,
+        )
+
+    def naive(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The same of the naive formula, which torch differentiates by itself."""
+        with jvp_attn.backend("math"):
+            return self.ours(q, k, v, attn_mask)
+
+    def torch_math(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor]:
+        """(out,) of torch's own attention, in the variant that has all derivatives."""
+        bias = None
+        if self.causal or attn_mask is not None:
+            bias = self._bias(attn_mask).to(q.dtype)
+            # Its gradients are NaN where a row sees no key: such rows see all, and are left out.
+            dead = (bias == -torch.inf).all(-1, keepdim=True)
+            bias = bias.masked_fill(dead, 0)
+        with sdpa_kernel(SDPBackend.MATH):
+            out = F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                attn_mask=bias,
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
+        out = out if bias is None else out.masked_fill(dead, 0)
+        return (out.transpose(1, 2),)
+
+    def _bias(self, attn_mask: Tensor | None) -> Tensor:
+        """The mask and causal as numbers to add to the scores."""
+        later = torch.zeros(self.seqlen_q, self.seqlen_k, dtype=torch.bool)
+        if self.causal:
+            offset = 0 if self.torchs_interface else self.seqlen_k - self.seqlen_q
+            later = torch.ones_like(later).triu(offset + 1)
+        bias = torch.zeros(later.shape, dtype=self.dtype).masked_fill(later, -torch.inf)
+        if attn_mask is None:
+            return bias
+        if attn_mask.dtype == torch.bool:
+            return bias.masked_fill(~attn_mask, -torch.inf)
+        return bias + attn_mask
 
 
 def randn(*shape: int, seed: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,11 +166,12 @@ def randn(*shape: int, seed: str, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def with_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
     """out, out_tangent and, if the attention returns lse, lse and mu."""
-    moving = [x for x in ("q", "k", "v") if f"t{x}" in data]
+    inputs = [x for x in INPUTS.values() if x in data]
+    moving = [x for x in inputs if f"t{x}" in data]
 
     def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
         primals = {**data, **dict(zip(moving, values, strict=True))}
-        return attention(primals["q"], primals["k"], primals["v"])
+        return attention(*(primals[x] for x in inputs))
 
     outputs, tangents = torch.func.jvp(
         of_moving, tuple(data[x] for x in moving), tuple(data[f"t{x}"] for x in moving)
@@ -123,7 +184,8 @@ def with_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
 
 def without_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
     """out and, if the attention returns it, lse."""
-    return dict(zip(("out", "lse"), attention(data["q"], data["k"], data["v"]), strict=False))
+    inputs = [data[x] for x in INPUTS.values() if x in data]
+    return dict(zip(("out", "lse"), attention(*inputs), strict=False))
 
 
 def projection(*names: str, dtype: torch.dtype | None = None) -> Callable[[Named], Tensor]:
@@ -157,11 +219,12 @@ def outputs_and_gradients(
 ) -> dict[str, Tensor]:
     """The outputs, and the gradients of a function of them for all data: "grad_q", ...
 
-    That function is a random projection of all outputs if no other is given.
+    That function is a random projection of all outputs if no other is given. A boolean mask has
+    no gradient.
     """
     through = through or projection()
-    leaves = {name: x.detach().requires_grad_() for name, x in data.items()}
-    outputs = evaluate(attention, leaves)
+    leaves = {x: y.detach().requires_grad_() for x, y in data.items() if y.is_floating_point()}
+    outputs = evaluate(attention, {**data, **leaves})
     gradients = torch.autograd.grad(
         through(outputs), list(leaves.values()), allow_unused=True, materialize_grads=True
     )
@@ -178,6 +241,11 @@ def outputs_and_gradients(
 def part(tensors: Named, names: Iterable[str]) -> dict[str, Tensor]:
     """Those of the names."""
     return {name: tensors[name] for name in names}
+
+
+def rows_of(outputs: Named, which: slice | Tensor) -> dict[str, Tensor]:
+    """Some rows of out, lse, out_tangent and mu."""
+    return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -213,11 +281,20 @@ def assert_close(actual: Named, expected: Named, tolerance: float = 1e-12) -> No
 
 
 # ----------------------------------------------------------------------------
-# Blocks
+# Blocks and memory
 
 
 @contextmanager
 def small_blocks(scores: int, rows: int) -> Iterator[None]:
     """Cut attention into blocks of about so many scores and no fewer rows, at any length."""
-    with mock.patch.multiple(blockwise, _CPU_BLOCK=scores, _GPU_BLOCK=scores, _MIN_ROWS=rows):
+    with mock.patch.multiple(blocks, _CPU_BLOCK=scores, _GPU_BLOCK=scores, _MIN_ROWS=rows):
         yield
+
+
+def peak_and_largest_allocation(of: Callable[[], object]) -> tuple[int, int]:
+    """In bytes: of all that a computation holds at once, and of the largest tensor."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        of()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(sizes)), max(sizes)

@@ -12,7 +12,9 @@ ALSO_EMULATED = {
     "test_attention_hidden_keys",
     "test_attention_identities",
     "test_attention_layouts",
+    "test_attention_masks",
     "test_attention_random_cases",
+    "test_attention_varlen",
 }
 # Derivatives that take hundreds of launches.
 SLOW = {"hessian_", "jacfwd_", "jacrev_", "jacrev_of_jacfwd", "jacrev_of_jacrev"}

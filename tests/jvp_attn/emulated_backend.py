@@ -14,51 +14,64 @@ from unittest import mock
 import emulator
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import KeyPath, keystr, tree_map_only, tree_map_with_path
 
 import jvp_attn
 from jvp_attn import backends
-from jvp_attn.cuda import KernelMaps
+from jvp_attn.cuda import KernelMaps, ShapesOnly
+from jvp_attn.maps import Inputs
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class EmulatedMaps:
-    """The four maps, for every dtype."""
+class InHalfPrecision:
+    """The four maps of kernels, for every dtype."""
 
-    def __init__(self) -> None:
-        self._maps = KernelMaps(emulator.load(), lambda device: nullcontext(0))
+    def __init__(self, maps: KernelMaps) -> None:
+        self._maps = maps
 
     def __getattr__(self, name: str) -> Any:
         """A map of this name."""
         of_kernels = getattr(self._maps, name)
 
-        def in_half_precision(q: Tensor, *arguments: Any) -> Any:
-            if q.dtype in _HALF:
-                return of_kernels(q, *arguments)
-            results = of_kernels(*tree_map_only(Tensor, _rounded, (q, *arguments)))
-            return tree_map_only(Tensor, lambda x: x.to(q.dtype), results)
+        def in_half_precision(inputs: Inputs, *others: Any) -> Any:
+            if inputs.q.dtype in _HALF:
+                return of_kernels(inputs, *others)
+            results = of_kernels(*tree_map_with_path(_rounded, (inputs, *others)))
+            return tree_map_only(Tensor, lambda x: x.to(inputs.q.dtype), results)
 
         return in_half_precision
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """In float16 with the same strides; row vectors, (batch, heads, rows), in float32."""
-    dtype = torch.float32 if x.ndim == 3 else torch.float16
-    limits = torch.finfo(dtype)
+def _rounded(place: KeyPath, x: Any) -> Any:
+    """Row vectors, (batch, heads, rows), and masks in float32, other numbers in float16."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    is_float32 = x.ndim == 3 or keystr(place).endswith(".mask")
+    return _in_dtype(x, torch.float32 if is_float32 else torch.float16)
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """With the same strides."""
     for dim, stride in enumerate(x.stride()):
         if stride == 0 and x.shape[dim] > 1:
-            return _rounded(x.narrow(dim, 0, 1)).expand(x.shape)
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(
+            return _in_dtype(x.narrow(dim, 0, 1), dtype).expand(x.shape)
+    limits = torch.finfo(dtype)
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(
         torch.where(x.isfinite(), x.clamp(limits.min, limits.max), x)
     )
+
+
+def _emulated_kernels() -> InHalfPrecision:
+    return InHalfPrecision(KernelMaps(emulator.load(), lambda device: nullcontext(0)))
 
 
 @contextmanager
 def emulated_backend() -> Iterator[None]:
     """Compute attention with it inside the block."""
+    emulated = backends._Backend(_emulated_kernels, without_data=InHalfPrecision(ShapesOnly()))
     with (
-        mock.patch.dict(backends._MAPS, {"emulated": EmulatedMaps()}),
+        mock.patch.dict(backends._BACKENDS, {"emulated": emulated}),
         jvp_attn.backend("emulated"),
     ):
         yield

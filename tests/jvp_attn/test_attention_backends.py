@@ -20,9 +20,9 @@ from jvp_attn.kernel_table import KERNELS
 
 @pytest.fixture(autouse=True)
 def extension_is_looked_for_again() -> Iterator[None]:
-    backends.why_no_extension.cache_clear()
+    backends._why_no_extension.cache_clear()
     yield
-    backends.why_no_extension.cache_clear()
+    backends._why_no_extension.cache_clear()
 
 
 @pytest.fixture

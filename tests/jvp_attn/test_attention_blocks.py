@@ -11,19 +11,20 @@ from attention_cases import (
     without_tangents,
 )
 
-from jvp_attn import blockwise
+from jvp_attn.blocks import head_blocks
+from jvp_attn.maps import AttentionOptions, Causal, Inputs
 
 Sizes = dict[str, list[int]]
 
 
 def block_sizes(case: Case) -> Sizes:
     """How many batches, key heads and rows the blocks have, as they follow one another."""
-    data = case.primals()
-    blocks = list(blockwise._head_blocks(data["q"], data["k"]))
+    causal = Causal.BOTTOM_RIGHT if case.causal else Causal.NO
+    blocks = list(head_blocks(Inputs(*case.primals().values()), AttentionOptions(1.0, causal)))
     cuts = {
         "batches": {(block.batches.start, block.batches.stop) for block in blocks},
         "key_heads": {(block.key_heads.start, block.key_heads.stop) for block in blocks},
-        "rows": {(r.rows.start, r.rows.stop) for r in blocks[0].row_blocks(case.causal)},
+        "rows": {(r.rows.start, r.rows.stop) for r in blocks[0].row_blocks()},
     }
     assert len(blocks) == len(cuts["batches"]) * len(cuts["key_heads"])
     return {name: [stop - start for start, stop in sorted(cut)] for name, cut in cuts.items()}
@@ -56,6 +57,18 @@ CUTS: dict[str, tuple[Case, int, int, Sizes]] = {
     ),
     "some batches": (
         Case(batch=5), 300, 1, {"batches": [2, 2, 1], "key_heads": [2]},
+    ),
+    "a mask, grouped heads": (
+        Case(heads=6, heads_k=3, mask="additive", with_tangent="qkvm"), 1, 4,
+        {"batches": [1, 1], "key_heads": [1, 1, 1], "rows": [2, 2, 1]},
+    ),
+    "a mask, some heads of a batch": (
+        Case(heads=10, heads_k=5, mask="additive", mask_dims="b.qk", with_tangent="qm"), 150, 1,
+        {"batches": [1, 1], "key_heads": [2, 2, 1]},
+    ),
+    "a mask, some batches": (
+        Case(batch=5, mask="boolean", mask_dims="bh.k", causal=True), 300, 1,
+        {"batches": [2, 2, 1], "key_heads": [2]},
     ),
     "all at once": (Case(), 1000, 1, {"batches": [2], "key_heads": [2], "rows": [5]}),
 }  # fmt: skip

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from attention_cases import (
+    INPUTS,
     Attention,
     Case,
     Named,
     outputs_and_gradients,
+    part,
+    peak_and_largest_allocation,
     projection,
     small_blocks,
     with_tangents,
     without_tangents,
 )
+from packed_cases import PackedCase
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.func import jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jvp_attn import blockwise
+from jvp_attn.maps import Inputs
+
 aten = torch.ops.aten
-MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_}
+MATRIX_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.mm, aten.addmm}
+
+Map = Callable[..., Any]
+
+
+def wrapped_maps(wrapper: Callable[[Map], Map]) -> AbstractContextManager[object]:
+    """Let the backend `blockwise` compute with wrapped maps; `backward` is one of the others."""
+    names = ("forward", "forward_tangent", "tangent_backward")
+    return mock.patch.multiple(
+        blockwise, **{name: wrapper(getattr(blockwise, name)) for name in names}
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -47,10 +65,24 @@ class MatrixProducts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def matrix_products(of: Callable[[], object]) -> int:
-    with MatrixProducts() as products:
+def products_of(of: Callable[[], object]) -> MatrixProducts:
+    """Those inside of the maps, which are operators that nothing outside sees into."""
+    products = MatrixProducts()
+
+    def counted(attention_map: Map) -> Map:
+        def within(*arguments: Any) -> Any:
+            with products:
+                return attention_map(*arguments)
+
+        return within
+
+    with wrapped_maps(counted):
         of()
-    return products.count
+    return products
+
+
+def matrix_products(of: Callable[[], object]) -> int:
+    return products_of(of).count
 
 
 @pytest.mark.parametrize(
@@ -63,12 +95,16 @@ def matrix_products(of: Callable[[], object]) -> int:
         ("qv", 5),
         ("kv", 5),
         ("qkv", 6),
+        ("m", 3),  # Q Kᵀ, P V, (P∘(T − mu)) V
+        ("qm", 4),
+        ("vm", 4),
+        ("qkvm", 6),
     ],
 )
 def test_forward_with_tangent_has_as_many_products_as_it_needs(
     with_tangent: str, count: int
 ) -> None:
-    case = Case(with_tangent=with_tangent)
+    case = Case(with_tangent=with_tangent, mask="additive" if "m" in with_tangent else None)
     data = case.data()
     assert matrix_products(lambda: with_tangents(case.ours, data)) == count
     with torch.no_grad():
@@ -89,6 +125,22 @@ def test_forward_and_backward_with_all_tangents_have_21_products() -> None:
     case = Case()
     data = case.data()
     assert matrix_products(lambda: outputs_and_gradients(case.ours, data)) == 6 + 15
+
+
+@pytest.mark.parametrize("case", [Case(mask="boolean"), Case(mask="additive")])
+def test_masks_and_their_gradients_need_no_products(case: Case) -> None:
+    data = case.data()
+    assert matrix_products(lambda: with_tangents(case.ours, data)) == 6
+    assert matrix_products(lambda: outputs_and_gradients(case.ours, data)) == 6 + 15
+
+
+def test_the_gradient_of_a_mask_alone_takes_2_products() -> None:
+    case = Case(mask="additive")
+    data = case.primals()
+    mask = data["attn_mask"].requires_grad_()
+    out, _ = case.ours(**data)
+    loss = out.square().sum()
+    assert matrix_products(lambda: torch.autograd.grad(loss, mask)) == 2  # Q Kᵀ and gO Vᵀ
 
 
 def test_gradients_of_tangents_that_are_constant_cost_nothing() -> None:
@@ -124,16 +176,79 @@ def test_backward_of_one_output_has_fewer_products(through: str, count: int) -> 
 
 
 # ----------------------------------------------------------------------------
+# Directions of one point
+
+
+def times(n: int, x: Tensor) -> Tensor:
+    return x.expand(n, *x.shape)
+
+
+@pytest.mark.parametrize(
+    ("directions", "batch", "passes"),
+    [(5, 1, 1), (5, 2, 2), (2, 5, 2)],
+)
+def test_directions_take_one_pass_or_one_for_each_of_the_batch_if_that_is_less(
+    directions: int, batch: int, passes: int
+) -> None:
+    case = Case(batch=batch)
+    x, t = case.point_and_direction()
+
+    def along_all() -> object:
+        return vmap(lambda *t: jvp(case.ours, x, t))(*(times(directions, y) for y in t))
+
+    assert matrix_products(along_all) == 6 * passes
+
+
+def test_vmap_over_all_but_a_mask_that_is_the_same_for_the_batch_takes_one_pass() -> None:
+    case = Case(mask="boolean", mask_dims=".h.k")
+    *x, mask = case.primals().values()
+    mapped = [times(3, y) for y in x]
+    assert matrix_products(lambda: vmap(lambda *x: case.ours(*x, mask))(*mapped)) == 2
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mask_dims", ["bhqk", ".h.k"])
+def test_directions_share_the_memory_of_the_primals(mask_dims: str, batch: int) -> None:
+    case = Case(batch=batch, mask="additive", mask_dims=mask_dims)
+    data = case.data()
+    primals = part(data, INPUTS.values())
+
+    def of_q(q: Tensor) -> Tensor:
+        return case.ours(**{**primals, "q": q})[0]
+
+    def along(tq: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(of_q, (data["q"],), (tq,))
+
+    out, pull_back = vjp(of_q, data["q"])
+    _, pull_tangent_back = vjp(along, data["tq"])
+    found = []
+
+    def noting(attention_map: Map) -> Map:
+        def noted(inputs: Inputs, *others: Any) -> Any:
+            found.append(inputs)
+            return attention_map(inputs, *others)
+
+        return noted
+
+    with wrapped_maps(noting):
+        vmap(along)(times(3, data["tq"]))
+        vmap(pull_back)(times(3, out))
+        vmap(pull_tangent_back)((times(3, out), times(3, out)))
+    assert len(found) == 3 * batch
+    for inputs in found:
+        for name, x in zip(primals, inputs[:4], strict=True):
+            assert x.untyped_storage().data_ptr() == primals[name].untyped_storage().data_ptr()
+
+
+# ----------------------------------------------------------------------------
 # Floating point operations
 
 
-def operations(case: Case) -> tuple[int, int]:
+def operations(case: Case | PackedCase) -> tuple[int, int]:
     """Those of forward+tangent, and of that and its backward pass."""
     data = case.data()
-    with MatrixProducts() as forward:
-        with_tangents(case.ours, data)
-    with MatrixProducts() as both:
-        outputs_and_gradients(case.ours, data)
+    forward = products_of(lambda: with_tangents(case.ours, data))
+    both = products_of(lambda: outputs_and_gradients(case.ours, data))
     return forward.operations, both.operations
 
 
@@ -153,17 +268,14 @@ def test_causal_attention_takes_about_half_the_operations() -> None:
             assert operations_causal < 0.55 * operations_full
 
 
+def test_packed_sequences_meet_their_own_keys_only() -> None:
+    case = PackedCase(seqlens_q=(30, 1, 0), seqlens_k=(50, 7, 4), head_dim=8, head_dim_v=8)
+    unit = 4 * (30 * 50 + 1 * 7) * 8
+    assert operations(case) == (12 * unit, 12 * unit + 30 * unit)
+
+
 # ----------------------------------------------------------------------------
 # Memory
-
-
-def peak_and_largest_allocation(of: Callable[[], object]) -> tuple[int, int]:
-    """In bytes: of all that a computation holds at once, and of the largest tensor."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        of()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(accumulate(sizes)), max(sizes)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

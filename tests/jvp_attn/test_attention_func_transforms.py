@@ -108,7 +108,7 @@ def jacrev_of_jacrev(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 def several(x: Tensors, dim: int = 0) -> Tensors:
     """Each of x thrice, each time another."""
-    return tuple(torch.stack([y, 2 * y, y.cos()], dim) for y in x)
+    return tuple(torch.stack([y, 2 * y, y - 1], dim) for y in x)
 
 
 def vmap_(f: Attention, x: Tensors, t: Tensors) -> Any:
@@ -186,28 +186,41 @@ def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: C
 # The public Functions, applied by hand
 
 
+@pytest.mark.parametrize("kind", [None, "additive"])
 @over_derivatives
-def test_flash_attention_has_every_derivative_by_itself(derivative: Derivative) -> None:
-    case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
+def test_flash_attention_has_every_derivative_by_itself(
+    derivative: Derivative, kind: str | None
+) -> None:
+    case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5, mask=kind)
+    mask = case.primals().get("attn_mask")
     x, t = case.point_and_direction()
     options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
-    applied = derivative(lambda *x: FlashAttention.apply(*x, options)[:2], x, t)
-    assert_close(named(applied), named(derivative(case.naive, x, t)))
+    applied = derivative(lambda *x: FlashAttention.apply(*x, mask, None, None, options)[:2], x, t)
+    expected = derivative(lambda *x: case.naive(*x, mask), x, t)
+    assert_close(named(applied), named(expected))
 
 
 def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
-    case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5)
+    case = Case(
+        seqlen_q=3,
+        seqlen_k=4,
+        head_dim=2,
+        head_dim_v=3,
+        softmax_scale=0.5,
+        mask="additive",
+        with_tangent="qkvm",
+    )
     x, t = case.point_and_direction()
     options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
 
     def applied(*xt: Tensor) -> Tensors:
-        return FlashAttentionTangent.apply(*xt, options)[:4]
+        return FlashAttentionTangent.apply(*xt[:4], None, None, *xt[4:], options)[:4]
 
     def naive(*xt: Tensor) -> Tensors:
-        return tuple(tree_leaves(jvp(case.naive, xt[:3], xt[3:])))
+        return tuple(tree_leaves(jvp(case.naive, xt[:4], xt[4:])))
 
     ours, expected = (
-        vmap(grad(lambda *xt, f=f: energy(f(*xt)), tuple(range(6))))(*several(x + t))
+        vmap(grad(lambda *xt, f=f: energy(f(*xt)), tuple(range(8))))(*several(x + t))
         for f in (applied, naive)
     )
     assert_close(named(ours), named(expected))

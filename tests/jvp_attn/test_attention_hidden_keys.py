@@ -14,6 +14,7 @@ from attention_cases import (
     outputs_and_gradients,
     part,
     projection,
+    rows_of,
     small_blocks,
     with_tangents,
 )
@@ -29,19 +30,28 @@ over_dtypes = pytest.mark.parametrize(
 )
 
 
-def rows(outputs: Named, which: slice) -> dict[str, Tensor]:
-    """Some rows of out, lse, out_tangent and mu."""
-    return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
-
-
 # ----------------------------------------------------------------------------
 # Hidden keys
 
 
+def hidden_by(how: str, case: Case) -> tuple[Case, Named]:
+    """The case and its data, where row i sees key j if j ≤ i + seqlen_k − seqlen_q."""
+    if how == "causal":
+        case = replace(case, causal=True)
+        return case, case.data()
+    diagonal = case.seqlen_k - case.seqlen_q
+    visible = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool).tril(diagonal)
+    bias = torch.zeros(visible.shape, dtype=case.dtype).masked_fill(~visible, -torch.inf)
+    return case, case.data() | {"attn_mask": visible if how == "boolean mask" else bias}
+
+
+over_ways_to_hide = pytest.mark.parametrize("how", ["causal", "boolean mask", "additive mask"])
+
+
+@over_ways_to_hide
 @over_dtypes
-def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype) -> None:
-    case = Case(seqlen_q=8, seqlen_k=8, causal=True, dtype=dtype)
-    clean = case.data()
+def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) -> None:
+    case, clean = hidden_by(how, Case(seqlen_q=8, seqlen_k=8, dtype=dtype))
     for name in ("q", "tq"):
         clean[name][:, 5:] = 0  # the rows that do see it: 0 · garbage = 0
     garbage = {name: x.clone() for name, x in clean.items()}
@@ -50,14 +60,16 @@ def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype) -> None:
         garbage[name][:, 5:] = torch.finfo(dtype).max / 4 * clean[name][:, 5:].sign()
 
     def through_the_first_rows(outputs: Named) -> Tensor:
-        return projection()(rows(outputs, slice(5)))
+        return projection()(rows_of(outputs, slice(5)))
 
     with small_blocks(scores=1, rows=6):  # in blocks of 3 rows: a row beside one that sees garbage
         expected, found = (
             outputs_and_gradients(case.ours, data, through=through_the_first_rows)
             for data in (clean, garbage)
         )
-    assert_close(rows(part(found, OUTPUTS), slice(5)), rows(part(expected, OUTPUTS), slice(5)))
+    assert_close(
+        rows_of(part(found, OUTPUTS), slice(5)), rows_of(part(expected, OUTPUTS), slice(5))
+    )
     assert_close(part(found, GRADIENTS), part(expected, GRADIENTS))
     for name in ("grad_k", "grad_v", "grad_tk", "grad_tv"):
         assert (found[name][:, 5:] == 0).all(), name
@@ -80,24 +92,26 @@ def test_nan_is_passed_on_by_every_row_that_sees_it(name: str, affected: set[str
     data[name][:, 2:3] = torch.nan
     outputs = with_tangents(case.ours, data)
     seeing = slice(2, 3) if "q" in name else slice(2, None)
-    assert {n for n, x in rows(outputs, seeing).items() if x.isnan().all()} == affected
+    assert {n for n, x in rows_of(outputs, seeing).items() if x.isnan().all()} == affected
     assert {n for n, x in outputs.items() if x.isnan().any()} == affected
 
 
 # ----------------------------------------------------------------------------
 # Rows that see no key
 
-DEAD = Case(seqlen_q=9, seqlen_k=4, causal=True)  # five of nine rows
+DEAD = Case(seqlen_q=9, seqlen_k=4)  # five of nine rows
 
 
 @over_backends
+@over_ways_to_hide
 @over_dtypes
 def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
-    dtype: torch.dtype, backend: str
+    dtype: torch.dtype, how: str, backend: str
 ) -> None:
+    case, data = hidden_by(how, replace(DEAD, dtype=dtype))
     with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
-        found = outputs_and_gradients(DEAD.ours, replace(DEAD, dtype=dtype).data())
-    dead = rows(part(found, OUTPUTS), slice(5))
+        found = outputs_and_gradients(case.ours, data)
+    dead = rows_of(part(found, OUTPUTS), slice(5))
     assert (dead["lse"] == -torch.inf).all()
     for zero in (dead["out"], dead["out_tangent"], dead["mu"]):
         assert (zero == 0).all()
@@ -109,18 +123,21 @@ def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
 
 
 @over_backends
+@over_ways_to_hide
 def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
-    backend: str,
+    how: str, backend: str
 ) -> None:
+    case, data = hidden_by(how, DEAD)
+
     def through(outputs: Named) -> Tensor:
-        alive = projection()(rows(outputs, slice(5, None)))
-        normalised = [x / x.norm() for x in rows(outputs, slice(5)).values()]  # 0 / 0
+        alive = projection()(rows_of(outputs, slice(5, None)))
+        normalised = [x / x.norm() for x in rows_of(outputs, slice(5)).values()]  # 0 / 0
         return alive + sum(x.nansum() for x in normalised)
 
     with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
         found, expected = (
-            outputs_and_gradients(DEAD.ours, DEAD.data(), through=f)
-            for f in (through, lambda outputs: projection()(rows(outputs, slice(5, None))))
+            outputs_and_gradients(case.ours, data, through=f)
+            for f in (through, lambda outputs: projection()(rows_of(outputs, slice(5, None))))
         )
     assert_close(found, expected)
 
@@ -132,11 +149,14 @@ def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
 @over_backends
 @over_dtypes
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
 @pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k"])
 def test_batch_queries_or_keys_may_be_none(
-    empty: str, causal: bool, dtype: torch.dtype, backend: str
+    empty: str, mask: str | None, causal: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    case = replace(Case(causal=causal, dtype=dtype), **{empty: 0})
+    letters = "qkvm" if mask == "additive" else "qkv"
+    case = Case(causal=causal, mask=mask, with_tangent=letters, dtype=dtype)
+    case = replace(case, **{empty: 0})
     with jvp_attn.backend(backend):
         found = outputs_and_gradients(case.ours, case.data())
     out_shape = (case.batch, case.seqlen_q, case.heads, case.head_dim_v)
@@ -148,5 +168,9 @@ def test_batch_queries_or_keys_may_be_none(
         "out_tangent": torch.zeros(out_shape, dtype=dtype),
         "mu": torch.zeros(lse_shape, dtype=lse_dtype),
     }
-    gradients = {f"grad_{name}": torch.zeros_like(x) for name, x in case.data().items()}
+    gradients = {
+        f"grad_{name}": torch.zeros_like(x)
+        for name, x in case.data().items()
+        if x.is_floating_point()
+    }
     assert_close(found, expected | gradients, tolerance=0)

@@ -5,7 +5,7 @@ Errors are ‖x − exact‖ / ‖exact‖ against float64, and one rounding of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,25 +17,8 @@ from attention_cases import (
     projection,
     relative_error,
 )
-from torch import Tensor
-
-
-def plain(data: Named) -> Named:
-    return data
-
-
-def offset(data: Named) -> Named:
-    """Means that cancel: softmax does not see that of K, nor the gradient of Q that of V."""
-    return {**data, "k": data["k"] + 5, "tk": data["tk"] + 5, "v": data["v"] + 3}
-
-
-def large_logits(data: Named) -> Named:
-    """Softmax is nearly a choice of one key; exp of a logit alone overflows."""
-    return {**data, "q": 30 * data["q"], "tq": 30 * data["tq"]}
-
-
-def in_dtype(data: Named, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: x.to(dtype) for name, x in data.items()}
+from kinds_of_data import Kind, in_dtype, over_data
+from packed_cases import PackedCase
 
 
 def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> None:
@@ -47,9 +30,6 @@ def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> 
     assert all(errors[name] <= allowed[name] for name in torchs), (errors, allowed)
 
 
-over_data = pytest.mark.parametrize(
-    "kind", [plain, offset, large_logits], ids=lambda kind: kind.__name__
-)
 over_dtypes = pytest.mark.parametrize(
     ("dtype", "computed_by"),
     [
@@ -59,42 +39,56 @@ over_dtypes = pytest.mark.parametrize(
     indirect=["computed_by"],
     ids=lambda x: x if isinstance(x, str) else str(x)[6:],
 )
-over_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-Kind = Callable[[Named], Named]
+FULL = Case(1, 96, 160, heads=4, heads_k=2, head_dim=64, head_dim_v=64)
+PROBLEMS: dict[str, Case | PackedCase] = {
+    "full": FULL,
+    "causal": replace(FULL, causal=True),
+    "boolean mask": replace(FULL, mask="boolean", mask_dims="hqk"),
+    "additive mask": replace(FULL, mask="additive", mask_dims="hqk", with_tangent="qkvm"),
+    "packed": PackedCase(
+        (33, 16, 47),
+        (40, 20, 100),
+        beyond=2,
+        heads=4,
+        heads_k=2,
+        head_dim=64,
+        head_dim_v=64,
+        causal=True,
+    ),
+}
+over_problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 
 
 @over_data
 @over_dtypes
-@over_masks
+@over_problems
 def test_out_its_tangent_and_gradients_through_both(
-    causal: bool, dtype: torch.dtype, kind: Kind
+    problem: Case | PackedCase, dtype: torch.dtype, kind: Kind
 ) -> None:
-    case = Case(1, 96, 160, heads=4, heads_k=2, head_dim=64, head_dim_v=64, causal=causal)
-    data = in_dtype(kind(case.data()), dtype)
+    data = in_dtype(kind(problem.data()), dtype)
     through = projection("out", "out_tangent", dtype=dtype)
     assert_at_most_twice_the_error(
-        outputs_and_gradients(case.ours, data, through=through),
-        outputs_and_gradients(case.torch_math, data, through=through),
-        outputs_and_gradients(case.naive, in_dtype(data, torch.float64), through=through),
+        outputs_and_gradients(problem.ours, data, through=through),
+        outputs_and_gradients(problem.torch_math, data, through=through),
+        outputs_and_gradients(problem.naive, in_dtype(data, torch.float64), through=through),
     )
 
 
 @over_data
 @over_dtypes
-@over_masks
+@over_problems
 def test_all_four_outputs_and_gradients_through_them(
-    causal: bool, dtype: torch.dtype, kind: Kind
+    problem: Case | PackedCase, dtype: torch.dtype, kind: Kind
 ) -> None:
-    case = Case(1, 96, 160, heads=4, heads_k=2, head_dim=64, head_dim_v=64, causal=causal)
-    data = in_dtype(kind(case.data()), dtype)
+    data = in_dtype(kind(problem.data()), dtype)
     through = projection(dtype=dtype)
-    ours = outputs_and_gradients(case.ours, data, through=through)
+    ours = outputs_and_gradients(problem.ours, data, through=through)
     # As torch's own attention does it: half precision is computed in float32, and rounded.
-    torchs = outputs_and_gradients(case.naive, in_dtype(data, torch.float32), through=through)
+    torchs = outputs_and_gradients(problem.naive, in_dtype(data, torch.float32), through=through)
     assert_at_most_twice_the_error(
         ours,
         {name: x.to(ours[name].dtype) for name, x in torchs.items()},
-        outputs_and_gradients(case.naive, in_dtype(data, torch.float64), through=through),
+        outputs_and_gradients(problem.naive, in_dtype(data, torch.float64), through=through),
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from attention_cases import Case, assert_close, named
+from packed_cases import PackedCase
 from test_attention_func_transforms import Derivative, over_derivatives
 from torch import Tensor
 from torch.func import jvp
@@ -22,9 +24,12 @@ from jvp_attn import (
     blockwise,
     flash_attn_jvp,
     flash_attn_with_tangent,
+    results,
 )
+from jvp_attn.maps import Inputs, Outputs, TangentOutputs, Tangents
 
 CASE = Case(seqlen_q=3, seqlen_k=2, head_dim=2, head_dim_v=1)
+MASKED = replace(CASE, mask="additive", mask_dims=".h.k")
 
 
 def residual_of(x: Tensor) -> Tensor:
@@ -44,43 +49,51 @@ class Checking:
         assert torch.equal(residual, residual_of(x))
         self.checked += 1
 
-    def forward(self, *inputs: Any) -> Any:
-        out, lse, _ = blockwise.forward(*inputs)
-        self.wanted.append(inputs[-1].residuals)
-        return out, lse, residual_of(out)
+    def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
+        out, lse, _ = blockwise.forward(inputs, options)
+        self.wanted.append(options.residuals)
+        return Outputs(out, lse, residual_of(out))
 
-    def forward_tangent(self, *inputs: Any) -> Any:
-        out, lse, tout, mu, *_ = blockwise.forward_tangent(*inputs)
-        self.wanted.append(inputs[-1].residuals)
-        return out, lse, tout, mu, residual_of(out), residual_of(tout)
+    def forward_tangent(
+        self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
+    ) -> TangentOutputs:
+        out, lse, tout, mu, *_ = blockwise.forward_tangent(inputs, tangents, options)
+        self.wanted.append(options.residuals)
+        return TangentOutputs(out, lse, tout, mu, residual_of(out), residual_of(tout))
 
-    def backward(self, *inputs: Any) -> Any:
-        _q, _k, _v, out, _lse, out_residual, *_ = inputs
-        self.check(out, out_residual)
-        return blockwise.backward(*inputs)
+    def backward(self, inputs: Inputs, outputs: Outputs, *others: Any) -> Any:
+        self.check(outputs.out, outputs.out_residual)
+        return blockwise.backward(inputs, outputs, *others)
 
-    def tangent_backward(self, *inputs: Any) -> Any:
-        out, _lse, tout, _mu, out_residual, tout_residual = inputs[6:12]
-        self.check(out, out_residual)
-        self.check(tout, tout_residual)
-        return blockwise.tangent_backward(*inputs)
+    def tangent_backward(
+        self, inputs: Inputs, tangents: Tangents, outputs: TangentOutputs, *others: Any
+    ) -> Any:
+        self.check(outputs.out, outputs.out_residual)
+        self.check(outputs.tout, outputs.tout_residual)
+        return blockwise.tangent_backward(inputs, tangents, outputs, *others)
 
 
 @pytest.fixture
 def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checking]:
     maps = Checking()
-    monkeypatch.setitem(backends._MAPS, "checking", maps)
+    monkeypatch.setitem(
+        backends._BACKENDS, "checking", backends._Backend(lambda: maps, without_data=results)
+    )
     with jvp_attn.backend("checking"):
         yield maps
 
 
+@pytest.mark.parametrize("case", [CASE, MASKED], ids=["full", "masked"])
 @over_derivatives
-def test_residuals_accompany_their_outputs(derivative: Derivative, checking: Checking) -> None:
-    x, t = CASE.point_and_direction()
-    ours = derivative(CASE.ours, x, t)
+def test_residuals_accompany_their_outputs(
+    derivative: Derivative, case: Case, checking: Checking
+) -> None:
+    mask = case.primals().get("attn_mask")
+    x, t = case.point_and_direction()
+    ours = derivative(lambda *x: case.ours(*x, mask), x, t)
     has_backward = "grad" in derivative.__name__ or "rev" in derivative.__name__
     assert checking.checked or not has_backward
-    assert_close(named(ours), named(derivative(CASE.naive, x, t)))
+    assert_close(named(ours), named(derivative(lambda *x: case.naive(*x, mask), x, t)))
 
 
 def test_residuals_accompany_an_output_whose_tangent_is_not_used(checking: Checking) -> None:
@@ -100,42 +113,43 @@ def test_residuals_accompany_dual_numbers(checking: Checking) -> None:
     assert checking.checked
 
 
-def test_residuals_have_no_derivative() -> None:
-    maps = Checking()
+def test_residuals_have_no_derivative(checking: Checking) -> None:
     options = AttentionOptions(1.0, backend="checking")
     x = [y.requires_grad_() for y in CASE.data().values()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backends._MAPS, "checking", maps)
-        for outputs, count in (
-            (FlashAttention.apply(*x[:3], options), 2),
-            (FlashAttentionTangent.apply(*x, options), 4),
-        ):
-            requires_grad = [y.requires_grad for y in outputs]
-            assert requires_grad == count * [True] + (len(outputs) - count) * [False]
+    inputs = (*x[:3], None, None, None)
+    for outputs, count in (
+        (FlashAttention.apply(*inputs, options), 2),
+        (FlashAttentionTangent.apply(*inputs, *x[3:], None, options), 4),
+    ):
+        requires_grad = [y.requires_grad for y in outputs]
+        assert requires_grad == count * [True] + (len(outputs) - count) * [False]
 
 
 # ----------------------------------------------------------------------------
 # They are asked for where a backward pass may follow
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, tq: Tensor) -> Any:
-    return flash_attn_jvp(q, k, v)
+def plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, tq: Tensor) -> Any:
+    return flash_attn_jvp(q, k, v, attn_mask=attn_mask)
 
 
-def under_jvp(q: Tensor, k: Tensor, v: Tensor, tq: Tensor) -> Any:
-    return jvp(lambda q: flash_attn_jvp(q, k, v), (q,), (tq,))
+def under_jvp(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, tq: Tensor) -> Any:
+    return jvp(lambda q: flash_attn_jvp(q, k, v, attn_mask=attn_mask), (q,), (tq,))
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, tq: Tensor) -> Any:
-    return flash_attn_with_tangent(q, k, v, tq)
+def by_hand(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, tq: Tensor) -> Any:
+    return flash_attn_with_tangent(q, k, v, tq, attn_mask=attn_mask)
+
+
+WITH_TANGENT_OF_Q = replace(MASKED, with_tangent="q")
 
 
 @pytest.mark.parametrize("attention", [plain, under_jvp, by_hand])
-@pytest.mark.parametrize("requires_grad", ["q", "v"])
+@pytest.mark.parametrize("requires_grad", ["q", "v", "attn_mask"])
 def test_residuals_are_wanted_where_an_input_requires_grad(
     attention: Callable[..., Any], requires_grad: str, checking: Checking
 ) -> None:
-    data = Case(with_tangent="q").data()
+    data = WITH_TANGENT_OF_Q.data()
     data[requires_grad].requires_grad_()
     attention(**data)
     assert checking.wanted == [True]
@@ -145,7 +159,7 @@ def test_residuals_are_wanted_where_an_input_requires_grad(
 def test_no_residuals_are_wanted_without_grad(
     attention: Callable[..., Any], checking: Checking
 ) -> None:
-    data = Case(with_tangent="q").data()
+    data = WITH_TANGENT_OF_Q.data()
     data["q"].requires_grad_()
     with torch.no_grad():
         attention(**data)
@@ -153,17 +167,28 @@ def test_no_residuals_are_wanted_without_grad(
 
 
 def test_no_residuals_are_wanted_where_nothing_requires_grad(checking: Checking) -> None:
-    data = Case(with_tangent="q").data()
+    data = WITH_TANGENT_OF_Q.data()
     plain(**data)
     by_hand(**data)
     assert checking.wanted == [False, False]
 
 
 def test_residuals_are_wanted_where_only_the_tangent_requires_grad(checking: Checking) -> None:
-    data = Case(with_tangent="q").data()
+    data = WITH_TANGENT_OF_Q.data()
     data["tq"].requires_grad_()
     by_hand(**data)
     assert checking.wanted == [True]
+
+
+def test_residuals_of_packed_sequences_are_wanted_where_an_input_requires_grad(
+    checking: Checking,
+) -> None:
+    case = PackedCase()
+    data = case.primals()
+    case.ours(**data)
+    data["v"].requires_grad_()
+    case.ours(**data)
+    assert checking.wanted == [False, True]
 
 
 def test_a_gradient_within_no_grad_wants_residuals(checking: Checking) -> None:

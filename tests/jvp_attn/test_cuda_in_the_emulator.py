@@ -1,8 +1,9 @@
-"""What only the CUDA backend does, its kernels in the emulator: residuals, and two-step maps."""
+"""What only the CUDA backend does, its kernels in the emulator, against float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from attention_cases import (
     without_tangents,
 )
 from emulated_backend import emulated_backend
-from test_attention_precision import in_dtype, offset, over_data
+from kinds_of_data import Kind, in_dtype, offset, over_data
+from packed_cases import PackedCase
 from torch import Tensor
 
 from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
+from jvp_attn.cuda import KernelMaps
 
 BF16 = torch.bfloat16
 Evaluate = Callable[[Attention, Named], dict[str, Tensor]]
@@ -35,7 +38,15 @@ def kernels_run_in_the_emulator() -> Iterator[None]:
         yield
 
 
-def ours_and_exact(case: Case, data: Named, evaluate: Evaluate = with_tangents) -> list[Named]:
+@pytest.fixture
+def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backend would compute a map without kernels, it fails."""
+    monkeypatch.setattr(KernelMaps, "_without_kernels", None)
+
+
+def ours_and_exact(
+    case: Case | PackedCase, data: Named, evaluate: Evaluate = with_tangents
+) -> list[Named]:
     """All outputs and the gradients through them."""
     return [
         outputs_and_gradients(f, x, evaluate=evaluate, through=projection(dtype=BF16))
@@ -49,20 +60,29 @@ def assert_exact_to_two_roundings(ours: Named, exact: Named) -> None:
     assert all(error <= torch.finfo(BF16).eps for error in errors.values()), errors
 
 
+@pytest.mark.usefixtures("only_kernels")
 @over_data
-def test_gradients_through_all_outputs(kind: Callable[[Named], Named]) -> None:
+def test_gradients_through_all_outputs(kind: Kind) -> None:
     case = Case(2, 33, 80, heads=4, heads_k=1, head_dim=40, head_dim_v=24)
     data = in_dtype(kind(case.data()), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data))
 
 
+@pytest.mark.usefixtures("only_kernels")
 @over_data
-def test_gradients_without_tangents(kind: Callable[[Named], Named]) -> None:
+def test_gradients_without_tangents(kind: Kind) -> None:
     case = Case(1, 70, 80, heads=2, heads_k=1, head_dim=64, head_dim_v=64, causal=True)
     data = in_dtype(part(kind(case.data()), ("q", "k", "v")), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data, without_tangents))
 
 
+@pytest.mark.usefixtures("only_kernels")
+def test_causal_as_torch_aligns_it() -> None:
+    case = Case(1, 40, 70, 2, 1, head_dim=32, head_dim_v=32, causal=True, torchs_interface=True)
+    assert_exact_to_two_roundings(*ours_and_exact(case, in_dtype(case.data(), BF16)))
+
+
+@pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("evaluate", [with_tangents, without_tangents])
 def test_the_means_of_q_and_k_stay_out_of_the_gradients(evaluate: Evaluate) -> None:
     """Without residuals these gradients are wrong by a fifth and more."""
@@ -80,10 +100,115 @@ def test_at_head_dim_256_a_tangent_takes_two_kernels_and_its_gradient_is_blockwi
     assert_exact_to_two_roundings(*ours_and_exact(case, data))
 
 
-@pytest.mark.parametrize("head_dim", [8, 160])
-def test_without_grad_the_same_comes_out(head_dim: int) -> None:
-    case = Case(head_dim=head_dim, head_dim_v=8, dtype=BF16)
+# ----------------------------------------------------------------------------
+# Masks
+
+PLAIN = Case(2, 33, 70, heads=4, heads_k=2, head_dim=48, head_dim_v=64)
+MASKED = {
+    "boolean": replace(PLAIN, mask="boolean"),
+    "boolean, one for all heads": replace(PLAIN, mask="boolean", mask_dims="b.qk"),
+    "boolean, padding": replace(PLAIN, mask="boolean", mask_dims="b..k"),
+    "boolean, causal": replace(PLAIN, mask="boolean", mask_dims="hqk", causal=True),
+    "additive": replace(PLAIN, mask="additive"),
+    "additive, the same for all keys": replace(PLAIN, mask="additive", mask_dims="hq."),
+    "additive, causal": replace(PLAIN, mask="additive", mask_dims="qk", causal=True),
+    "additive, head dim 128": replace(
+        PLAIN, mask="additive", mask_dims="h.k", head_dim=100, head_dim_v=128
+    ),
+}
+
+
+def beside(mask: Tensor, evaluate: Evaluate = with_tangents) -> Evaluate:
+    """With a mask that is constant: what derives from it has no kernels."""
+
+    def evaluated(attention: Attention, data: Named) -> dict[str, Tensor]:
+        exactly = data["q"].dtype == torch.float64 and mask.is_floating_point()
+        return evaluate(attention, {**data, "attn_mask": mask.double() if exactly else mask})
+
+    return evaluated
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("case", MASKED.values(), ids=MASKED.keys())
+def test_gradients_beside_a_mask(case: Case) -> None:
+    data = in_dtype(offset(case.data()), BF16)
+    mask = data.pop("attn_mask")
+    assert_exact_to_two_roundings(*ours_and_exact(case, data, beside(mask)))
+    of_qkv = part(data, ("q", "k", "v"))
+    assert_exact_to_two_roundings(*ours_and_exact(case, of_qkv, beside(mask, without_tangents)))
+
+
+@pytest.mark.usefixtures("only_kernels")
+def test_a_mask_may_be_more_precise_than_what_it_masks() -> None:
+    case = MASKED["additive"]
     data = case.data()
+    mask = data.pop("attn_mask").float()
+    assert_exact_to_two_roundings(*ours_and_exact(case, in_dtype(data, BF16), beside(mask)))
+
+
+@pytest.mark.usefixtures("only_kernels")
+def test_at_head_dim_256_a_tangent_beside_a_mask_takes_two_kernels() -> None:
+    case = replace(PLAIN, mask="boolean", head_dim=256, head_dim_v=160)
+    data = in_dtype(offset(case.data()), BF16)
+    exact = with_tangents(case.naive, in_dtype(data, torch.float64))
+    assert_exact_to_two_roundings(with_tangents(case.ours, data), exact)
+
+
+@pytest.mark.parametrize("dims", ["bhqk", "h.k"])
+def test_tangents_and_gradients_of_a_mask_go_with_those_of_the_kernels(dims: str) -> None:
+    case = replace(PLAIN, mask="additive", mask_dims=dims, with_tangent="qkvm")
+    data = in_dtype(offset(case.data()), BF16)
+    assert_exact_to_two_roundings(*ours_and_exact(case, data))
+    primals = part(data, ("q", "k", "v", "attn_mask"))
+    assert_exact_to_two_roundings(*ours_and_exact(case, primals, without_tangents))
+
+
+# ----------------------------------------------------------------------------
+# Packed sequences
+
+SEQUENCES = PackedCase(
+    (70, 0, 33, 5), (80, 10, 0, 20), beyond=3, head_dim=48, head_dim_v=64, causal=True
+)
+PACKED = {
+    "causal": SEQUENCES,
+    "full": replace(SEQUENCES, causal=False),
+    "head dim 96": replace(SEQUENCES, heads=2, heads_k=2, head_dim=96, head_dim_v=72),
+    "head dim 128": replace(SEQUENCES, heads=2, heads_k=1, head_dim=128, head_dim_v=100),
+    "all are short": replace(SEQUENCES, seqlens_q=8 * (3,), seqlens_k=8 * (2,)),
+}
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED.keys())
+def test_gradients_of_packed_sequences(case: PackedCase) -> None:
+    data = in_dtype(offset(case.data()), BF16)
+    assert_exact_to_two_roundings(*ours_and_exact(case, data))
+    primals = part(data, ("q", "k", "v"))
+    assert_exact_to_two_roundings(*ours_and_exact(case, primals, without_tangents))
+
+
+def test_packed_sequences_of_head_dim_256() -> None:
+    case = replace(SEQUENCES, head_dim=256, head_dim_v=200)
+    data = in_dtype(offset(case.data()), BF16)
+    assert_exact_to_two_roundings(*ours_and_exact(case, data))
+
+
+# ----------------------------------------------------------------------------
+# Residuals
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(head_dim=8, head_dim_v=8),
+        Case(head_dim=160, head_dim_v=8),
+        Case(head_dim=8, head_dim_v=8, mask="boolean"),
+        PackedCase(head_dim=8, head_dim_v=8, beyond=1),
+    ],
+    ids=["one kernel", "two kernels", "masked", "packed"],
+)
+def test_without_grad_the_same_comes_out(case: Case | PackedCase) -> None:
+    data = in_dtype(case.data(), BF16)
     with torch.no_grad():
         without = with_tangents(case.ours, data)
     assert_close(without, with_tangents(case.ours, data), tolerance=0)
@@ -91,17 +216,18 @@ def test_without_grad_the_same_comes_out(head_dim: int) -> None:
 
 def test_missing_residuals_do_not_change_a_gradient() -> None:
     case = Case(1, 20, 30, head_dim=64, head_dim_v=64)
-    x = [y.to(BF16).requires_grad_() for y in offset(case.data()).values()]
+    q, k, v, tq, tk, tv = (y.to(BF16).requires_grad_() for y in offset(case.data()).values())
+    inputs, tangents = (q, k, v, None, None, None), (tq, tk, tv, None)
 
     def gradients(residuals: bool) -> tuple[Tensor, ...]:
         options = AttentionOptions(0.125, backend="emulated", residuals=residuals)
-        out, *_, out_residual = FlashAttention.apply(*x[:3], options)
-        _, _, tout, *_, tout_residual = FlashAttentionTangent.apply(*x, options)
+        out, *_, out_residual = FlashAttention.apply(*inputs, options)
+        _, _, tout, *_, tout_residual = FlashAttentionTangent.apply(*inputs, *tangents, options)
         assert (out_residual is None) == (tout_residual is None) == (not residuals)
         loss = projection(dtype=BF16)
         return (
-            *torch.autograd.grad(loss({"out": out}), x[:3]),
-            *torch.autograd.grad(loss({"tout": tout}), x),
+            *torch.autograd.grad(loss({"out": out}), (q, k, v)),
+            *torch.autograd.grad(loss({"tout": tout}), (q, k, v, tq, tk, tv)),
         )
 
     assert_close(named(gradients(False)), named(gradients(True)), tolerance=0)

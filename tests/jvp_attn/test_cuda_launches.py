@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import Case, assert_close, named
+from kernel_recorder import STREAM, Params, Recorder
+from map_calls import call_of
+from packed_cases import PackedCase
 from torch import Tensor
 
 from jvp_attn import blockwise
 from jvp_attn.cuda import KernelMaps
-from jvp_attn.maps import AttentionOptions
 
-STREAM = 77
-OPTIONS = AttentionOptions(0.25, backend="cuda")
-WITHOUT_RESIDUALS = AttentionOptions(0.25, backend="cuda", residuals=False)
-
-
-class Params:
-    """Fields that were set."""
-
-
-class Recorder:
-    """Stands in for the extension: keeps what is launched, and computes nothing."""
-
-    AttentionParams = Params
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[str, dict[str, Any], int]] = []
-        self.streams_of: list[torch.device] = []
-
-    def Tensor(self, *address_and_strides: int) -> tuple[int, ...]:
-        assert len(address_and_strides) == 4
-        return address_and_strides
-
-    def RowVector(self, *address_and_strides: int) -> tuple[int, ...]:
-        assert len(address_and_strides) == 3
-        return address_and_strides
-
-    def launch(self, name: str, params: Params, stream: int) -> None:
-        self.launches.append((name, dict(vars(params)), stream))
-
-    @contextmanager
-    def stream_of(self, device: torch.device) -> Iterator[int]:
-        self.streams_of.append(device)
-        yield STREAM
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _, _ in self.launches]
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What the last kernel was given."""
-        return self.launches[-1][1]
+BF16 = torch.bfloat16
+RESULTS_OF_ROWS = {"out", "tout", "lse", "mu"}
+GRADIENTS = {f"grad_{t}{x}" for t in ("", "t") for x in "qkv"}
 
 
 @pytest.fixture
@@ -70,56 +34,44 @@ def maps(recorder: Recorder) -> KernelMaps:
 
 
 def case_of(head_dim: int = 64, **changes: Any) -> Case:
-    return Case(head_dim=head_dim, head_dim_v=head_dim, dtype=torch.bfloat16, **changes)
+    return Case(head_dim=head_dim, head_dim_v=head_dim, **{"dtype": BF16, **changes})
 
 
-def outputs_of(case: Case) -> dict[str, Tensor]:
-    """All that the backward maps are given besides q, k, v and their tangents."""
-    out, lse, tout, mu, *_ = blockwise.forward_tangent(*case.data().values(), OPTIONS)
-    outputs = {"out": out, "lse": lse, "tout": tout, "mu": mu}
-    return {
-        **outputs,
-        "out_residual": torch.zeros_like(out),
-        "tout_residual": torch.zeros_like(out),
-    }
+def packed_case(**changes: Any) -> PackedCase:
+    return PackedCase(head_dim=64, head_dim_v=64, dtype=BF16, **changes)
 
 
-def backward(maps: KernelMaps, case: Case, **changes: Any) -> Any:
-    y = outputs_of(case) | {"grad_out": outputs_of(case)["tout"], "grad_lse": None} | changes
-    names = ("out", "lse", "out_residual", "grad_out", "grad_lse")
-    return maps.backward(*case.primals().values(), *(y[name] for name in names), OPTIONS)
+def steps_of(recorder: Recorder) -> list[str]:
+    """The launched kernels without the dtype and the head dim."""
+    return [name.partition("_bf16")[0] for name in recorder.names]
 
 
-def tangent_backward(
-    maps: Any, case: Case, needed: tuple[bool, bool, bool] = (True, True, True), **changes: Any
-) -> Any:
-    y = outputs_of(case)
-    y |= {"grad_out": y["tout"], "grad_lse": None, "grad_tout": y["out"], "grad_mu": y["lse"]}
-    y |= changes
-    names = ("out", "lse", "tout", "mu", "out_residual", "tout_residual")
-    grads = ("grad_out", "grad_lse", "grad_tout", "grad_mu")
-    tensors = (*case.data().values(), *(y[name] for name in (*names, *grads)))
-    return maps.tangent_backward(*tensors, OPTIONS, needed)
+def tensors_in(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: x for name, x in fields.items() if isinstance(x, tuple)}
+
+
+def numbers_in(fields: dict[str, Any]) -> dict[str, float]:
+    return {name: x for name, x in fields.items() if not isinstance(x, tuple)}
 
 
 # ----------------------------------------------------------------------------
 # Kernels
 
 
-@pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+@pytest.mark.parametrize(("dtype", "element"), [(BF16, "bf16"), (torch.float16, "fp16")])
 @pytest.mark.parametrize(("head_dim", "padded"), [(3, 64), (72, 96), (128, 128), (200, 256)])
 def test_dtype_and_head_dim_choose_the_kernel(
     head_dim: int, padded: int, dtype: torch.dtype, element: str, maps: KernelMaps, recorder: Any
 ) -> None:
-    maps.forward(*Case(head_dim=head_dim, dtype=dtype).primals().values(), OPTIONS)
+    call_of(case_of(head_dim, dtype=dtype)).forward(maps)
     assert recorder.names == [f"forward_{element}_d{padded}"]
 
 
 def test_forward_with_tangent_is_one_launch_and_at_head_dim_256_two(
     maps: KernelMaps, recorder: Recorder
 ) -> None:
-    maps.forward_tangent(*case_of(128).data().values(), OPTIONS)
-    maps.forward_tangent(*case_of(256).data().values(), WITHOUT_RESIDUALS)
+    call_of(case_of(128)).forward_tangent(maps)
+    call_of(case_of(256), residuals=False).forward_tangent(maps)
     assert recorder.names == [
         "forward_tangent_bf16_d128",
         "forward_bf16_d256",
@@ -132,31 +84,68 @@ def test_forward_with_tangent_is_one_launch_and_at_head_dim_256_two(
 
 
 def test_backward_maps_are_three_launches(maps: KernelMaps, recorder: Recorder) -> None:
-    backward(maps, case_of())
-    tangent_backward(maps, case_of())
-    steps = [name.removesuffix("_bf16").removesuffix("_bf16_d64") for name in recorder.names]
-    assert steps == [
+    call_of(case_of()).backward(maps)
+    call_of(case_of()).tangent_backward(maps)
+    assert steps_of(recorder) == [
         *("preprocess", "backward_dq", "backward_dkv"),
         *("preprocess", "tangent_backward_dq", "tangent_backward_dkv"),
     ]
 
 
-def test_tangent_backward_is_blockwise_where_it_has_no_kernel(
-    maps: KernelMaps, recorder: Recorder
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_with_a_mask_the_kernels_are_those_that_read_one(
+    kind: str, maps: KernelMaps, recorder: Recorder
 ) -> None:
-    case = case_of(136)
-    assert_close(
-        named(tangent_backward(maps, case)), named(tangent_backward(blockwise, case)), tolerance=0
-    )
-    assert recorder.names == []
+    call_of(case_of(mask=kind)).all_four(maps)
+    call_of(case_of(256, mask=kind)).forward_tangent(maps)
+    assert recorder.names == [
+        "forward_bf16_d64_masked",
+        "forward_tangent_bf16_d64_masked",
+        *("preprocess_bf16", "backward_dq_bf16_d64_masked", "backward_dkv_bf16_d64_masked"),
+        "preprocess_bf16",
+        "tangent_backward_dq_bf16_d64_masked",
+        "tangent_backward_dkv_bf16_d64_masked",
+        *("forward_bf16_d256_masked", "tangent_given_forward_bf16_d256_masked"),
+    ]
 
 
 def test_all_kernels_of_a_map_run_on_the_current_stream_of_the_device(
     maps: KernelMaps, recorder: Recorder
 ) -> None:
-    backward(maps, case_of())
+    call_of(case_of()).backward(maps)
     assert [stream for *_, stream in recorder.launches] == 3 * [STREAM]
     assert recorder.streams_of == [torch.device("cpu")]
+
+
+# ----------------------------------------------------------------------------
+# What has no kernel is blockwise
+
+
+def assert_blockwise(of: Callable[[Any], Any], maps: KernelMaps, recorder: Recorder) -> None:
+    assert_close(named(of(maps)), named(of(blockwise)), tolerance=0)
+    assert recorder.names == []
+
+
+@pytest.mark.parametrize("mask", [None, "boolean"])
+def test_gradients_through_tangents_above_head_dim_128(
+    mask: str | None, maps: KernelMaps, recorder: Recorder
+) -> None:
+    assert_blockwise(call_of(case_of(136, mask=mask)).tangent_backward, maps, recorder)
+
+
+def test_tangents_of_masks_and_gradients_through_them(maps: KernelMaps, recorder: Recorder) -> None:
+    call = call_of(case_of(mask="additive", with_tangent="qm"))
+    assert_blockwise(call.forward_tangent, maps, recorder)
+    assert_blockwise(call.tangent_backward, maps, recorder)
+
+
+@pytest.mark.parametrize(
+    ("method", "place"), [("backward", 3), ("tangent_backward", 3), ("tangent_backward", 7)]
+)
+def test_gradients_of_masks(method: str, place: int, maps: KernelMaps, recorder: Recorder) -> None:
+    call = call_of(case_of(mask="additive", mask_dims="b.qk"))
+    call = replace(call, needs=tuple(i == place for i in range(8)))
+    assert_blockwise(getattr(call, method), maps, recorder)
 
 
 # ----------------------------------------------------------------------------
@@ -164,13 +153,14 @@ def test_all_kernels_of_a_map_run_on_the_current_stream_of_the_device(
 
 
 def test_numbers(maps: KernelMaps, recorder: Recorder) -> None:
-    q, k, v = Case(2, 5, 7, heads=4, heads_k=2, dtype=torch.float16).primals().values()
-    maps.forward(q, k, v, AttentionOptions(0.25, causal=True))
-    numbers = {name: x for name, x in recorder.fields.items() if not isinstance(x, tuple)}
-    assert numbers == {
+    case = Case(2, 5, 7, heads=4, heads_k=2, causal=True, dtype=torch.float16)
+    call_of(case).forward(maps)
+    assert numbers_in(recorder.fields) == {
         "batch": 2,
         "seqlen_q": 5,
         "seqlen_k": 7,
+        "total_q": 5,
+        "total_k": 7,
         "heads": 4,
         "heads_k": 2,
         "head_dim": 3,
@@ -178,67 +168,142 @@ def test_numbers(maps: KernelMaps, recorder: Recorder) -> None:
         "softmax_scale": 0.25,
         "causal": 1,
     }
-    maps.forward(q, k, v, AttentionOptions(0.25))
-    assert recorder.fields["causal"] == 0
+
+
+def test_causal_is_aligned_as_flash_attn_or_torch_aligns_it(
+    maps: KernelMaps, recorder: Recorder
+) -> None:
+    for case, number in (
+        (case_of(), 0),
+        (case_of(causal=True), 1),
+        (case_of(causal=True, torchs_interface=True), 2),
+    ):
+        call_of(case).all_four(maps)
+        assert {fields["causal"] for _, fields, _ in recorder.launches} == {number}
+        recorder.launches.clear()
 
 
 def test_inputs_are_passed_with_their_strides(maps: KernelMaps, recorder: Recorder) -> None:
-    q, k, v = case_of().primals().values()
+    call = call_of(case_of())
+    q, k, v, *_ = call.inputs
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     k = torch.cat([k, k], 1)[:, 1 : 1 + k.shape[1]]
     v = v[:1].expand(v.shape)
-    maps.forward(q, k, v, OPTIONS)
+    call.changed("inputs", q=q, k=k, v=v).forward(maps)
     for name, x in {"q": q, "k": k, "v": v}.items():
         assert recorder.fields[name] == (x.data_ptr(), *x.stride()[:3]), name
     assert recorder.fields["v"][1] == 0
 
 
 def test_only_a_strided_last_dimension_is_copied(maps: KernelMaps, recorder: Recorder) -> None:
-    q, k, v = case_of().primals().values()
-    maps.forward(q.mT.contiguous().mT, k, v, OPTIONS)
+    call = call_of(case_of())
+    q, k, *_ = call.inputs
+    call.changed("inputs", q=q.mT.contiguous().mT).forward(maps)
     assert recorder.fields["q"][1:] == q.stride()[:3]
     assert recorder.fields["k"][0] == k.data_ptr()
 
-    grad_lse = torch.ones(()).expand(2, 4, 5)
-    backward(maps, case_of(), grad_lse=grad_lse)
+    call.changed("cotangents", lse=torch.ones(()).expand(2, 4, 5)).backward(maps)
     assert recorder.fields["grad_lse"][1:] == (4 * 5, 5)
 
 
-def test_what_is_absent_is_not_passed(maps: KernelMaps, recorder: Recorder) -> None:
-    q, k, v, tq, *_ = case_of().data().values()
-    maps.forward_tangent(q, k, v, tq, None, None, WITHOUT_RESIDUALS)
-    absent = {"tk", "tv", "out_residual", "tout_residual", "grad_out"}
-    assert not absent & recorder.fields.keys()
-    assert {"tq", "out", "tout", "lse", "mu"} <= recorder.fields.keys()
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bool, 1), (BF16, 2), (torch.float32, 3)], ids=str
+)
+def test_a_mask_is_passed_with_its_kind_and_strides(
+    dtype: torch.dtype, kind: int, maps: KernelMaps, recorder: Recorder
+) -> None:
+    call = call_of(case_of())
+    mask = torch.zeros(2, 4, 7, 5, dtype=dtype).mT  # even the last dimension may be strided
+    call.changed("inputs", mask=mask).all_four(maps)
+    found = [fields["mask"] for _, fields, _ in recorder.launches]
+    assert found == len(found) * [(mask.data_ptr(), 140, 35, 1, 5, kind)]
 
-    _, (gtq, gtk, gtv) = tangent_backward(maps, case_of(), (False, True, False))
-    assert gtq is None
-    assert gtv is None
-    assert recorder.fields["grad_tk"][0] == gtk.data_ptr()
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((1, 1, 5, 7), (0, 0, 7, 1)),
+        ((2, 1, 1, 7), (7, 0, 0, 1)),
+        ((1, 4, 5, 1), (0, 5, 1, 0)),
+        ((1, 1, 1, 1), (0, 0, 0, 0)),
+    ],
+    ids=str,
+)
+def test_where_a_mask_does_not_vary_its_stride_is_0(
+    shape: tuple[int, ...], strides: tuple[int, ...], maps: KernelMaps, recorder: Recorder
+) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    call_of(case_of()).changed("inputs", mask=mask).forward(maps)
+    assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)
+    # What the caller has expanded is not copied either.
+    expanded = mask.expand(2, 4, 5, 7)
+    call_of(case_of()).changed("inputs", mask=expanded).forward(maps)
+    assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)
+
+
+def test_what_is_absent_is_not_passed(maps: KernelMaps, recorder: Recorder) -> None:
+    call_of(case_of(with_tangent="q"), residuals=False).forward_tangent(maps)
+    absent = {"tk", "tv", "out_residual", "tout_residual", "grad_out", "mask", "cu_seqlens_q"}
+    assert not absent & recorder.fields.keys()
+    assert {"tq"} | RESULTS_OF_ROWS <= recorder.fields.keys()
+
+
+def test_all_that_is_there_is_passed(maps: KernelMaps, recorder: Recorder) -> None:
+    call = call_of(case_of())
+    call.tangent_backward(maps)
+    given = {
+        **{name: x for name, x in call.inputs._asdict().items() if name in "qkv"},
+        **{f"t{name}": x for name, x in call.tangents._asdict().items() if name in "qkv"},
+        **call.outputs._asdict(),
+        **{f"grad_{name}": x for name, x in call.cotangents._asdict().items()},
+    }
+    found = tensors_in(recorder.fields)
+    assert found.keys() == given.keys() | GRADIENTS | {"beta", "delta"}
+    for name, x in given.items():
+        assert found[name] == (x.data_ptr(), *x.stride()[:-1]), name
+
+
+def test_gradients_of_tangents_that_are_not_needed_are_not_computed(
+    maps: KernelMaps, recorder: Recorder
+) -> None:
+    call = call_of(case_of())
+    needs = (*call.needs[:4], False, True, False, False)
+    _, gradients = replace(call, needs=needs).tangent_backward(maps)
+    assert [name for name, x in gradients._asdict().items() if x is not None] == ["k"]
+    assert recorder.fields["grad_tk"][0] == gradients.k.data_ptr()
     assert not {"grad_tq", "grad_tv"} & recorder.fields.keys()
 
 
+@pytest.mark.parametrize("needed", ["q", "k", "v"])
+def test_only_gradients_that_are_needed_are_returned(needed: str, maps: KernelMaps) -> None:
+    call = call_of(case_of(mask="additive"))
+    needs = tuple(name == needed for name in ("q", "k", "v", "mask"))
+    call = replace(call, needs=(*needs, *needs))
+    gradients, tangent_gradients = call.tangent_backward(maps)
+    for found in (call.backward(maps), gradients, tangent_gradients):
+        assert [name for name, x in found._asdict().items() if x is not None] == [needed]
+
+
 def test_residuals_are_returned_if_asked_for(maps: KernelMaps, recorder: Recorder) -> None:
-    data = case_of().data().values()
-    *_, out_residual, tout_residual = maps.forward_tangent(*data, OPTIONS)
+    *_, out_residual, tout_residual = call_of(case_of()).forward_tangent(maps)
     assert recorder.fields["out_residual"][0] == out_residual.data_ptr()
     assert recorder.fields["tout_residual"][0] == tout_residual.data_ptr()
-    assert maps.forward_tangent(*data, WITHOUT_RESIDUALS)[4:] == (None, None)
-    assert maps.forward_tangent(*case_of(256).data().values(), WITHOUT_RESIDUALS)[4:] == (
-        None,
-        None,
-    )
+    for head_dim in (64, 256):
+        outputs = call_of(case_of(head_dim), residuals=False).forward_tangent(maps)
+        assert outputs.out_residual is None
+        assert outputs.tout_residual is None
 
 
 def test_residuals_that_are_missing_are_computed_anew(maps: KernelMaps, recorder: Recorder) -> None:
-    backward(maps, case_of(), out_residual=None)
+    call = call_of(case_of())
+    call.changed("outputs", out_residual=None).backward(maps)
     assert recorder.names[0] == "forward_bf16_d64"
     of_forward = recorder.launches[0][1]
     assert recorder.fields["out"] == of_forward["out"]
     assert recorder.fields["out_residual"] == of_forward["out_residual"]
 
     recorder.launches.clear()
-    tangent_backward(maps, case_of(), tout_residual=None)
+    call.changed("outputs", tout_residual=None).tangent_backward(maps)
     assert recorder.names[0] == "forward_tangent_bf16_d64"
     of_forward = recorder.launches[0][1]
     for name in ("out", "tout", "out_residual", "tout_residual"):
@@ -248,60 +313,118 @@ def test_residuals_that_are_missing_are_computed_anew(maps: KernelMaps, recorder
 def test_residuals_that_nothing_reads_are_not_computed(
     maps: KernelMaps, recorder: Recorder
 ) -> None:
-    lse = outputs_of(case_of())["lse"]
-    backward(maps, case_of(), out_residual=None, grad_out=None, grad_lse=lse)
-    tangent_backward(maps, case_of(), tout_residual=None, grad_tout=None)
-    assert not [name for name in recorder.names if name.startswith("forward")]
+    call = call_of(case_of())
+    without_residuals = call.changed("outputs", out_residual=None, tout_residual=None)
+    without_residuals.changed("cotangents", out=None).backward(maps)
+    without_residuals.changed("cotangents", out=None, tout=None).tangent_backward(maps)
+    call.changed("outputs", tout_residual=None).changed("cotangents", tout=None).tangent_backward(
+        maps
+    )
+    assert "forward" not in "".join(steps_of(recorder))
+
+
+# ----------------------------------------------------------------------------
+# Packed sequences
+
+
+def test_packed_sequences_are_a_batch_without_a_stride(
+    maps: KernelMaps, recorder: Recorder
+) -> None:
+    call = call_of(packed_case(seqlens_q=(3, 5, 1), seqlens_k=(6, 2, 4), beyond=2, causal=True))
+    call.all_four(maps)
+    sizes = {"batch": 3, "seqlen_q": 5, "seqlen_k": 6, "causal": 1}
+    for name, fields, _ in recorder.launches:
+        assert sizes.items() <= fields.items(), name
+        assert fields["cu_seqlens_q"] == call.inputs.cu_seqlens_q.data_ptr()
+        assert fields["cu_seqlens_k"] == call.inputs.cu_seqlens_k.data_ptr()
+        strides = {x: tensor[1:] for x, tensor in tensors_in(fields).items()}
+        assert {stride[0] for stride in strides.values()} == {0}, name
+        assert strides["q"][1:] == (4 * 64, 64)
+        assert strides["lse"][1:] == (3 + 5 + 1 + 2,)
+
+
+def test_max_seqlens_may_be_longer_than_all_tokens(maps: KernelMaps, recorder: Recorder) -> None:
+    call = call_of(packed_case(seqlens_q=(3, 5), seqlens_k=(6, 2)))
+    options = replace(call.options, max_seqlens=(1000, 7))
+    replace(call, options=options).forward(maps)
+    assert (recorder.fields["seqlen_q"], recorder.fields["seqlen_k"]) == (3 + 5, 7)
+
+
+def test_cu_seqlens_of_any_stride_are_passed_as_the_kernels_read_them(
+    maps: KernelMaps, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def launch(name: str, params: Params, stream: int) -> None:
+        for address in (params.cu_seqlens_q, params.cu_seqlens_k):
+            read.append(list((ctypes.c_int32 * 3).from_address(address)))
+
+    monkeypatch.setattr(recorder, "launch", launch)
+    call = call_of(packed_case(seqlens_q=(3, 5), seqlens_k=(6, 2)))
+    both = torch.stack(call.inputs[4:], dim=1)
+    call.changed("inputs", cu_seqlens_q=both[:, 0], cu_seqlens_k=both[:, 1]).forward(maps)
+    assert read == [[0, 3, 8], [0, 6, 8]]
+
+
+def test_tokens_of_no_sequence_have_results_from_the_start(maps: KernelMaps) -> None:
+    """The kernels write nothing there, and here they write nothing at all."""
+    call = call_of(packed_case(beyond=2))
+    outputs = call.forward_tangent(maps)
+    assert torch.equal(outputs.lse, torch.full_like(outputs.lse, -torch.inf))
+    zeros = outputs._replace(lse=None, out_residual=None, tout_residual=None)
+    for x in named((zeros, call.backward(maps), call.tangent_backward(maps))).values():
+        assert torch.equal(x, torch.zeros_like(x))
 
 
 # ----------------------------------------------------------------------------
 # Results
 
 
-def test_shapes_and_dtypes_of_all_results(maps: KernelMaps) -> None:
-    case = case_of(heads=4, heads_k=2)
-    data = list(case.data().values())
-    for ours, expected in (
-        (maps.forward(*data[:3], OPTIONS)[:2], blockwise.forward(*data[:3], OPTIONS)[:2]),
-        (maps.forward_tangent(*data, OPTIONS)[:4], blockwise.forward_tangent(*data, OPTIONS)[:4]),
-        (backward(maps, case), data[:3]),
-        (tangent_backward(maps, case), (tuple(data[:3]), tuple(data[3:]))),
-    ):
-        expected_tensors = named(expected)
-        assert named(ours).keys() == expected_tensors.keys()
-        for name, x in named(ours).items():
-            assert x.shape == expected_tensors[name].shape
-            assert x.dtype == expected_tensors[name].dtype
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of(heads=4, heads_k=2),
+        case_of(heads=4, heads_k=2, mask="additive"),
+        packed_case(beyond=1),
+    ],
+    ids=["dense", "masked", "packed"],
+)
+def test_shapes_and_dtypes_of_all_results(case: Case | PackedCase, maps: KernelMaps) -> None:
+    call = call_of(case)
+    found, expected = (named(call.all_four(x)) for x in (maps, blockwise))
+    assert found.keys() >= expected.keys()  # blockwise has no residuals
+    for name, x in expected.items():
+        assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype), name
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
 def test_out_and_its_tangent_lie_in_memory_as_q_does(
     order: tuple[int, ...], maps: KernelMaps
 ) -> None:
-    case = Case(head_dim=8, head_dim_v=16, dtype=torch.bfloat16)
-    q, *others = case.data().values()
+    call = call_of(Case(head_dim=8, head_dim_v=16, dtype=BF16))
     inverse = tuple(order.index(i) for i in range(4))
-    q = q.permute(order).contiguous().permute(inverse)
-    out, _, tout, *_ = maps.forward_tangent(q, *others, OPTIONS)
-    assert out.permute(order).is_contiguous()
-    assert tout.stride() == out.stride()
+    q = call.inputs.q.permute(order).contiguous().permute(inverse)
+    outputs = call.changed("inputs", q=q).forward_tangent(maps)
+    assert outputs.out.permute(order).is_contiguous()
+    assert outputs.tout.stride() == outputs.out.stride()
 
 
-@pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of(batch=0),
+        case_of(seqlen_q=0),
+        case_of(seqlen_k=0),
+        packed_case(seqlens_q=(), seqlens_k=(), beyond=3),
+        packed_case(seqlens_q=(0, 0), seqlens_k=(4, 2)),
+    ],
+    ids=["no batch", "no queries", "no keys", "no sequences", "sequences without queries"],
+)
 def test_an_empty_problem_is_computed_without_kernels(
-    empty: str, maps: KernelMaps, recorder: Recorder
+    case: Case | PackedCase, maps: KernelMaps, recorder: Recorder
 ) -> None:
-    case = case_of(**{empty: 0})
-    data = list(case.data().values())
-    assert_close(
-        named(maps.forward_tangent(*data, OPTIONS)[:4]),
-        named(blockwise.forward_tangent(*data, OPTIONS)[:4]),
-        tolerance=0,
-    )
-    assert_close(
-        named(tangent_backward(maps, case)), named(tangent_backward(blockwise, case)), tolerance=0
-    )
-    assert_close(named(backward(maps, case)), named(backward(blockwise, case)), tolerance=0)
+    call = call_of(case, residuals=False)
+    assert_close(named(call.all_four(maps)), named(call.all_four(blockwise)), tolerance=0)
     assert recorder.names == []
 
 
@@ -309,36 +432,41 @@ def test_an_empty_problem_is_computed_without_kernels(
 # Refusals: a kernel would follow any pointer
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Tensor:
+def zeros(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "message"),
+    ("part", "wrong", "error", "message"),
     [
         (
+            "outputs",
             {"out": zeros(2, 5, 4, 63)},
             ValueError,
             r"out must have shape \(2, 5, 4, 64\), got \(2, 5, 4, 63\)",
         ),
         (
+            "outputs",
             {"lse": zeros(2, 4, 5)},
             TypeError,
             "lse must have dtype torch.float32, got torch.bfloat16",
         ),
         (
-            {"grad_out": zeros(2, 5, 4, 64, dtype=torch.float32)},
+            "cotangents",
+            {"out": zeros(2, 5, 4, 64, dtype=torch.float32)},
             TypeError,
             "grad_out must have dtype torch.bfloat16, got torch.float32",
         ),
         (
-            {"grad_out": zeros(2, 5, 4, 64, device="meta")},
+            "cotangents",
+            {"out": zeros(2, 5, 4, 64, device="meta")},
             ValueError,
             "grad_out is on meta but q is on cpu",
         ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(
+    part: str,
     wrong: dict[str, Tensor],
     error: type[Exception],
     message: str,
@@ -346,31 +474,35 @@ def test_a_tensor_that_does_not_fit_is_named(
     recorder: Recorder,
 ) -> None:
     with pytest.raises(error, match=message):
-        backward(maps, case_of(), **wrong)
+        call_of(case_of()).changed(part, **wrong).backward(maps)
     assert recorder.names == []
 
 
 def test_a_dtype_without_kernels_is_refused(maps: KernelMaps) -> None:
     with pytest.raises(TypeError, match="float32, but the CUDA kernels compute in"):
-        maps.forward(*Case(dtype=torch.float32).primals().values(), OPTIONS)
+        call_of(Case(dtype=torch.float32)).forward(maps)
 
 
 def test_a_head_dim_without_kernels_is_refused(maps: KernelMaps) -> None:
-    with pytest.raises(ValueError, match="head dims 257 and 257: no CUDA kernel of forward"):
-        maps.forward(*case_of(257).primals().values(), OPTIONS)
+    message = "no CUDA kernel of forward has these head dims; use .*'blockwise'"
+    with pytest.raises(ValueError, match=message):
+        call_of(case_of(257)).forward(maps)
 
 
 def test_a_sequence_that_is_too_long_is_refused(maps: KernelMaps, recorder: Recorder) -> None:
-    q, k, v = case_of().primals().values()
+    call = call_of(case_of())
+    q = call.inputs.q[:, :1].expand(2, 2**30, 4, 64)
     with pytest.raises(ValueError, match="q has seqlen 1073741824, but the CUDA kernels take up"):
-        maps.forward(q[:, :1].expand(2, 2**30, 4, 64), k, v, OPTIONS)
+        call.changed("inputs", q=q).forward(maps)
     assert recorder.names == []
 
 
-def test_an_error_of_the_extension_comes_through(maps: KernelMaps, recorder: Any) -> None:
+def test_an_error_of_the_extension_comes_through(
+    maps: KernelMaps, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(name: str, params: Params, stream: int) -> None:
         raise RuntimeError(f"kernel {name}: out of luck")
 
-    recorder.launch = fail
+    monkeypatch.setattr(recorder, "launch", fail)
     with pytest.raises(RuntimeError, match="kernel forward_bf16_d64: out of luck"):
-        maps.forward(*case_of().primals().values(), OPTIONS)
+        call_of(case_of()).forward(maps)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SmoothNetwork
+from analytic_networks import SmoothNetwork
 from torch import Tensor
 
 from rcm.consistency import consistency_tangent

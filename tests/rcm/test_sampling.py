@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Gaussian
+from analytic_networks import Gaussian
 from torch import Tensor
 
 from rcm.sampling import consistency_sample, consistency_times, heun_sample, heun_times

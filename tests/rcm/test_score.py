@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Gaussian, SmoothNetwork
+from analytic_networks import Gaussian, SmoothNetwork
 from torch import Tensor
 
 from rcm.consistency import consistency_loss

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from jvp_attn import info
-from jvp_attn.backends import why_no_extension
+from jvp_attn import backends, info
 from jvp_attn.kernel_choice import MAPS
 from jvp_attn.kernel_table import KERNELS
 
@@ -100,9 +99,9 @@ SHAPE = ("--shape", "2,4096,16,200", "--heads-k", "4", "--capability", "8.0")
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "jvp_attn._C", None)
-    why_no_extension.cache_clear()
+    backends._why_no_extension.cache_clear()
     yield
-    why_no_extension.cache_clear()
+    backends._why_no_extension.cache_clear()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 setup_py = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 
 needs_nvcc = pytest.mark.skipif(setup_py.find_toolkit() is None, reason="nvcc is not installed")

@@ -1,0 +1,301 @@
+"""The matrix of what composes: the tests of it and README's table are both made of these rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import composition_autograd as autograd
+import composition_checks as checks
+import composition_func as func
+from attention_cases import Attention, Tensors
+from composition_features import Feature
+
+# (f, x, t) → nested tensors.
+Derivative = Callable[[Attention, Tensors, Tensors], Any]
+Check = Callable[[Feature], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A use of PyTorch that composes with features of attention and, if so, is exact.
+
+    Attributes:
+        use: as README says it.
+        derivatives: all that the use comprises; each equals that of an oracle.
+        checks: assertions about a feature, where the use is not to compute numbers.
+        of_tangents: whether it composes with what is itself a first derivative; else it is refused.
+    """
+
+    use: str
+    derivatives: tuple[Derivative, ...] = ()
+    checks: tuple[Check, ...] = ()
+    of_tangents: bool = False
+
+    def composes_with(self, feature: Feature) -> bool:
+        """Whether it does. Where not, it raises."""
+        return self.of_tangents or not feature.is_tangent
+
+
+ROWS = [
+    Row(
+        "`func.jvp` along any subset of tangents, `func.linearize`",
+        (
+            func.jvp_,
+            func.jvp_along_each_subset,
+            func.jvp_without_grad,
+            func.jvp_in_inference_mode,
+        ),
+        checks=(checks.linearize_,),
+    ),
+    Row(
+        "`forward_ad` dual numbers, with and without grad",
+        (
+            autograd.dual_numbers,
+            autograd.dual_number_for_each,
+            autograd.dual_numbers_that_require_grad,
+            autograd.dual_numbers_without_grad,
+            autograd.dual_numbers_under_vmap,
+        ),
+    ),
+    Row(
+        "`.backward()`, `func.grad`, `func.vjp`",
+        (autograd.backward_, func.grad_, func.grad_for_each, func.vjp_),
+        of_tangents=True,
+    ),
+    Row(
+        "`.backward()` after a jvp, through output, tangent, lse and its tangent",
+        (
+            autograd.backward_through_out,
+            autograd.backward_through_tangent,
+            autograd.backward_through_out_and_tangent,
+            autograd.backward_through_lse_and_mu,
+            autograd.backward_through_all,
+            autograd.backward_to_some,
+            autograd.backward_of_dual_numbers,
+            autograd.backward_of_dual_numbers_for_their_directions,
+        ),
+    ),
+    Row(
+        "`func.grad`, `func.vjp` of `func.jvp`",
+        (
+            func.grad_of_jvp,
+            func.grad_of_jvp_along_one,
+            func.grad_of_jvp_for_its_direction,
+            func.vjp_of_jvp,
+        ),
+    ),
+    Row(
+        "`func.jvp` of `func.grad`, `autograd.grad` of dual numbers",
+        (
+            func.jvp_of_grad,
+            func.jvp_of_grad_along_one,
+            func.jvp_of_vjp_along_its_cotangent,
+            autograd.gradient_of_dual_numbers,
+            autograd.gradient_of_one_dual_number,
+            autograd.func_grad_of_dual_numbers,
+        ),
+    ),
+    Row(
+        "`func.grad` of `func.grad`, `autograd.grad(create_graph=True)`",
+        (
+            func.grad_of_grad,
+            autograd.gradient_penalty,
+            autograd.gradient_penalty_of_one,
+            autograd.double_backward_along_t,
+            autograd.backward_of_func_grad,
+            autograd.jvp_by_double_backward,
+        ),
+    ),
+    Row(
+        "`func.hessian`",
+        (func.hessian_, func.hessian_in_a_plane, func.jacrev_of_jacfwd, func.jacrev_of_jacrev),
+    ),
+    Row("`func.jacfwd`", (func.jacfwd_,)),
+    Row(
+        "`func.jacrev`, `autograd.grad(is_grads_batched=True)`",
+        (func.jacrev_, autograd.batched_gradients),
+        of_tangents=True,
+    ),
+    Row(
+        "`func.vmap`, any `in_dims`, nested; `func.vmap` of `func.grad`",
+        (
+            func.vmap_,
+            func.vmap_over_each,
+            func.vmap_over_inner_dimensions,
+            func.vmap_of_vmap,
+            func.vmap_of_grad,
+            func.vmap_of_grad_over_one,
+            autograd.backward_of_vmap,
+        ),
+        of_tangents=True,
+    ),
+    Row(
+        "`func.vmap` and `func.jvp` in any order, derivatives of both",
+        (
+            func.vmap_of_jvp,
+            func.vmap_of_jvp_over_directions,
+            func.jvp_of_vmap,
+            func.jvp_of_vmap_over_one,
+            func.grad_of_vmap_of_jvp,
+            func.vmap_of_grad_of_jvp,
+            func.vmap_of_jvp_of_grad,
+            func.vmap_of_grad_of_grad,
+        ),
+    ),
+    Row("`checkpoint` around attention", (autograd.checkpoint_around_attention,), of_tangents=True),
+    Row("`checkpoint` around a jvp", (autograd.checkpoint_around_jvp,)),
+    Row("`gradcheck`, forward and reverse, batched", checks=(checks.gradcheck_,), of_tangents=True),
+    Row("`gradgradcheck`, forward and reverse, batched", checks=(checks.gradgradcheck_,)),
+    Row(
+        "`FakeTensorMode`, device `meta`",
+        checks=(checks.on_meta, checks.in_fake_tensor_mode),
+        of_tangents=True,
+    ),
+    Row("`make_fx`", checks=(checks.make_fx_,), of_tangents=True),
+]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A use of PyTorch that raises, with every feature.
+
+    Attributes:
+        use: as README says it.
+        derivatives: all that the use comprises.
+        error: its type.
+        words: a regular expression for its message.
+    """
+
+    use: str
+    derivatives: tuple[Derivative, ...]
+    error: type[Exception]
+    words: str
+
+
+NOT_OF_THIS_ORDER = r"jvp of jvp\) is not implemented|which the four attention maps do not give"
+REFUSALS = [
+    Refusal(
+        "`func.jvp` of `func.jvp`, third derivatives",
+        (
+            func.jvp_of_jvp,
+            func.jacfwd_of_jacfwd,
+            func.jvp_of_grad_of_jvp,
+            func.jvp_of_grad_of_grad,
+            func.grad_of_grad_of_jvp,
+            func.grad_of_jvp_of_grad,
+            func.grad_of_grad_of_grad,
+            autograd.backward_thrice,
+            autograd.backward_through_tangent_within_its_level,
+        ),
+        NotImplementedError,
+        NOT_OF_THIS_ORDER,
+    ),
+    Refusal(
+        "nested `forward_ad` dual levels",
+        (autograd.nested_dual_levels, autograd.func_jvp_within_a_dual_level),
+        RuntimeError,
+        "Nested forward mode AD is not supported",
+    ),
+    Refusal(
+        "`autograd.functional.jacobian` in forward mode",
+        (autograd.jacobian_in_forward_mode,),
+        RuntimeError,
+        f"Batching rule not implemented|{NOT_OF_THIS_ORDER}",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A use of PyTorch that is tested by a file of its own, not with each feature.
+
+    Attributes:
+        use: as README says it.
+        exact: whether it composes; else it raises.
+        tests: where that is stated, as paths and functions.
+    """
+
+    use: str
+    exact: bool
+    tests: tuple[str, ...]
+
+
+ELSEWHERE = [
+    Elsewhere(
+        "`torch.compile(fullgraph=True)`: attention, a jvp of it, gradients through both; "
+        "lengths that vary",
+        True,
+        (
+            "jvp_attn/test_attention_compile.py::test_a_compiled_feature_equals_eager",
+            "jvp_attn/test_attention_compile.py::test_inductor_equals_eager",
+            "jvp_attn/test_attention_compile.py::test_lengths_do_not_need_a_graph_each",
+        ),
+    ),
+    Elsewhere(
+        "`torch.compile` of another transform of `torch.func`, and a transform of what is compiled",
+        True,
+        ("jvp_attn/test_attention_compile.py::test_what_does_not_fit_one_graph_leaves_it",),
+    ),
+    Elsewhere(
+        "the same where `func.grad` is innermost (torch cannot resume the graph)",
+        False,
+        (
+            "jvp_attn/test_attention_compile.py"
+            "::test_torch_raises_within_a_gradient_after_any_break_of_the_graph",
+        ),
+    ),
+    Elsewhere(
+        "the same in one graph, `torch.compile(fullgraph=True)`",
+        False,
+        ("jvp_attn/test_attention_compile.py::test_what_does_not_fit_one_graph_says_so",),
+    ),
+    Elsewhere(
+        "the gradient of a gradient of what is compiled",
+        False,
+        (
+            "jvp_attn/test_attention_compile.py"
+            "::test_torch_refuses_the_gradient_of_a_compiled_gradient",
+        ),
+    ),
+    Elsewhere(
+        "`torch.autocast`",
+        True,
+        ("jvp_attn/test_attention_autocast.py::test_autocast_changes_no_derivative",),
+    ),
+    Elsewhere(
+        "DDP, FSDP2 (`fully_shard`): jvp, gradients through output and tangent",
+        True,
+        ("distributed/test_data_parallel.py::test_each_rank_finds_what_one_process_does",),
+    ),
+    Elsewhere(
+        "`checkpoint` inside of a jvp, without grad",
+        True,
+        (
+            "jvp_attn/test_attention_checkpoint.py"
+            "::test_a_checkpoint_inside_of_a_jvp_does_nothing_where_no_gradient_is_needed",
+        ),
+    ),
+    Elsewhere(
+        "`checkpoint` inside of a jvp, and a gradient through both",
+        False,
+        (
+            "jvp_attn/test_attention_checkpoint.py"
+            "::test_a_checkpoint_inside_of_a_jvp_raises_in_the_backward_pass",
+        ),
+    ),
+    Elsewhere(
+        "`torch.library.opcheck` of every operator",
+        True,
+        ("jvp_attn/test_operators.py::test_opcheck",),
+    ),
+    Elsewhere(
+        "models of diffusers, timm and transformers, under `replace_sdpa`",
+        True,
+        ("models/test_networks.py::test_output_tangent_and_gradients_are_torchs",),
+    ),
+]
+
+# Where torch's own attention has no such derivative either.
+TORCH_CANNOT: set[Derivative] = {autograd.backward_of_dual_numbers}

@@ -1,0 +1,60 @@
+"""An extension without kernels, for tests: it keeps what is launched, and computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+STREAM = 77
+
+
+class Params:
+    """Fields that were set."""
+
+
+class Recorder:
+    """Stands in for `jvp_attn._C`, and for what selects a device and a stream.
+
+    Attributes:
+        launches: (kernel, its fields, stream), one after the other. A tensor is (address, strides),
+            a mask (address, strides, kind).
+        streams_of: the devices whose stream was asked for.
+    """
+
+    AttentionParams = Params
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, dict[str, Any], int]] = []
+        self.streams_of: list[torch.device] = []
+
+    def Tensor(self, *address_and_strides: int) -> tuple[int, ...]:
+        assert len(address_and_strides) == 4
+        return address_and_strides
+
+    def RowVector(self, *address_and_strides: int) -> tuple[int, ...]:
+        assert len(address_and_strides) == 3
+        return address_and_strides
+
+    def Mask(self, *address_strides_and_kind: int) -> tuple[int, ...]:
+        assert len(address_strides_and_kind) == 6
+        return address_strides_and_kind
+
+    def launch(self, name: str, params: Params, stream: int) -> None:
+        self.launches.append((name, dict(vars(params)), stream))
+
+    @contextmanager
+    def stream_of(self, device: torch.device) -> Iterator[int]:
+        self.streams_of.append(device)
+        yield STREAM
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.launches]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the last kernel was given."""
+        return self.launches[-1][1]
