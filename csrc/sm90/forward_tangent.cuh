@@ -1,8 +1,9 @@
 // Forward with tangent in one pass over the keys: the equations of ../sm80/forward.cuh.
 //
-// Of a tile of keys a warpgroup computes the scores first, and rounds their weights; only then do
-// the registers of the scores become those of their tangents. While one warpgroup computes weights,
-// the tensor cores work for the other.
+// Of a tile of keys a warpgroup starts the scores and their tangents together. While the tensor
+// cores compute the tangents it computes the weights, and when both are there it rounds them in
+// place: out, tout, scores and tangents are all that the registers can hold. While it weights and
+// rounds tangents, the tensor cores work for the other warpgroup.
 #pragma once
 
 #include "sm90/store.cuh"
@@ -58,8 +59,10 @@ struct ForwardTangent : Streams<HeadDim, Rows, Keys, 2> {
             // T of the first keys, ahead of time: there are registers left for it.
             KeyReader ahead = keys;
             const KeyTile k = ahead.next();
+            KeyTile tk;
+            if (kKeyTangents) tk = ahead.next();
             Accumulator<Keys> tangents;
-            start_tangents(tangents, q, tq, k, ahead);
+            start_tangents(tangents, q, tq, k, tk);
             wgmma_wait<0>();
             pin(tangents.value);
             horizon.replace_hidden(tangents, 0, 0);
@@ -70,26 +73,32 @@ struct ForwardTangent : Streams<HeadDim, Rows, Keys, 2> {
         for (int first_key = 0; first_key < end; first_key += Keys) {
             const KeySlot k_slot = keys.at;
             const KeyTile k = keys.next();
-            Accumulator<Keys> scores;
+            const KeySlot tk_slot = keys.at;
+            KeyTile tk;
+            if (kKeyTangents) tk = keys.next();
+            Accumulator<Keys> scores, tangents;
             pin(scores.value);
             wgmma_fence();
             multiply_transposed<Element>(scores, q, S::warpgroup_row(), k, false);
             wgmma_commit();
-            wgmma_wait<0>();
+            start_tangents(tangents, q, tq, k, tk);
+            wgmma_wait<1>();
             pin(scores.value);
 
             if (first_key + Keys > clear) horizon.replace_hidden(scores, first_key, -kInfinity);
             float rescaling[2];
-            Packed<Element, Keys> weights;
-            softmax.update(weights, scores, scale * kLog2E, rescaling);
-
-            const KeySlot tk_slot = keys.at;
-            Accumulator<Keys> tangents;
-            start_tangents(tangents, q, tq, k, keys);
+            softmax.update(scores, scale * kLog2E, rescaling);
             out.scale_rows(rescaling);
             tout.scale_rows(rescaling);
             tangent_weights.rescale(rescaling);
+            wgmma_wait<0>();
+            pin(tangents.value);
+            keys.release(k_slot);
+            if (kKeyTangents) keys.release(tk_slot);
 
+            Packed<Element, Keys> weights, weighted;
+            tangent_weights.update(weighted, scores, tangents, scale);
+            round_weights(weights, scores);
             const KeySlot v_slot = keys.at;
             const KeyTile v = keys.next();
             const KeySlot tv_slot = keys.at;
@@ -98,19 +107,10 @@ struct ForwardTangent : Streams<HeadDim, Rows, Keys, 2> {
             pin(out.value);
             pin(tout.value);
             pin(weights.word);
+            pin(weighted.word);
             wgmma_fence();
             multiply<Element>(out, weights, v);
             if (kKeyTangents) multiply<Element>(tout, weights, tv);
-            wgmma_commit();
-            wgmma_wait<1>();
-            pin(tangents.value);
-            keys.release(k_slot);
-            if (kKeyTangents) keys.release(tk_slot);
-
-            Packed<Element, Keys> weighted;
-            tangent_weights.update(weighted, weights, tangents, scale);
-            pin(weighted.word);
-            wgmma_fence();
             multiply<Element>(tout, weighted, v);
             wgmma_commit();
             wgmma_wait<0>();
@@ -127,11 +127,9 @@ struct ForwardTangent : Streams<HeadDim, Rows, Keys, 2> {
     }
 
 private:
-    // T of a tile of keys, without the softmax scale. The next tile of the ring is tK, if any.
+    // T of a tile of keys, without the softmax scale.
     DEVICE static void start_tangents(Accumulator<Keys>& tangents, const RowTile& q,
-                                      const RowTile& tq, const KeyTile& k, KeyReader& keys) {
-        KeyTile tk;
-        if (kKeyTangents) tk = keys.next();
+                                      const RowTile& tq, const KeyTile& k, const KeyTile& tk) {
         pin(tangents.value);
         wgmma_fence();
         multiply_transposed<Element>(tangents, tq, S::warpgroup_row(), k, false);

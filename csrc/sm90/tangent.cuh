@@ -104,7 +104,7 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
             keys.release(tk_slot);
 
             Packed<Element, Keys> weighted;
-            tangent_weights.update(weighted, weights, tangents, scale);
+            tangent_weights.update(weighted, scores, tangents, scale);
             const KeySlot v_slot = keys.at;
             const KeyTile v = keys.next();
             pin(weighted.word);

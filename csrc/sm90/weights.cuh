@@ -1,6 +1,5 @@
 // Scores and their tangents, for a warp whose 16 rows are queries and whose columns are keys: as in
-// ../softmax.cuh, but never both in registers. Weights are rounded before tangents are computed,
-// and it is the rounded ones that tangents are weighted with.
+// ../softmax.cuh, without masks.
 //
 // Scores lack the softmax scale, which is positive: one instruction scales them to units of log2
 // and subtracts the maximum.
@@ -48,8 +47,17 @@ struct OnlineSoftmax {
     DEVICE void update(Accumulator<Keys>& scores, float log2_scale, float (&rescaling)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float subtrahend;
-            raise_maximum(half, scores, log2_scale, subtrahend, rescaling[half]);
+            float tile_max = scores.at(0, half, 0);
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+                tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
+            const float new_max = fmaxf(max[half], quad_max(tile_max));
+            // A row that has seen no key: its weights are exp2(-inf - 0) = 0.
+            const float subtrahend = new_max == -kInfinity ? 0 : new_max * log2_scale;
+            rescaling[half] = fast_exp2(max[half] * log2_scale - subtrahend);
+            max[half] = new_max;
+
+            sum[half] *= rescaling[half];
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
@@ -58,24 +66,6 @@ struct OnlineSoftmax {
                     score = fast_exp2(score * log2_scale - subtrahend);
                     sum[half] += score;
                 }
-        }
-    }
-
-    // The same, rounded at once.
-    template <class Element, int Keys>
-    DEVICE void update(Packed<Element, Keys>& weights, const Accumulator<Keys>& scores,
-                       float log2_scale, float (&rescaling)[2]) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float subtrahend;
-            raise_maximum(half, scores, log2_scale, subtrahend, rescaling[half]);
-#pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i) {
-                const float low = fast_exp2(scores.at(i, half, 0) * log2_scale - subtrahend);
-                const float high = fast_exp2(scores.at(i, half, 1) * log2_scale - subtrahend);
-                weights.set(i, half, low, high);
-                sum[half] += low + high;
-            }
         }
     }
 
@@ -96,26 +86,11 @@ struct OnlineSoftmax {
                                             : max[half] * p.softmax_scale + log2f(total) * kLn2);
         }
     }
-
-private:
-    template <int Keys>
-    DEVICE void raise_maximum(int half, const Accumulator<Keys>& scores, float log2_scale,
-                              float& subtrahend, float& rescaling) {
-        float tile_max = scores.at(0, half, 0);
-#pragma unroll
-        for (int i = 0; i < scores.kBlocks; ++i)
-            tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
-        const float new_max = fmaxf(max[half], quad_max(tile_max));
-        // A row that has seen no key: its weights are exp2(-inf - 0) = 0.
-        subtrahend = new_max == -kInfinity ? 0 : new_max * log2_scale;
-        rescaling = fast_exp2(max[half] * log2_scale - subtrahend);
-        max[half] = new_max;
-        sum[half] *= rescaling;
-    }
 };
 
 // P∘(T − c) with a reference c per row, rounded, and two sums of each row: as TangentWeights of
-// ../softmax.cuh, but for P, which has been rounded before.
+// ../softmax.cuh, but for the reference, which the first tile gives, and for products of warps,
+// which do not go together with those of warpgroups.
 struct TangentWeights {
     float reference[2] = {0, 0};
     float rounded_sum[2] = {0, 0};  // this thread's share of those of the rounded P∘(T − c)
@@ -146,7 +121,7 @@ struct TangentWeights {
     }
 
     template <class Element, int Keys>
-    DEVICE void update(Packed<Element, Keys>& weighted, const Packed<Element, Keys>& weights,
+    DEVICE void update(Packed<Element, Keys>& weighted, const Accumulator<Keys>& weights,
                        const Accumulator<Keys>& tangents, float scale) {
 #pragma unroll
         for (int i = 0; i < tangents.kBlocks; ++i)
@@ -154,9 +129,9 @@ struct TangentWeights {
             for (int half = 0; half < 2; ++half) {
                 const float c = reference[half];
                 const float low =
-                    product(weights.low(i, half), tangents.at(i, half, 0) * scale - c);
+                    product(weights.at(i, half, 0), tangents.at(i, half, 0) * scale - c);
                 const float high =
-                    product(weights.high(i, half), tangents.at(i, half, 1) * scale - c);
+                    product(weights.at(i, half, 1), tangents.at(i, half, 1) * scale - c);
                 weighted.set(i, half, low, high);
                 exact_sum[half] += low + high;
                 rounded_sum[half] += weighted.low(i, half) + weighted.high(i, half);
