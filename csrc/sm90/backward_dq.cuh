@@ -8,6 +8,7 @@
 #pragma once
 
 #include "sm90/backward_rows.cuh"
+#include "sm90/limits.h"
 #include "sm90/loader.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/weights.cuh"
@@ -38,6 +39,7 @@ struct BackwardDq {
     static constexpr int kSharedBytes = RowRing::kBytes + KeyRing::kBytes + kOwnBytes +
                                         RowRing::kBarrierBytes + KeyRing::kBarrierBytes + 8;
 
+    static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
     static int64_t work(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     DEVICE static void run(const Params& params) {

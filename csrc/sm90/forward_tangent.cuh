@@ -19,6 +19,12 @@ struct ForwardTangent : Streams<HeadDim, Rows, Keys, 2> {
     using typename S::KeyLoader, typename S::KeyReader, typename S::KeySlot, typename S::KeyTile;
     using typename S::RowLoader, typename S::RowReader, typename S::RowTile;
 
+    static std::string why_not(const AttentionParams& p) {
+        if (!kKeyTangents && (p.tk.data || p.tv.data))
+            return "keys or values have tangents, which it would not read; forward_tangent does";
+        return S::why_not(p);
+    }
+
     DEVICE static void run(const Params& params) { S::template run<ForwardTangent>(params); }
 
     DEVICE static void load(const Params& params, const RowBlock<Rows>& block, RowLoader& rows,

@@ -1,9 +1,10 @@
 // From a kernel class to a `Kernel` that can be launched where the compute capability is 9.0.
 //
 // A kernel class K has kThreads, kSharedBytes, kRowBox and kKeyBox, which are the rows of a box of
-// queries and of keys, work(params), which says how many pieces of work there are, and run(params),
-// which is what each thread does. The grid has at most as many blocks as the device has
-// multiprocessors, and each takes one piece of work after the other.
+// queries and of keys, why_not(params), which says why it cannot compute a problem, work(params),
+// which says how many pieces of work there are, and run(params), which is what each thread does.
+// The grid has at most as many blocks as the device has multiprocessors, and each takes one piece
+// of work after the other.
 #pragma once
 
 #include <algorithm>
@@ -33,6 +34,7 @@ std::string launch(const AttentionParams& attention, void* stream) {
     if (work == 0) return "";
     if (work > std::numeric_limits<int32_t>::max() / 2)
         return "it needs " + std::to_string(work) + " pieces of work, more than it can count";
+    if (std::string error = K::why_not(attention); !error.empty()) return error;
     DeviceFacts device;
     if (std::string error = current_device(device); !error.empty()) return error;
     if (device.capability != 90)

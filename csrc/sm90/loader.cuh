@@ -3,14 +3,11 @@
 
 #include "params.h"
 #include "problem.cuh"
+#include "sm90/limits.h"
 #include "sm90/params.cuh"
 #include "sm90/ring.cuh"
 
 namespace jvp_attn::sm90 {
-
-// Rows of an absent tensor are zeros: they are taken from another one, far beyond its end, where
-// the copy engine reads nothing.
-constexpr int kBeyond = 1 << 30;
 
 // Where the copy engine finds the rows of one head of one sequence.
 struct Source {

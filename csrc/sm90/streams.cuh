@@ -5,6 +5,7 @@
 // blocks of rows, and a block of threads takes one after the other.
 #pragma once
 
+#include "sm90/limits.h"
 #include "sm90/loader.cuh"
 #include "sm90/work.cuh"
 
@@ -52,6 +53,7 @@ struct Streams {
     using KeyReader = Reader<KeyTile, kSlots>;
     using KeySlot = Position<kSlots>;
 
+    static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
     static int64_t work(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     // A kernel has load(params, block, rows, keys), which loads the tiles of a block of rows, and

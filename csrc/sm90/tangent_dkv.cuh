@@ -11,6 +11,7 @@
 #pragma once
 
 #include "sm90/key_block.cuh"
+#include "sm90/limits.h"
 #include "sm90/loader.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/work.cuh"
@@ -42,6 +43,7 @@ struct TangentBackwardDkv {
         KeyRing::kBarrierBytes + QueryRing::kBarrierBytes + StatisticsRing::kBarrierBytes + 8;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
+    static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
     static int64_t work(const AttentionParams& p) { return Block::count(p); }
 
     DEVICE static void run(const Params& params) {

@@ -9,6 +9,7 @@
 #include <functional>
 #include <string>
 
+#include "sm90/limits.h"
 #include "sm90/params.cuh"
 
 namespace jvp_attn::sm90 {
@@ -68,15 +69,13 @@ inline std::string describe_tensors(Params& params, int row_box, int key_box) {
     const auto describe = [&](TensorMap& map, const char* name, const Tensor& x, bool of_keys,
                               int columns) -> std::string {
         if (!x.data) return "";
-        const bool packed = of_keys ? p.cu_seqlens_k : p.cu_seqlens_q;
-        const int64_t rows =
-            of_keys ? (packed ? p.total_k : p.seqlen_k) : (packed ? p.total_q : p.seqlen_q);
+        const Extent extent(p, of_keys);
         TensorMapKey key = {};
         key.data = reinterpret_cast<uintptr_t>(x.data);
         key.sizes[0] = columns;
-        key.sizes[1] = rows;
-        key.sizes[2] = of_keys ? p.heads_k : p.heads;
-        key.sizes[3] = packed ? 1 : p.batch;
+        key.sizes[1] = extent.rows;
+        key.sizes[2] = extent.heads;
+        key.sizes[3] = extent.batches;
         key.strides[0] = stride_in_bytes(key.sizes[1], x.row_stride);
         key.strides[1] = stride_in_bytes(key.sizes[2], x.head_stride);
         key.strides[2] = stride_in_bytes(key.sizes[3], x.batch_stride);

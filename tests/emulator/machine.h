@@ -46,8 +46,12 @@ public:
     // The orders of blocks and threads in all further launches.
     void set_seed(uint64_t seed) { seed_ = seed; }
 
-    // What the host is told of the machine. So few that a block of a persistent kernel has several
-    // pieces of work; how many differs from seed to seed.
+    // What the host is told of the machine: its compute capability, 90 for 9.0 ...
+    void set_capability(int capability) { capability_ = capability; }
+    int capability() const { return capability_; }
+
+    // ... and so few multiprocessors that a block of a persistent kernel has several pieces of
+    // work; how many differs from seed to seed.
     int multiprocessors() const { return static_cast<int>(2 + seed_ % 3); }
 
     // Calls the kernel once in each thread of each block. Returns what rule was broken, if any.
@@ -97,6 +101,7 @@ private:
     [[noreturn]] void complain_of_steps(const Actor& actor) const;
 
     uint64_t seed_ = 0;
+    int capability_ = 90;
     Launch launch_ = {};
     std::deque<Thread> threads_;  // kept from launch to launch, with their stacks
     std::optional<Fiber> caller_;

@@ -189,7 +189,7 @@ void wgmma_commit(Place where) {
 }
 
 std::string current_device(DeviceFacts& facts) {
-    facts = {90, machine.multiprocessors()};
+    facts = {machine.capability(), machine.multiprocessors()};
     return "";
 }
 

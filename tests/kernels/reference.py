@@ -162,8 +162,7 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     p = weights / total.masked_fill(~alive, 1)[..., None]
     lse = maximum + total.log()
 
-    t_of_q, t_of_k = s * tq @ k.mT, s * q @ tk.mT
-    t = t_of_q + t_of_k
+    t = s * (tq @ k.mT + q @ tk.mT)
     mu = (p * t).sum(-1)
     tc = t - mu[..., None]
     out = p @ v
@@ -171,16 +170,16 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
 
     beta = (g_tout * out).sum(-1) - x["grad_mu"]
     delta = (g_out * out + g_tout * tout).sum(-1) - x["grad_lse"]
-    gv, tgv, tgtv = g_out @ v.mT, g_tout @ v.mT, g_tout @ tv.mT
-    b = tgv - beta[..., None]
+    b = g_tout @ v.mT - beta[..., None]
     tbar = p * b
-    sbar = p * (gv + tgtv + b * tc - delta[..., None])
+    sbar = p * (g_out @ v.mT + g_tout @ tv.mT + b * tc - delta[..., None])
 
     # exp(S − lse) is wrong by a part of itself that is as large as the error of S − lse.
-    exponents = 1 + scores.where(p > 0, 0).abs() + lse.where(alive, 0).abs()[..., None]
-    b_terms = tgv.abs() + beta.abs()[..., None]
-    t_terms = t_of_q.abs() + t_of_k.abs() + mu.abs()[..., None]
-    x_terms = gv.abs() + tgtv.abs() + delta.abs()[..., None]
+    exponents = 1 + abs(s) * _size(q, k) + bias.where(p > 0, 0).abs()
+    exponents = exponents + lse.where(alive, 0).abs()[..., None]
+    b_terms = _size(g_tout, v) + beta.abs()[..., None]
+    t_terms = abs(s) * (_size(tq, k) + _size(q, tk)) + mu.abs()[..., None]
+    x_terms = _size(g_out, v) + _size(g_tout, tv) + delta.abs()[..., None]
     x_terms = x_terms + b_terms * tc.abs() + b.abs() * t_terms
 
     def of_group(x: Tensor) -> Tensor:
@@ -202,3 +201,11 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "grad_tk": of_group(s * tbar.mT @ q),
         "grad_tv": of_group(p.mT @ g_tout),
     }
+
+
+def _size(a: Tensor, b: Tensor) -> Tensor:
+    """How large the numbers are, up to the last, that the product a bᵀ comes to while it is summed.
+
+    Those on the way are as large as a sum of terms with random signs.
+    """
+    return (a @ b.mT).abs() + (a.square() @ b.square().mT).sqrt()

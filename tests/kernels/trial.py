@@ -152,7 +152,7 @@ class Trial:
         """
         belongs = self._belongs_to_a_sequence(name)
         terms = 2 * torch.finfo(torch.float32).eps * self.exact[f"{name}_terms"]
-        return float(terms[belongs].norm()) / magnitude(self.exact[name][belongs])
+        return 1e-6 + float(terms[belongs].norm()) / magnitude(self.exact[name][belongs])
 
     def _faults_of_residual(self, name: str, outputs: Tensors) -> list[str]:
         belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
