@@ -55,7 +55,8 @@ def assert_refused(kernel: str, why: str, change: Change, attempt: Trial | None 
 @over_kernels
 def test_another_compute_capability(kernel: str) -> None:
     attempt = trial_of(kernel)
-    params = attempt.launch(outputs_of(kernel, attempt), ()).params
+    outputs = outputs_of(kernel, attempt)
+    params = attempt.launch(outputs, tuple(outputs)).params
     machine = emulator.load()
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
         why = "machine code for compute capability 9.0, and the device has {}.{}$"
