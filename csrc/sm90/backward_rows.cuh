@@ -1,4 +1,5 @@
-// What the backward knows of the two rows of a thread, where rows are queries.
+// What the backward knows of the two rows of a thread, where rows are queries. The kernels of 8.0
+// know it in a way of their own, in ../sm80/backward_dq.cuh: with this one, some of them spill.
 #pragma once
 
 #include "problem.cuh"
