@@ -8,6 +8,11 @@ from problems import lengths_of
 from trial import trial
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+over_families_that_are_quick = pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x.arch == "sm90")) for x in FAMILIES],
+    ids=str,
+)
 
 
 def plainest(family: Family) -> Case:
@@ -27,7 +32,7 @@ def faults_by_diagonal(case: Case, diagonals: range) -> dict[int, list[str]]:
     return faults
 
 
-@over_families
+@over_families_that_are_quick
 @pytest.mark.parametrize("offset", [-2, -1, 0, 1])
 def test_diagonals_beside_the_corners_of_fragments(offset: int, family: Family) -> None:
     case = plainest(family)
