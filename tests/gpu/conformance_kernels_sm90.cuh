@@ -23,6 +23,7 @@ struct Threads {
     static constexpr int kThreads = Count;
     static constexpr int kSharedBytes = 0;
     static constexpr int kRowBox = 8, kKeyBox = 8;
+    static std::string why_not(const AttentionParams&) { return ""; }
     static int64_t work(const AttentionParams&) { return 1; }
 };
 

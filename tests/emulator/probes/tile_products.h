@@ -70,6 +70,7 @@ struct TileProducts {
     static constexpr int kBarriers = QTile::kBytes + WeightTile::kBytes + kSlots * kSlotBytes;
     static constexpr int kSharedBytes = kBarriers + 8 * (1 + 2 * kSlots);
 
+    static std::string why_not(const AttentionParams&) { return ""; }
     static int64_t work(const AttentionParams& p) { return p.batch; }
 
     DEVICE static void run(const Params& params) {
