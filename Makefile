@@ -8,6 +8,9 @@ ARGS            ?=
 VENV := .venv
 BIN  := $(VENV)/bin
 
+# A test for each core at a time, with one thread each. Tests of one group share what is costly.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,16 +23,16 @@ help:  ## show this
 	@echo 'ARGS="..." is passed on: make demo ARGS=--help, make test ARGS="-k causal".'
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new $(VENV).'
 
-demo: build/extension  ## train and distil a small model on real digits
+demo: build/extensions  ## train and distil a small model on real digits
 	$(BIN)/python -m rcm.train $(ARGS)
 
 test: check  ## check, then run the tests
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-test-slow: build/extension  ## run the tests that take long, such as the packaging
-	$(BIN)/pytest -m slow $(ARGS)
+test-slow: build/extensions  ## run the tests that take long, such as the packaging
+	$(PYTEST) -m slow $(ARGS)
 
-check: build/extension  ## formatting, lint and types
+check: build/extensions  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
@@ -41,7 +44,7 @@ format: $(VENV)/ready  ## reformat, and mend what lint can mend
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) build dist *.egg-info jvp_attn/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info jvp_attn/*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -54,7 +57,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	@echo 'Setting up $(VENV): a few minutes, once.'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'setuptools>=70.1' '$(TORCH)' $$($(cpu_index))
-	JVP_ATTN_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test,dev]' \
+	JVP_ATTN_CPU=0 JVP_ATTN_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test,dev]' \
 	  '$(TORCH)' $$($(cpu_index))
 	@rm $(VENV)/unfinished && touch $@
 
@@ -65,8 +68,8 @@ cpu_index = nvidia-smi >/dev/null 2>&1 || \
   urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5); \
   print("--extra-index-url $(TORCH_CPU_INDEX)")' 2>/dev/null
 
-# The extension is built apart from the installation, so that only what changed is compiled.
-# Without nvcc nothing is built and nothing remembered: the next make looks for nvcc again.
-build/extension: $(VENV)/ready setup.py jvp_attn/kernel_table.py $(shell find csrc -type f)
+# The extensions are built apart from the installation, so that only what changed is compiled.
+# Where one is left out nothing is remembered: the next make looks for its compiler again.
+build/extensions: $(VENV)/ready setup.py jvp_attn/kernel_table.py $(shell find csrc -type f)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
-	@! ls jvp_attn/_C.*.so >/dev/null 2>&1 || { mkdir -p build && touch $@; }
+	@! ls jvp_attn/_C.*.so jvp_attn/_cpu.*.so >/dev/null 2>&1 || { mkdir -p build && touch $@; }

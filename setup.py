@@ -1,29 +1,47 @@
-"""Builds the CUDA extension `jvp_attn._C` where nvcc is found, else a pure-Python package.
+"""Builds the extensions: `jvp_attn._cpu` with a C++ compiler, `jvp_attn._C` with nvcc.
 
-`JVP_ATTN_CUDA=1` turns "else" into an error, `JVP_ATTN_CUDA=0` skips the extension.
-`TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` work as for PyTorch's own extensions.
+What cannot be built is left out, and the package works without. `JVP_ATTN_CPU=1` and
+`JVP_ATTN_CUDA=1` make that an error, `JVP_ATTN_CPU=0` and `JVP_ATTN_CUDA=0` leave one out.
+`CXX`, `TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` work as for PyTorch's own extensions.
 All else about the package is in pyproject.toml.
 """
 
+import importlib.util
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-# torch brings BuildExtension and the headers of pybind11; with ninja, files compile in parallel.
-BUILD_REQUIREMENTS = ["torch>=2.11", "ninja"]
+# torch brings BuildExtension; with ninja, files compile in parallel.
+CUDA_REQUIREMENTS = ["torch>=2.11", "ninja"]
 
 # A build frontend runs these to collect requirements, metadata and sources: they compile nothing.
 PREPARATIONS = {"egg_info", "dist_info", "sdist"}
 
 SOURCES = {".cpp", ".cu"}
+
+# Products may become fused multiply-adds. What passes vectors by value is inlined, so that nothing
+# depends on how the ABI does that.
+CPU_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra"]
+CPU_FLAGS += ["-Wno-psabi", "-fvisibility=hidden"]
+
+# What a compiler must understand.
+PROBE = """
+#include <atomic>
+typedef float Vector __attribute__((vector_size(16)));
+void publish(std::atomic<int>& x, Vector& y) { x.notify_all(); y = y > y ? y : y + y; }
+"""
 
 # Where the sources of the kernels go that csrc/generate.py writes.
 GENERATED = Path("build/kernels")
@@ -42,33 +60,42 @@ class Toolkit:
 
 
 def main() -> None:
-    choice = os.environ.get("JVP_ATTN_CUDA") or "automatic"
-    if choice not in {"0", "1", "automatic"}:
-        fail(f"JVP_ATTN_CUDA is {choice!r}; it can be 0, 1 or unset.")
-    toolkit = None if choice == "0" else find_toolkit()
-
+    toolkit = None if wish_for("JVP_ATTN_CUDA") == "0" else find_toolkit()
     if PREPARATIONS.intersection(sys.argv):
-        setup(license=LICENSE, setup_requires=BUILD_REQUIREMENTS if toolkit else [])
+        setup(license=LICENSE, setup_requires=CUDA_REQUIREMENTS if toolkit else [])
         return
 
-    if choice == "0":
-        obstacle = "JVP_ATTN_CUDA=0"
-    elif toolkit is None:
-        obstacle = "no nvcc in CUDA_HOME, CUDA_PATH or PATH"
-    else:
-        obstacle = why_no_torch()
+    extensions, command = [], build_ext
+    if is_wanted("CPU", why_no_compiler() or why_no_pybind11()):
+        extensions.append(cpu_extension())
+    if is_wanted("CUDA", why_no_torch() if toolkit else "no nvcc in CUDA_HOME, CUDA_PATH or PATH"):
+        extensions.append(cuda_extension(toolkit))
+        command = cuda_build_command(toolkit)
+    setup(
+        license=LICENSE,
+        ext_modules=extensions,
+        cmdclass={"build_ext": ending_with_advice(command)},
+    )
 
-    if toolkit and not obstacle:
-        setup(
-            license=LICENSE,
-            ext_modules=[cuda_extension(toolkit)],
-            cmdclass={"build_ext": build_command(toolkit)},
-        )
-    elif choice == "1":
-        fail(f"JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: {obstacle}.")
-    else:
-        notice(f"{obstacle}: the CUDA extension is left out.")
-        setup(license=LICENSE)
+
+def wish_for(variable: str) -> str:
+    wish = os.environ.get(variable) or "automatic"
+    if wish not in {"0", "1", "automatic"}:
+        fail(f"{variable} is {wish!r}; it can be 0, 1 or unset.")
+    return wish
+
+
+def is_wanted(name: str, obstacle: str | None) -> bool:
+    """Whether to build an extension; says why not, and ends where it must be built and cannot."""
+    variable = f"JVP_ATTN_{name}"
+    wish = wish_for(variable)
+    if wish == "0":
+        obstacle = f"{variable}=0"
+    elif wish == "1" and obstacle:
+        fail(f"{variable}=1 asks for the {name} extension, but it cannot be built: {obstacle}.")
+    if obstacle:
+        notice(f"{obstacle}: the {name} extension is left out.")
+    return not obstacle
 
 
 def notice(text: str) -> None:
@@ -107,6 +134,45 @@ def why_no_torch() -> str | None:
     except ImportError as error:
         return f"torch cannot be imported ({error})"
     return None
+
+
+def why_no_compiler() -> str | None:
+    command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        probe, result = Path(folder, "probe.cpp"), Path(folder, "probe.o")
+        probe.write_text(PROBE)
+        try:
+            output_of(*command, *CPU_FLAGS, "-c", str(probe), "-o", str(result))
+        except OSError as error:
+            return f"no C++ compiler ({error})"
+        if not result.exists():
+            return f"{command[0]} does not compile C++20 with GCC's vector extensions"
+    return None
+
+
+def why_no_pybind11() -> str | None:
+    return None if pybind11_headers() else "there is neither pybind11 nor torch, which has it too"
+
+
+def pybind11_headers() -> str | None:
+    for package in ("pybind11", "torch"):
+        if spec := importlib.util.find_spec(package):
+            return str(Path(spec.origin).parent / "include")
+    return None
+
+
+def cpu_extension() -> Extension:
+    """Describe `jvp_attn._cpu`, which knows nothing of torch."""
+    folder = Path("csrc/cpu")
+    return Extension(
+        "jvp_attn._cpu",
+        sources=[str(path) for path in sorted(folder.glob("*.cpp"))],
+        depends=["setup.py", *(str(path) for path in sorted(folder.glob("*.h")))],
+        include_dirs=[str(Path("csrc").resolve())],
+        extra_compile_args=[*CPU_FLAGS, "-isystem", pybind11_headers()],
+        extra_link_args=["-pthread"],
+        language="c++",
+    )
 
 
 def cuda_extension(toolkit: Toolkit) -> Extension:
@@ -151,7 +217,7 @@ def cuda_extension(toolkit: Toolkit) -> Extension:
 
 def sources(targets: list[str]) -> list[Path]:
     """Find the sources in csrc/ and generate those of the kernels, which take longer: last."""
-    written = sorted(path for path in Path("csrc").rglob("*") if path.suffix in SOURCES)
+    written = sorted(path for path in Path("csrc").glob("*") if path.suffix in SOURCES)
     generator = runpy.run_path("csrc/generate.py")
     # Those for compute capability 9.0 alone are empty in code for another.
     archs = {"sm80", "sm90"} if "sm_90a" in targets else {"sm80"}
@@ -202,29 +268,34 @@ def git_hash() -> str:
     return result.stdout.strip()
 
 
-def build_command(toolkit: Toolkit) -> type:
-    """Return torch's build_ext, taught where nvcc is and to end with a message one can act on."""
+def cuda_build_command(toolkit: Toolkit) -> type[build_ext]:
+    """Return torch's build_ext, taught where nvcc is."""
     import torch
     from torch.utils import cpp_extension
 
     # A CPU-only torch knows neither. Without the version, ninja would miss changes in headers.
     cpp_extension.CUDA_HOME = str(toolkit.root)
     torch.version.cuda = ".".join(toolkit.version.split(".")[:2])
+    return cpp_extension.BuildExtension
 
-    class BuildCuda(cpp_extension.BuildExtension):
+
+def ending_with_advice(command: type[build_ext]) -> type[build_ext]:
+    """Teach build_ext to end with a message one can act on."""
+
+    class Build(command):
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
+                names = " or ".join(extension.name for extension in self.extensions)
                 fail(
-                    f"the CUDA extension did not compile: {error}\n"
-                    f"The compiler's own words are above; nvcc {toolkit.version} was called in "
-                    f"{toolkit.root}.\n"
-                    "JVP_ATTN_CUDA=0 installs without the extension, CUDA_HOME chooses another "
-                    "toolkit,\nTORCH_CUDA_ARCH_LIST other GPUs."
+                    f"{names} did not compile: {error}\nThe compiler's own words are above.\n"
+                    "JVP_ATTN_CPU=0 and JVP_ATTN_CUDA=0 install without an extension, CXX chooses "
+                    "another C++\ncompiler, CUDA_HOME another toolkit, TORCH_CUDA_ARCH_LIST other "
+                    "GPUs."
                 )
 
-    return BuildCuda
+    return Build
 
 
 if __name__ == "__main__":

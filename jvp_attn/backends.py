@@ -1,7 +1,8 @@
 """Which backend computes attention: automatic, or chosen by JVP_ATTN_BACKEND or `backend(name)`.
 
-Automatic is `cuda` where its kernels can compute the problem, else `blockwise`. torch.compile reads
-the variable when it traces, and does not see it change afterwards; it does see `backend(name)`.
+Automatic is `cuda` or `cpu` where their kernels can compute the problem, else `blockwise`.
+torch.compile reads the variable when it traces, and does not see it change afterwards; it does see
+`backend(name)`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from jvp_attn import blockwise, results
-from jvp_attn.cuda import ShapesOnly, kernel_maps
+from jvp_attn import blockwise, cpu, cuda, results
 from jvp_attn.kernel_choice import why_no_kernels
 from jvp_attn.kernel_table import KERNELS
 from jvp_attn.maps import AttentionMaps
@@ -35,7 +35,8 @@ class _Backend:
 # `math` is not among them: it is one differentiable formula.
 _BACKENDS = {
     "blockwise": _Backend(lambda: blockwise, results),
-    "cuda": _Backend(cache(kernel_maps), ShapesOnly()),
+    "cpu": _Backend(cache(cpu.cpu_maps), cpu.ShapesOnly()),
+    "cuda": _Backend(cache(cuda.kernel_maps), cuda.ShapesOnly()),
 }
 _AUTOMATIC = "automatic"
 
@@ -51,8 +52,8 @@ _choice = _Choice()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend` accepts besides "automatic"; "cuda" only with the CUDA extension."""
-    return tuple(name for name in (*_BACKENDS, "math") if name != "cuda" or not why_no_extension())
+    """Names that `backend` accepts besides "automatic"; those of extensions only with these."""
+    return tuple(name for name in (*_BACKENDS, "math") if not _why_not_installed(name))
 
 
 def current_backend() -> str:
@@ -72,7 +73,7 @@ def backend(name: str) -> Iterator[None]:
     """Compute attention with the named backend inside the block; backward passes keep it.
 
     Args:
-        name: "cuda", "blockwise", "math" or "automatic".
+        name: "cuda", "cpu", "blockwise", "math" or "automatic".
 
     Raises:
         ValueError: there is no backend of that name.
@@ -89,13 +90,13 @@ def resolve_backend(q: Tensor, k: Tensor) -> str:
     """The backend that an attention call made now with these queries and keys uses.
 
     Raises:
-        ValueError: "cuda" is asked for, and its kernels cannot compute this.
+        ValueError: "cuda" or "cpu" is asked for, and its kernels cannot compute this.
     """
     name = current_backend()
     if name == _AUTOMATIC:
-        return "blockwise" if why_not_cuda(q, k) else "cuda"
-    if name == "cuda" and (reason := why_not_cuda(q, k)):
-        raise ValueError(f"backend 'cuda' cannot compute this: {reason}; 'automatic' can")
+        return next((x for x, why_not in _KERNELS.items() if not why_not(q, k)), "blockwise")
+    if name in _KERNELS and (reason := _KERNELS[name](q, k)):
+        raise ValueError(f"backend {name!r} cannot compute this: {reason}; 'automatic' can")
     return name
 
 
@@ -107,6 +108,16 @@ def why_not_cuda(q: Tensor, k: Tensor) -> str | None:
         return reason
     capability = torch.cuda.get_device_capability(q.device)
     return why_no_kernels(q.dtype, q.shape[1], k.shape[1], capability)
+
+
+def why_not_cpu(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels of the CPU do not compute a problem; None where they do."""
+    if q.device.type != "cpu":
+        return f"q is on {q.device}, and these kernels run on the CPU"
+    return why_no_cpu_extension() or cpu.why_too_long(q, k)
+
+
+_KERNELS = {"cuda": why_not_cuda, "cpu": why_not_cpu}
 
 
 def why_no_device() -> str | None:
@@ -128,6 +139,21 @@ def _why_no_extension() -> str | None:
         return f"the CUDA extension is not installed ({error})"
     if missing := KERNELS.keys() - extension.kernels().keys():
         return f"the CUDA extension is not of this version (it has no kernel {min(missing)})"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def why_no_cpu_extension() -> str | None:
+    """Why the CPU extension cannot be used; None where it can."""
+    return _why_no_cpu_extension()
+
+
+@cache
+def _why_no_cpu_extension() -> str | None:
+    try:
+        import_module("jvp_attn._cpu")
+    except ImportError as error:
+        return f"the CPU extension is not installed ({error})"
     return None
 
 
@@ -158,5 +184,11 @@ def _backend_of(name: str) -> _Backend:
 def _check_name(name: str, origin: str) -> None:
     allowed = (_AUTOMATIC, *available_backends())
     if name not in allowed:
-        reason = f" ({why_no_extension()})" if name == "cuda" else ""
-        raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(allowed)}{reason}")
+        why = f" ({reason})" if (reason := _why_not_installed(name)) else ""
+        raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(allowed)}{why}")
+
+
+def _why_not_installed(name: str) -> str | None:
+    if name == "cuda":
+        return why_no_extension()
+    return why_no_cpu_extension() if name == "cpu" else None

@@ -39,6 +39,14 @@ class Extension:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CpuExtension:
+    """The kernels for the CPU: for which instruction sets that run here, or why there are none."""
+
+    instruction_sets: list[str] | None = None  # the first is used
+    import_error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that `python -m jvp_attn.info` prints."""
 
@@ -48,6 +56,7 @@ class Report:
     torch_cuda: str | None  # None is a CPU-only torch
     os: str
     cpu: str
+    cpu_extension: CpuExtension
     extension: Extension
     devices: list[Device]
     available_backends: tuple[str, ...]
@@ -64,6 +73,7 @@ def collect() -> Report:
         torch_cuda=torch.version.cuda,
         os=platform.platform(),
         cpu=f"{_cpu_model()}, {os.cpu_count()} cores",
+        cpu_extension=_cpu_extension(),
         extension=extension,
         devices=devices,
         available_backends=available_backends(),
@@ -79,7 +89,7 @@ def as_text(report: Report) -> str:
         ("python", report.python),
         ("torch", f"{report.torch} ({cuda})"),
         ("os", report.os),
-        ("cpu", report.cpu),
+        ("cpu", f"{report.cpu}; {_cpu_extension_text(report.cpu_extension)}"),
         ("extension", _extension_text(report.extension)),
         *[("device", _device_text(device)) for device in report.devices],
     ]
@@ -162,6 +172,21 @@ def _extension_and_devices() -> tuple[Extension, list[Device]]:
         device_error=module.device_error(),
     )
     return extension, module.devices()
+
+
+def _cpu_extension() -> CpuExtension:
+    try:
+        module = importlib.import_module("jvp_attn._cpu")
+    except ImportError as error:
+        return CpuExtension(import_error=str(error))
+    return CpuExtension(instruction_sets=module.instruction_sets())
+
+
+def _cpu_extension_text(extension: CpuExtension) -> str:
+    if extension.instruction_sets is None:
+        why = f"{extension.import_error}; JVP_ATTN_CPU=1 pip install says what is missing"
+        return f"no kernels ({why})"
+    return f"kernels for {', '.join(extension.instruction_sets)}"
 
 
 def _devices_seen_by_torch() -> list[Device]:

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import torch
 
-from jvp_attn.backends import why_no_device, why_no_extension
+from jvp_attn.backends import why_no_cpu_extension, why_no_device, why_no_extension
 from jvp_attn.kernel_choice import HOPPER, MAPS, kernels_of, on_hopper, why_no_kernels
 from jvp_attn.kernel_table import KernelEntry, padded_head_dim
 from jvp_attn.validation import check_attention
@@ -25,9 +25,10 @@ class KernelUse:
 
 @dataclass(frozen=True, kw_only=True)
 class MapReport:
-    """How one attention map would be computed: by kernels, or else blockwise, and why."""
+    """How one attention map would be computed: by CUDA kernels, or else by what, and why."""
 
     map: str
+    backend: str
     kernels: tuple[KernelUse, ...]
     why: str
 
@@ -62,12 +63,15 @@ def report_problem(
     check_attention(q, k, v)
 
     reason = None
-    if capability is None:
+    if is_here := capability is None:
         reason = why_no_device() or why_no_extension()
         capability = (0, 0) if reason else torch.cuda.get_device_capability()
     reason = reason or why_no_kernels(dtype, seqlen_q, k_shape[1], capability)
     if reason:
-        return [MapReport(map=name, kernels=(), why=reason) for name in MAPS]
+        backend = (
+            "cpu" if is_here and why_no_device() and not why_no_cpu_extension() else "blockwise"
+        )
+        return [MapReport(map=name, backend=backend, kernels=(), why=reason) for name in MAPS]
     return [_map_report(name, dtype, head_dim, v_shape[3], masked, capability) for name in MAPS]
 
 
@@ -82,7 +86,8 @@ def _map_report(
     padded = padded_head_dim(head_dim, head_dim_v)
     kernels = kernels_of(name, dtype, head_dim, head_dim_v, masked)
     if kernels is None:
-        return MapReport(map=name, kernels=(), why=f"it has no kernel for head dim {padded}")
+        why = f"it has no kernel for head dim {padded}"
+        return MapReport(map=name, backend="blockwise", kernels=(), why=why)
     dims = f"{head_dim}" if head_dim == head_dim_v else f"{head_dim} and {head_dim_v}"
     why = f"{str(dtype).removeprefix('torch.')}, head dim {dims}"
     if padded != max(head_dim, head_dim_v) or head_dim != head_dim_v:
@@ -92,7 +97,7 @@ def _map_report(
     elif capability == HOPPER and head_dim % 8 == head_dim_v % 8 == 0:
         kernels = tuple(map(_on_hopper, kernels))
         why += ", strides of multiples of 16 bytes"
-    return MapReport(map=name, kernels=tuple(map(_kernel_use, kernels)), why=why)
+    return MapReport(map=name, backend="cuda", kernels=tuple(map(_kernel_use, kernels)), why=why)
 
 
 def _on_hopper(kernel: KernelEntry) -> KernelEntry:
@@ -124,7 +129,7 @@ def as_text(reports: list[MapReport]) -> str:
             lines.append((report.map, f"kernels for {report.why}"))
             lines += [("", f"  {_kernel_text(kernel)}") for kernel in report.kernels]
         else:
-            lines.append((report.map, f"blockwise, because {report.why}"))
+            lines.append((report.map, f"{report.backend}, because {report.why}"))
     return "\n".join(f"{name:<18}{text}" for name, text in lines)
 
 

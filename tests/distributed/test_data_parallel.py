@@ -27,6 +27,8 @@ from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.func import functional_call
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 Outcomes = dict[str, dict[str, Named | str]]
 
 # Theirs alone on each rank; all else are gradients of weights.

@@ -26,11 +26,13 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    # One after the other: a single one may fill the memory of a GPU.
+    on_a_gpu = pytest.mark.xdist_group("gpu")
+    if not torch.cuda.is_available():
+        on_a_gpu = pytest.mark.skip(reason="torch finds no NVIDIA GPU")
     for item in items:
         if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="torch finds no NVIDIA GPU"))
+            item.add_marker(on_a_gpu)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -73,6 +73,16 @@ def test_compiled_equals_eager(machine: Machine, case: Case) -> None:
         assert_close(jvp_within(data), outputs(case.ours, data), tolerance=0)
 
 
+# ----------------------------------------------------------------------------
+# On a GPU only
+
+
+on_a_gpu = pytest.mark.parametrize(
+    "machine", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
+
+
+@on_a_gpu
 def test_without_a_choice_half_precision_on_a_gpu_is_for_the_kernels(machine: Machine) -> None:
     case = shrunk(machine, CASES[0])
     data, cotangents = machine.data(case), machine.cotangents(case)
@@ -81,8 +91,11 @@ def test_without_a_choice_half_precision_on_a_gpu_is_for_the_kernels(machine: Ma
         assert_same(outputs_and_gradients(case.ours, data, cotangents), expected)
 
 
+@on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
-def test_without_a_choice_full_precision_is_blockwise(machine: Machine, dtype: torch.dtype) -> None:
+def test_without_a_choice_full_precision_on_a_gpu_is_blockwise(
+    machine: Machine, dtype: torch.dtype
+) -> None:
     case = replace(shrunk(machine, CASES[0]), dtype=dtype)
     data, cotangents = machine.data(case), machine.cotangents(case)
     cotangents = {name: x.to(dtype) for name, x in cotangents.items()}
@@ -90,15 +103,6 @@ def test_without_a_choice_full_precision_is_blockwise(machine: Machine, dtype: t
         expected = outputs_and_gradients(case.ours, data, cotangents)
     with jvp_attn.backend("automatic"):
         assert_same(outputs_and_gradients(case.ours, data, cotangents), expected)
-
-
-# ----------------------------------------------------------------------------
-# On a GPU only
-
-
-on_a_gpu = pytest.mark.parametrize(
-    "machine", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
 
 
 @on_a_gpu

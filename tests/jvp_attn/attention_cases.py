@@ -248,15 +248,18 @@ def rows_of(outputs: Named, which: slice | Tensor) -> dict[str, Tensor]:
     return {n: x[:, which] if "out" in n else x[:, :, which] for n, x in outputs.items()}
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖, infinite where they disagree about what is infinite."""
+def relative_error(actual: Tensor, expected: Tensor, least: float = 0.01) -> float:
+    """‖actual − expected‖ / ‖expected‖, infinite where they disagree about what is infinite.
+
+    A norm expected below `least` counts as that: a derivative that is zero, such as that of a
+    softmax over one key, is zero up to rounding.
+    """
     actual, expected = actual.detach().double(), expected.detach().double()
     infinite = expected.isinf()
     if not torch.equal(actual[infinite], expected[infinite]):
         return torch.inf
     difference = (actual - expected)[~infinite].norm()
-    # A derivative that is zero, such as that of a softmax over one key, is zero up to rounding.
-    return float(difference / expected[~infinite].norm().clamp(min=0.01))
+    return float(difference) / max(float(expected[~infinite].norm()), least)
 
 
 def named(tree: Any) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
-"""Tests of derivatives run twice: with the backend `blockwise`, and with the kernels emulated."""
+"""Tests of derivatives run thrice: by the backends `cpu`, `blockwise` and `cuda`, emulated."""
 
 from collections.abc import Iterator
 
 import pytest
 from emulated_backend import emulated_backend
 
-ALSO_EMULATED = {
+import jvp_attn
+
+BY_ALL_BACKENDS = {
     "test_attention_autograd",
     "test_attention_derivatives",
     "test_attention_func_transforms",
@@ -22,8 +24,8 @@ SLOW = {"hessian_", "jacfwd_", "jacrev_", "jacrev_of_jacfwd", "jacrev_of_jacrev"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chooses_backends_itself = "backend" in metafunc.fixturenames
-    if metafunc.module.__name__ in ALSO_EMULATED and not chooses_backends_itself:
-        metafunc.parametrize("computed_by", ["blockwise", "emulated"], indirect=True)
+    if metafunc.module.__name__ in BY_ALL_BACKENDS and not chooses_backends_itself:
+        metafunc.parametrize("computed_by", ["cpu", "blockwise", "emulated"], indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,8 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def computed_by(request: pytest.FixtureRequest) -> Iterator[None]:
     """The backend of `flash_attn_jvp` during a test."""
-    if getattr(request, "param", "blockwise") == "emulated":
-        with emulated_backend():
-            yield
-    else:
+    name = getattr(request, "param", None)
+    if name is None:  # as users have it
+        yield
+        return
+    if name == "cpu" and "cpu" not in jvp_attn.available_backends():
+        pytest.skip("the CPU extension is not built")
+    with emulated_backend() if name == "emulated" else jvp_attn.backend(name):
         yield

@@ -21,8 +21,10 @@ from jvp_attn.kernel_table import KERNELS
 @pytest.fixture(autouse=True)
 def extension_is_looked_for_again() -> Iterator[None]:
     backends._why_no_extension.cache_clear()
+    backends._why_no_cpu_extension.cache_clear()
     yield
     backends._why_no_extension.cache_clear()
+    backends._why_no_cpu_extension.cache_clear()
 
 
 @pytest.fixture
@@ -31,10 +33,16 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_cpu_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jvp_attn._cpu", None)
+
+
+@pytest.fixture
 def extension(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """One that says it has all kernels."""
     extension = SimpleNamespace(kernels=lambda: dict.fromkeys(KERNELS))
     monkeypatch.setitem(sys.modules, "jvp_attn._C", extension)
+    monkeypatch.setitem(sys.modules, "jvp_attn._cpu", None)
     return extension
 
 
@@ -68,8 +76,8 @@ def thrice_differentiated(out: Tensor, q: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.usefixtures("no_extension")
-def test_blockwise_is_what_runs_automatically_on_a_cpu() -> None:
+@pytest.mark.usefixtures("no_extension", "no_cpu_extension")
+def test_without_extensions_blockwise_is_what_runs_automatically() -> None:
     assert jvp_attn.current_backend() == "automatic"
     assert jvp_attn.available_backends() == ("blockwise", "math")
     with pytest.raises(NotImplementedError):
@@ -112,7 +120,7 @@ def test_an_empty_environment_variable_chooses_nothing(monkeypatch: pytest.Monke
 ALLOWED = "it must be one of automatic, blockwise, math"
 
 
-@pytest.mark.usefixtures("no_extension")
+@pytest.mark.usefixtures("no_extension", "no_cpu_extension")
 def test_an_unknown_backend_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=f"backend is 'cuda9'; {ALLOWED}"),
@@ -122,7 +130,7 @@ def test_an_unknown_backend_is_refused() -> None:
     assert jvp_attn.current_backend() == "automatic"
 
 
-@pytest.mark.usefixtures("no_extension")
+@pytest.mark.usefixtures("no_extension", "no_cpu_extension")
 def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_BACKEND", "cuda9")
     with pytest.raises(ValueError, match=f"variable JVP_ATTN_BACKEND is 'cuda9'; {ALLOWED}"):
@@ -130,10 +138,50 @@ def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.Mo
 
 
 # ----------------------------------------------------------------------------
+# The backend `cpu`
+
+
+needs_cpu_extension = pytest.mark.skipif(
+    "cpu" not in jvp_attn.available_backends(), reason="the CPU extension is not built"
+)
+ON_CPU = torch.zeros(2, 8, 2, 64)
+
+
+@needs_cpu_extension
+@pytest.mark.usefixtures("no_extension")
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_on_a_cpu_its_kernels_run_automatically(dtype: torch.dtype) -> None:
+    assert jvp_attn.available_backends() == ("blockwise", "cpu", "math")
+    assert backends.resolve_backend(ON_CPU.to(dtype), ON_CPU.to(dtype)) == "cpu"
+
+
+@pytest.mark.usefixtures("no_cpu_extension")
+def test_cpu_without_the_extension_is_refused_with_the_reason() -> None:
+    assert backends.resolve_backend(ON_CPU, ON_CPU) == "blockwise"
+    message = r"math \(the CPU extension is not installed \(.*jvp_attn\._cpu.*\)\)"
+    with pytest.raises(ValueError, match=message), jvp_attn.backend("cpu"):
+        pass
+
+
+@needs_cpu_extension
+def test_cpu_is_refused_where_it_cannot_compute() -> None:
+    on_meta, too_long = ON_CPU.to("meta"), ON_CPU[:1, :1].expand(1, 2**30, 2, 64)
+    assert backends.resolve_backend(on_meta, on_meta) == "blockwise"
+    assert backends.resolve_backend(ON_CPU, too_long) == "blockwise"
+    with jvp_attn.backend("cpu"):
+        with pytest.raises(ValueError, match=r"backend 'cpu' cannot .* q is on meta"):
+            backends.resolve_backend(on_meta, on_meta)
+        with pytest.raises(ValueError, match="that of k is 1073741824; 'automatic' can"):
+            backends.resolve_backend(ON_CPU, too_long)
+
+
+# ----------------------------------------------------------------------------
 # The backend `cuda`
 
 
-@pytest.mark.usefixtures("no_extension")
+@pytest.mark.usefixtures("no_extension", "no_cpu_extension")
 def test_cuda_without_the_extension_is_refused_with_the_reason() -> None:
     message = rf"{ALLOWED} \(the CUDA extension is not installed \(.*jvp_attn\._C.*\)\)"
     with pytest.raises(ValueError, match=message), jvp_attn.backend("cuda"):

@@ -359,7 +359,7 @@ def test_tangents_threaded_by_hand_may_hold_that_of_a_mask() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("backend", ["blockwise"])
+@pytest.mark.parametrize("backend", ["cpu", "blockwise"])
 @pytest.mark.parametrize("dims", ["k", "q.", "h.."])
 @over_kinds
 def test_a_mask_is_not_expanded_in_memory(kind: str, dims: str, backend: str) -> None:

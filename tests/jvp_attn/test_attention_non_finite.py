@@ -1,6 +1,6 @@
 """NaN and infinity have an effect on what sees them, and on nothing else, though 0 · ∞ is NaN.
 
-The kernels want what is hidden to be finite; this is of the backend `blockwise`.
+The CUDA kernels want what is hidden to be finite; this is of the backends `cpu` and `blockwise`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from attention_cases import (
 )
 from packed_cases import PackedCase
 from torch import Tensor
+
+pytestmark = pytest.mark.parametrize("computed_by", ["cpu", "blockwise"], indirect=True)
 
 INPUTS = ("q", "k", "v", "tq", "tk", "tv")
 OUTPUTS = ("out", "lse", "out_tangent", "mu")

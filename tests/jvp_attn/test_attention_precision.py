@@ -33,7 +33,11 @@ def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> 
 over_dtypes = pytest.mark.parametrize(
     ("dtype", "computed_by"),
     [
-        *((dtype, "blockwise") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *(
+            (dtype, backend)
+            for backend in ("cpu", "blockwise")
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ),
         *((dtype, "emulated") for dtype in (torch.bfloat16, torch.float16)),
     ],
     indirect=["computed_by"],

@@ -144,10 +144,18 @@ def lower_precision_costs_one_rounding(
         ours = outputs_and_gradients(case.ours, data, through=through)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in data.items()}
     expected = outputs_and_gradients(case.naive, exact, through=through)
+    # What cancels is zero up to the rounding of its terms, which are about 1, or, where a gradient
+    # is the sum over a broadcast mask, those of the mask that is not.
+    everywhere = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
+    apart = {x: y.expand(everywhere) if "mask" in x else y for x, y in exact.items()}
+    terms = outputs_and_gradients(case.naive, apart, through=through)
     for name, x in expected.items():
         assert ours[name].dtype == (torch.float32 if name in ("lse", "mu") else dtype), name
         allowed = max(torch.finfo(ours[name].dtype).eps, 1e-4)
-        assert relative_error(ours[name], x) <= allowed, name
+        least = 0.1 * max(x.numel(), 1) ** 0.5
+        if "mask" in name:
+            least = max(least, float(terms[name].norm()))
+        assert relative_error(ours[name], x, least) <= allowed, name
 
 
 PROPERTIES: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], ...]]] = {
@@ -163,7 +171,7 @@ PROPERTIES: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], .
     "lower precision": (lower_precision_costs_one_rounding, (cases(), any_dtype, any_blocks)),
 }
 few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
-a_thousand = settings(max_examples=1000, deadline=None, database=None, print_blob=True)
+a_thousand = settings(few, max_examples=1000)
 
 
 def check(name: str, amount: settings) -> None:
@@ -177,7 +185,7 @@ def test_a_few_random_cases(name: str) -> None:
 
 
 # Not computed in half precision: where a result of a random case cancels, it is all rounding.
-over_exact_backends = pytest.mark.parametrize("backend", ["blockwise"])
+over_exact_backends = pytest.mark.parametrize("backend", ["cpu", "blockwise"])
 
 
 @over_exact_backends

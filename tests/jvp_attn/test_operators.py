@@ -132,7 +132,12 @@ def recorded_kernels() -> Iterator[None]:
         yield
 
 
-BACKENDS = {"blockwise": nullcontext, "cuda": recorded_kernels, "emulated": emulated_backend}
+BACKENDS = {
+    "cpu": nullcontext,
+    "blockwise": nullcontext,
+    "cuda": recorded_kernels,
+    "emulated": emulated_backend,
+}
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -211,9 +216,10 @@ def with_gradients(x: Tensor) -> Tensor:
         sparse_call(CASES["boolean mask"], "blockwise"),
         full_call(CASES["additive mask"], "blockwise"),
         full_call(CASES["packed"], "blockwise"),
+        full_call(CASES["additive mask"], "cpu"),
         full_call(Case(dtype=torch.bfloat16), "emulated"),
     ],
-    ids=["plain", "sparse", "additive mask", "packed", "by kernels"],
+    ids=["plain", "sparse", "additive mask", "packed", "cpu", "by kernels"],
 )
 def test_opcheck(call: MapCall) -> None:
     with BACKENDS[call.options.backend]():

@@ -318,7 +318,8 @@ def test_backward_inside_computes_checkpoints_anew_with_the_same_attention(
         use_reentrant=use_reentrant,
     )
     calls = []
-    with replace_sdpa(), mock.patch.object(blockwise, "forward", counted(blockwise.forward, calls)):
+    counting = mock.patch.object(blockwise, "forward", counted(blockwise.forward, calls))
+    with jvp_attn.backend("blockwise"), replace_sdpa(), counting:
         actual = gradient()
     assert len(calls) == 4
     assert_close(actual, of_torch(gradient))

@@ -32,6 +32,7 @@ ON_A_GPU = info.Report(
     torch_cuda="13.0",
     os="Linux",
     cpu="A CPU, 8 cores",
+    cpu_extension=info.CpuExtension(instruction_sets=["avx2", "baseline"]),
     extension=info.Extension(
         build={
             "archs": ["sm_80", "sm_90a"],
@@ -54,7 +55,7 @@ def test_text_has_one_line_a_fact() -> None:
         "python     3.12.1",
         "torch      2.13.0 (CUDA 13.0)",
         "os         Linux",
-        "cpu        A CPU, 8 cores",
+        "cpu        A CPU, 8 cores; kernels for avx2, baseline",
         "extension  sm_80 sm_90a; nvcc 13.0.88, GCC 12.2.0, git 0123456789ab; "
         "CUDA runtime 13.0, driver 13.1",
         "device     NVIDIA H200, compute capability 9.0, 132 SMs, 141 GiB, "
@@ -82,6 +83,14 @@ def test_a_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
     assert report.extension.build is None
     assert "jvp_attn._C" in report.extension.import_error
     assert report.extension.import_error in info.as_text(report)
+
+
+def test_missing_kernels_of_the_cpu_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jvp_attn._cpu", None)
+    report = info.collect()
+    assert report.cpu_extension.instruction_sets is None
+    assert "jvp_attn._cpu" in report.cpu_extension.import_error
+    assert f"; no kernels ({report.cpu_extension.import_error}; " in info.as_text(report)
 
 
 def test_no_device_is_explained() -> None:
@@ -169,10 +178,18 @@ def test_blockwise_has_its_reason(
     assert all("blockwise, because the kernels" in line and reason in line for line in lines)
 
 
-def test_without_a_device_blockwise_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cpu_extension", "backend"), [(SimpleNamespace(), "cpu"), (None, "blockwise")]
+)
+def test_without_a_device_the_cpu_computes(
+    cpu_extension: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "jvp_attn._cpu", cpu_extension)
+    backends._why_no_cpu_extension.cache_clear()
     lines = printed(monkeypatch, "--shape", "1,8,2,64").splitlines()
-    assert lines[0] == "forward           blockwise, because torch sees no CUDA device"
+    backends._why_no_cpu_extension.cache_clear()
+    assert lines[0] == f"forward           {backend}, because torch sees no CUDA device"
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,10 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def neutral_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CUDA_HOME", "CUDA_PATH", "JVP_ATTN_CUDA", "TORCH_CUDA_ARCH_LIST", "MAKEFLAGS"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "JVP_ATTN_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    monkeypatch.setenv("JVP_ATTN_CPU", "0")  # compiling it takes a minute
 
 
 @pytest.fixture
@@ -127,11 +129,17 @@ def info_after_installing(wheel: Path, venv: Path) -> dict:
 
 
 @pytest.mark.usefixtures("no_nvcc")
-def test_without_nvcc_the_package_is_pure_python(project: Path, tmp_path: Path) -> None:
+def test_without_compilers_the_package_is_pure_python(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JVP_ATTN_CPU")
+    monkeypatch.setenv("CXX", "no-compiler")
     result = pip_wheel(project)
     assert result.returncode == 0, result.stdout
     assert notices(result.stdout) == [
-        "jvp-attn: no nvcc in CUDA_HOME, CUDA_PATH or PATH: the CUDA extension is left out."
+        "jvp-attn: no C++ compiler ([Errno 2] No such file or directory: 'no-compiler'): "
+        "the CPU extension is left out.",
+        "jvp-attn: no nvcc in CUDA_HOME, CUDA_PATH or PATH: the CUDA extension is left out.",
     ]
     wheel = only_file(project / "dist", "*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -139,6 +147,8 @@ def test_without_nvcc_the_package_is_pure_python(project: Path, tmp_path: Path) 
     assert modules == modules_of(project)
 
     info = info_after_installing(wheel, tmp_path / "venv")
+    assert info["available_backends"] == ["blockwise", "math"]
+    assert "jvp_attn._cpu" in info["cpu_extension"]["import_error"]
     assert "jvp_attn._C" in info["extension"]["import_error"]
 
 
@@ -147,10 +157,10 @@ def test_nvcc_can_be_required(project: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("JVP_ATTN_CUDA", "1")
     result = pip_wheel(project)
     assert result.returncode != 0
-    assert notices(result.stdout) == [
+    assert notices(result.stdout)[-1] == (
         "jvp-attn: JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: "
         "no nvcc in CUDA_HOME, CUDA_PATH or PATH."
-    ]
+    )
 
 
 @pytest.mark.usefixtures("fake_nvcc", "no_torch")
@@ -158,18 +168,77 @@ def test_torch_can_be_required(project: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("JVP_ATTN_CUDA", "1")
     result = pip_wheel(project)
     assert result.returncode != 0
-    assert notices(result.stdout) == [
+    assert notices(result.stdout)[-1] == (
         "jvp-attn: JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: "
         "torch cannot be imported (torch is hidden)."
-    ]
+    )
 
 
 @pytest.mark.usefixtures("fake_nvcc")
 def test_the_extension_can_be_declined(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_CUDA", "0")
     result = pip_wheel(project)
-    assert notices(result.stdout) == ["jvp-attn: JVP_ATTN_CUDA=0: the CUDA extension is left out."]
+    assert notices(result.stdout) == [
+        "jvp-attn: JVP_ATTN_CPU=0: the CPU extension is left out.",
+        "jvp-attn: JVP_ATTN_CUDA=0: the CUDA extension is left out.",
+    ]
     assert only_file(project / "dist", "*.whl").name.endswith("-py3-none-any.whl")
+
+
+# With a C++ compiler.
+
+
+@pytest.mark.usefixtures("no_nvcc")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-compiler", "no C++ compiler ([Errno 2] No such file or directory: 'no-compiler')"),
+        ("false", "false does not compile C++20 with GCC's vector extensions"),
+    ],
+)
+def test_a_compiler_can_be_required(
+    compiler: str, reason: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JVP_ATTN_CPU", "1")
+    monkeypatch.setenv("CXX", compiler)
+    result = pip_wheel(project)
+    assert result.returncode != 0
+    assert notices(result.stdout) == [
+        f"jvp-attn: JVP_ATTN_CPU=1 asks for the CPU extension, but it cannot be built: {reason}."
+    ]
+
+
+@pytest.mark.usefixtures("no_nvcc", "no_torch")
+@pytest.mark.slow
+def test_a_compiler_alone_builds_the_kernels_of_the_cpu(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JVP_ATTN_CPU", "1")
+    result = pip_wheel(project)
+    assert result.returncode == 0, result.stdout
+    assert not re.search(r"csrc/\S+: warning", result.stdout), result.stdout
+    wheel = only_file(project / "dist", "*.whl")
+    modules = {name for name in names_in_wheel(wheel) if ".dist-info/" not in name}
+    [extension] = modules - modules_of(project)
+    assert extension.startswith("jvp_attn/_cpu.")
+
+    monkeypatch.delenv("PYTHONPATH")
+    info = info_after_installing(wheel, tmp_path / "venv")
+    assert info["available_backends"] == ["blockwise", "cpu", "math"]
+    assert info["cpu_extension"]["instruction_sets"][-1] == "baseline"
+
+
+@pytest.mark.usefixtures("no_nvcc")
+def test_kernels_that_do_not_compile_say_what_to_do(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JVP_ATTN_CPU", "1")
+    (project / "csrc" / "cpu" / "bindings.cpp").write_text("#error broken on purpose\n")
+    result = pip_wheel(project)
+    assert result.returncode != 0
+    assert "broken on purpose" in result.stdout
+    assert "jvp_attn._cpu did not compile" in result.stdout
+    assert "JVP_ATTN_CPU=0" in result.stdout
 
 
 # What an isolated build downloads.
@@ -328,5 +397,5 @@ def test_a_failed_compilation_says_what_to_do(
     result = pip_wheel(project)
     assert result.returncode != 0
     assert "broken on purpose" in result.stdout
-    assert "the CUDA extension did not compile" in result.stdout
-    assert "JVP_ATTN_CUDA=0 installs without the extension" in result.stdout
+    assert "jvp_attn._C did not compile" in result.stdout
+    assert "JVP_ATTN_CUDA=0" in result.stdout

@@ -20,6 +20,8 @@ from rcm.config import PRESETS
 from rcm.digits import load_digits, train_features
 from rcm.training import StudentPhase, TeacherPhase
 
+pytestmark = pytest.mark.xdist_group("train")
+
 # A network and phases so small that a whole run takes seconds.
 TINY = [
     *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),

@@ -1,0 +1,70 @@
+"""The attention maps on a CPU, as csrc/cpu/bindings.cpp defines them."""
+
+# Addresses are what torch.Tensor.data_ptr() gives, strides count elements.
+
+class Tensor:
+    def __init__(self, data: int, batch_stride: int, row_stride: int, head_stride: int) -> None: ...
+
+class RowVector:
+    def __init__(self, data: int, batch_stride: int, head_stride: int) -> None: ...
+
+class Mask:
+    def __init__(
+        self,
+        data: int,
+        batch_stride: int,
+        head_stride: int,
+        row_stride: int,
+        column_stride: int,
+        element: int,
+    ) -> None: ...
+
+class AttentionParams:
+    """As in csrc/cpu/params.h."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tq: Tensor
+    tk: Tensor
+    tv: Tensor
+    out: Tensor
+    tout: Tensor
+    out_residual: Tensor
+    tout_residual: Tensor
+    lse_residual: RowVector
+    lse: RowVector
+    mu: RowVector
+    grad_out: Tensor
+    grad_tout: Tensor
+    grad_lse: RowVector
+    grad_mu: RowVector
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor
+    grad_tq: Tensor
+    grad_tk: Tensor
+    grad_tv: Tensor
+    mask: Mask
+    tmask: Mask
+    grad_mask: Mask
+    grad_tmask: Mask
+    cu_seqlens_q: int  # write-only: an address
+    cu_seqlens_k: int  # write-only: an address
+    batch: int
+    heads: int
+    heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    softmax_scale: float
+    causal: int  # write-only
+    element: int  # write-only
+    threads: int
+
+    def __init__(self) -> None: ...
+
+def instruction_sets() -> list[str]: ...
+def forward(params: AttentionParams, instruction_set: str) -> None: ...
+def backward(params: AttentionParams, instruction_set: str) -> None: ...

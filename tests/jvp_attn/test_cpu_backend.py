@@ -1,0 +1,153 @@
+"""What only the backend `cpu` has: threads, which are torch's in number, and forks."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    Case,
+    Named,
+    assert_close,
+    named,
+    outputs_and_gradients,
+    peak_and_largest_allocation,
+    with_tangents,
+)
+from map_calls import call_of
+from torch import Tensor
+
+import jvp_attn
+from jvp_attn import flash_attn_jvp
+from jvp_attn.cpu import CpuMaps
+
+_cpu = pytest.importorskip("jvp_attn._cpu", reason="the CPU extension is not built")
+
+pytestmark = pytest.mark.parametrize("computed_by", ["cpu"], indirect=True)
+
+LARGE = Case(2, 150, 300, 4, 2, 32, 16, dtype=torch.float32)
+# So few queries that the keys are split, but so many keys that threads are worth starting.
+FEW_QUERIES = Case(1, 20, 5000, 2, 1, 16, 16, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def in_threads(count: int, case: Case) -> Named:
+    torch.set_num_threads(count)
+    return outputs_and_gradients(case.ours, case.data())
+
+
+# ----------------------------------------------------------------------------
+# Threads
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LARGE,
+        replace(LARGE, causal=True),
+        replace(LARGE, dtype=torch.bfloat16),
+        replace(LARGE, mask="additive", with_tangent="qkvm"),
+        replace(LARGE, mask="additive", mask_dims="qk", with_tangent="qkvm"),
+        replace(LARGE, mask="additive", mask_dims="hq.", with_tangent="qkvm"),
+        FEW_QUERIES,
+    ],
+    ids=["full", "causal", "bfloat16", "mask", "mask for all heads", "mask for all keys", "split"],
+)
+def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
+    assert_close(in_threads(5, case), in_threads(1, case), tolerance=0)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_keys_in_parts_are_those_of_the_naive_formula(causal: bool) -> None:
+    case = replace(FEW_QUERIES, causal=causal, dtype=torch.float64)
+    data = case.data()
+    assert_close(with_tangents(case.ours, data), with_tangents(case.naive, data))
+
+
+def test_there_are_as_many_threads_as_torch_has() -> None:
+    used = []
+
+    def noting(params: Any, instruction_set: str) -> None:
+        used.append(params.threads)
+
+    fields = {name: getattr(_cpu, name) for name in ("AttentionParams", "Tensor", "RowVector")}
+    maps = CpuMaps(SimpleNamespace(**fields, forward=noting), "baseline")
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        call_of(replace(LARGE, batch=1), backend="cpu").forward(maps)
+    assert used == [1, 3]
+
+
+def attention_in_a_child(x: tuple[Tensor, ...], answer: Connection) -> None:
+    answer.send(flash_attn_jvp(*x).numpy())
+
+
+def test_a_forked_process_computes_too() -> None:
+    x = tuple(LARGE.primals().values())
+    torch.set_num_threads(4)
+    expected = flash_attn_jvp(*x)  # with threads, in the parent
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=attention_in_a_child, args=(x, sender))
+    child.start()
+    try:
+        assert receiver.poll(60), "the child does not answer"
+        assert torch.equal(torch.from_numpy(receiver.recv()), expected)
+    finally:
+        child.kill()
+        child.join()
+
+
+# ----------------------------------------------------------------------------
+# Instruction sets and layouts
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_instruction_set_computes_the_same(dtype: torch.dtype, instruction_set: str) -> None:
+    call = call_of(replace(LARGE, dtype=dtype), backend="cpu", residuals=False)
+    fastest, this = (call.forward_tangent(CpuMaps(_cpu, x)) for x in (None, instruction_set))
+    tolerance = 20 * torch.finfo(dtype).eps
+    assert_close(named(this), named(fastest), tolerance)
+
+
+def test_an_instruction_set_of_another_machine_is_refused() -> None:
+    call = call_of(Case(), backend="cpu")
+    with pytest.raises(ValueError, match="does not run instruction set amx"):
+        call.forward(CpuMaps(_cpu, "amx"))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every second"])
+def test_rows_that_are_contiguous_are_not_copied(layout: str) -> None:
+    q, k, v = replace(LARGE, heads=2).primals().values()
+    laid_out = {
+        "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "expanded": lambda x: x[:1, :, :1].expand(x.shape),
+        "every second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    }[layout]
+    x = tuple(laid_out(y) for y in (q, k, v))
+    with torch.no_grad():
+        _, largest = peak_and_largest_allocation(lambda: flash_attn_jvp(*x))
+    smallest = min(y.numel() for y in (q, k, v)) * 4
+    outputs = q.numel() // q.shape[-1] * v.shape[-1] * 4
+    assert largest <= outputs < smallest
+    assert_close({"out": flash_attn_jvp(*x)}, {"out": flash_attn_jvp(*(y.clone() for y in x))}, 0)
+
+
+def test_a_last_dimension_with_gaps_is_copied_and_right() -> None:
+    x = [y.repeat_interleave(2, 3)[..., ::2] for y in LARGE.primals().values()]
+    with jvp_attn.backend("blockwise"):
+        expected = flash_attn_jvp(*x)
+    assert_close({"out": flash_attn_jvp(*x)}, {"out": expected}, tolerance=1e-6)
