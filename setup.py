@@ -190,7 +190,7 @@ def cuda_extension(toolkit: Toolkit) -> Extension:
     }
     return Extension(
         "jvp_attn._C",
-        sources=[str(path) for path in sources()],
+        sources=[str(path) for path in sources(targets)],
         include_dirs=[str(Path("csrc").resolve())],
         library_dirs=[str(toolkit.root / folder) for folder in ("lib64", "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],
@@ -215,11 +215,14 @@ def cuda_extension(toolkit: Toolkit) -> Extension:
     )
 
 
-def sources() -> list[Path]:
+def sources(targets: list[str]) -> list[Path]:
     """Find the sources in csrc/ and generate those of the kernels, which take longer: last."""
     written = sorted(path for path in Path("csrc").glob("*") if path.suffix in SOURCES)
     generator = runpy.run_path("csrc/generate.py")
-    return [*written, *generator["generate"](GENERATED, generator["kernel_table"]())]
+    # Those for compute capability 9.0 alone are empty in code for another.
+    archs = {"sm80", "sm90"} if "sm_90a" in targets else {"sm80"}
+    kernels = [kernel for kernel in generator["kernel_table"]() if kernel.arch in archs]
+    return [*written, *generator["generate"](GENERATED, kernels)]
 
 
 def arch_list() -> str:

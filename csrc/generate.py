@@ -47,8 +47,9 @@ def generate(folder: Path, kernels: Iterable[KernelEntry]) -> list[Path]:
 
 def instantiation(kernel: KernelEntry) -> str:
     """The source of one kernel."""
+    launch = "launch.cuh" if kernel.arch == "sm80" else f"{kernel.arch}/launch.cuh"
     return (
-        f'{MARK}#include "launch.cuh"\n#include "{kernel.header}"\n\n'
+        f'{MARK}#include "{launch}"\n#include "{kernel.header}"\n\n'
         f"JVP_ATTN_KERNEL({kernel.name}, {kernel.cpp_class})\n"
     )
 

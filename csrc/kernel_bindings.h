@@ -79,6 +79,8 @@ inline void bind_params(pybind11::module_& module) {
     JVP_ATTN_FIELD(heads_k);
     JVP_ATTN_FIELD(seqlen_q);
     JVP_ATTN_FIELD(seqlen_k);
+    JVP_ATTN_FIELD(total_q);
+    JVP_ATTN_FIELD(total_k);
     JVP_ATTN_FIELD(head_dim);
     JVP_ATTN_FIELD(head_dim_v);
     JVP_ATTN_FIELD(softmax_scale);

@@ -13,7 +13,7 @@ namespace jvp_attn {
 struct Bf16 {};
 struct Fp16 {};
 
-struct Words4 {
+struct alignas(16) Words4 {
     uint32_t word[4];
 };
 
@@ -56,9 +56,9 @@ DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xfffff
 // ---------------------------------------------------------------------------------------------
 // Memory
 
-// The block's dynamic shared memory; its start is a multiple of 128 bytes.
+// The block's dynamic shared memory; its start is a multiple of 1024 bytes.
 DEVICE SharedAddress shared_memory() {
-    extern __shared__ __align__(128) uint8_t jvp_attn_shared_memory[];
+    extern __shared__ __align__(1024) uint8_t jvp_attn_shared_memory[];
     return static_cast<SharedAddress>(__cvta_generic_to_shared(jvp_attn_shared_memory));
 }
 

@@ -1,7 +1,9 @@
 // What every attention kernel is given: one plain struct, passed by value.
 //
 // The names are those of jvp_attn/maps.py. A null pointer means that a tensor is absent: an absent
-// input is zero and costs nothing, an absent output is not computed.
+// input is zero, and an absent output is not written. The kernels of compute capability 8.0 leave
+// out what an absent input would be multiplied with; those of 9.0 multiply zeros, which takes as
+// long as with any other input, but for forward_query_tangent, which is for absent tk and tv.
 #pragma once
 
 #include <cstdint>
@@ -71,6 +73,8 @@ struct AttentionParams {
     int32_t heads_k = 0;   // divides heads
     int32_t seqlen_q = 0;  // of the longest sequence, where sequences are packed
     int32_t seqlen_k = 0;
+    int32_t total_q = 0;  // rows of all sequences together, where they are packed
+    int32_t total_k = 0;
     int32_t head_dim = 0;    // columns of q and k; at most the kernel's own
     int32_t head_dim_v = 0;  // columns of v and out; likewise
     float softmax_scale = 1;

@@ -74,6 +74,8 @@ class AttentionParams:
     heads_k: int
     seqlen_q: int
     seqlen_k: int
+    total_q: int
+    total_k: int
     head_dim: int
     head_dim_v: int
     softmax_scale: float

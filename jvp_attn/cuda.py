@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from jvp_attn import blockwise, results
 from jvp_attn.kernel_call import KernelCall
+from jvp_attn.kernel_choice import HOPPER, MIN_CAPABILITY
 from jvp_attn.kernel_table import KernelEntry
 from jvp_attn.maps import (
     AttentionMaps,
@@ -36,15 +38,20 @@ class KernelMaps:
     Args:
         extension: `jvp_attn._C`, or a module with the same kernels, AttentionParams and launch.
         stream_of: selects a device and gives the handle of the stream to launch on.
+        capability_of: the compute capability of a device.
     """
 
     _without_kernels: AttentionMaps = blockwise
 
     def __init__(
-        self, extension: Any, stream_of: Callable[[torch.device], AbstractContextManager[int]]
+        self,
+        extension: Any,
+        stream_of: Callable[[torch.device], AbstractContextManager[int]],
+        capability_of: Callable[[torch.device], tuple[int, int]] = lambda device: MIN_CAPABILITY,
     ) -> None:
         self._extension = extension
         self._stream_of = stream_of
+        self._capability_of = capability_of
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
         """O, lse and, if asked for, what rounding took from O."""
@@ -152,10 +159,22 @@ class KernelMaps:
         kernels = self._kernels_of(map_name, call)
         if call.is_empty:
             return
+        if self._capability_of(call.device) == HOPPER:
+            kernels = tuple(self._on_hopper(kernel, call) for kernel in kernels)
         params = call.params(self._extension)
         with self._stream_of(call.device) as stream:
             for kernel in kernels:
                 self._extension.launch(kernel.name, params, stream)
+
+    def _on_hopper(self, kernel: KernelEntry, call: KernelCall) -> KernelEntry:
+        """As `call.on_hopper`, if this build has it."""
+        faster = call.on_hopper(kernel)
+        return faster if faster.name in self._compiled else kernel
+
+    @cached_property
+    def _compiled(self) -> frozenset[str]:
+        """The names of the kernels in the extension."""
+        return frozenset(self._extension.kernels())
 
 
 class ShapesOnly(KernelMaps):
@@ -185,7 +204,7 @@ def kernel_maps() -> KernelMaps:
             _C.select_device(torch.cuda.current_device())
             yield torch.cuda.current_stream().cuda_stream
 
-    return KernelMaps(_C, current_stream)
+    return KernelMaps(_C, current_stream, torch.cuda.get_device_capability)
 
 
 def _new_gradients(call: KernelCall, inputs: Inputs, needs: Needs) -> Gradients:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jvp_attn import results
-from jvp_attn.kernel_choice import ELEMENT_OF_DTYPE, MAX_SEQLEN, kernels_of
+from jvp_attn.kernel_choice import ELEMENT_OF_DTYPE, MAX_SEQLEN, kernels_of, on_hopper
 from jvp_attn.kernel_table import KernelEntry
 from jvp_attn.maps import AttentionOptions, Inputs
 
@@ -60,6 +60,19 @@ class KernelCall:
         """The kernels that compute a map; None where there are none."""
         q, _, v, mask, *_ = self._inputs
         return kernels_of(map_name, q.dtype, q.shape[3], v.shape[3], mask is not None)
+
+    def on_hopper(self, kernel: KernelEntry) -> KernelEntry:
+        """What computes the same on Hopper: a kernel for it alone, if there is one that can.
+
+        Those load tiles with the copy engine, which knows tensors by strides that are multiples of
+        16 bytes, and not 0. They scale scores after they have chosen the largest, so that the
+        scale must be positive.
+        """
+        tensors = [x for x in self._tensors.values() if x.ndim == 4]
+        if self._options.softmax_scale <= 0 or not all(map(_suits_copy_engine, tensors)):
+            return kernel
+        tangents_of_queries_alone = not {"tk", "tv"} & self._tensors.keys()
+        return on_hopper(kernel, tangents_of_queries_alone=tangents_of_queries_alone)
 
     # ------------------------------------------------------------------------
     # Results. The kernels write all of them, but for what belongs to no sequence
@@ -130,6 +143,8 @@ class KernelCall:
             "batch": batch,
             "seqlen_q": seqlen_q,
             "seqlen_k": seqlen_k,
+            "total_q": self._inputs.q.shape[1],
+            "total_k": self._inputs.k.shape[1],
             "heads": heads,
             "heads_k": heads_k,
             "head_dim": head_dim,
@@ -173,3 +188,12 @@ class KernelCall:
                 return batch, seqlen_q, heads, head_dim_v
             case _:
                 return batch, heads, seqlen_q
+
+
+def _suits_copy_engine(x: Tensor) -> bool:
+    sizes_and_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return (
+        x.data_ptr() % 16 == 0
+        and x.shape[-1] % 8 == 0
+        and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in sizes_and_strides)
+    )

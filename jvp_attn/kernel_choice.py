@@ -8,6 +8,8 @@ from jvp_attn.kernel_table import KERNELS, KernelEntry, kernel_name, padded_head
 
 ELEMENT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MIN_CAPABILITY = (8, 0)
+# Machine code for it runs on no other device, older or newer.
+HOPPER = (9, 0)
 # The kernels count rows and keys with 32 bits, and add two such numbers.
 MAX_SEQLEN = 2**30 - 1
 
@@ -19,6 +21,9 @@ _WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tangent_backward": (("preprocess", "tangent_backward_dq", "tangent_backward_dkv"),),
 }
 MAPS = tuple(_WAYS)
+
+# What a step becomes on Hopper where neither keys nor values have tangents.
+_OF_QUERIES_ALONE = {"forward_tangent": "forward_query_tangent"}
 
 
 def kernels_of(
@@ -43,6 +48,18 @@ def kernels_of(
         if all(name in KERNELS for name in names):
             return tuple(KERNELS[name] for name in names)
     return None
+
+
+def on_hopper(kernel: KernelEntry, *, tangents_of_queries_alone: bool = False) -> KernelEntry:
+    """The kernel for Hopper alone that computes the same as another one; that one if there is none.
+
+    It asks more of a problem: see `KernelCall.on_hopper`.
+    """
+    step = kernel.step
+    if tangents_of_queries_alone:
+        step = _OF_QUERIES_ALONE.get(step, step)
+    name = kernel_name(step, kernel.element, kernel.head_dim, kernel.masked, "sm90")
+    return KERNELS.get(name, kernel)
 
 
 def why_no_kernels(

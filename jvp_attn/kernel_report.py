@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from jvp_attn.backends import why_no_cpu_extension, why_no_device, why_no_extension
-from jvp_attn.kernel_choice import MAPS, kernels_of, why_no_kernels
+from jvp_attn.kernel_choice import HOPPER, MAPS, kernels_of, on_hopper, why_no_kernels
 from jvp_attn.kernel_table import KernelEntry, padded_head_dim
 from jvp_attn.validation import check_attention
 
@@ -72,11 +72,16 @@ def report_problem(
             "cpu" if is_here and why_no_device() and not why_no_cpu_extension() else "blockwise"
         )
         return [MapReport(map=name, backend=backend, kernels=(), why=reason) for name in MAPS]
-    return [_map_report(name, dtype, head_dim, v_shape[3], masked) for name in MAPS]
+    return [_map_report(name, dtype, head_dim, v_shape[3], masked, capability) for name in MAPS]
 
 
 def _map_report(
-    name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, masked: bool
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    masked: bool,
+    capability: tuple[int, int],
 ) -> MapReport:
     padded = padded_head_dim(head_dim, head_dim_v)
     kernels = kernels_of(name, dtype, head_dim, head_dim_v, masked)
@@ -89,12 +94,25 @@ def _map_report(
         why += f" padded to {padded}"
     if masked:
         why += ", with a mask"
+    elif capability == HOPPER and head_dim % 8 == head_dim_v % 8 == 0:
+        kernels = tuple(map(_on_hopper, kernels))
+        why += ", strides of multiples of 16 bytes"
     return MapReport(map=name, backend="cuda", kernels=tuple(map(_kernel_use, kernels)), why=why)
 
 
+def _on_hopper(kernel: KernelEntry) -> KernelEntry:
+    """What computes the same on Hopper, if this build has it, or where there is no build."""
+    known, faster = _compiled(), on_hopper(kernel)
+    return faster if faster.name in known or not known else kernel
+
+
+def _compiled() -> dict[str, dict[str, int]]:
+    """Threads and shared memory of the kernels in the extension, if it is here."""
+    return {} if why_no_extension() else import_module("jvp_attn._C").kernels()
+
+
 def _kernel_use(kernel: KernelEntry) -> KernelUse:
-    known = {} if why_no_extension() else import_module("jvp_attn._C").kernels()
-    compiled = known.get(kernel.name, {})
+    compiled = _compiled().get(kernel.name, {})
     return KernelUse(
         name=kernel.name,
         tile=kernel.tile,

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 ELEMENTS = ("bf16", "fp16")
 
 # The steps that the attention maps are made of. Each has a class template, in
-# csrc/sm80/<header>.cuh, a flag for that (whether tangents are computed too; "-" where it has no
+# csrc/<arch>/<header>.cuh, a flag for that (whether tangents are computed too; "-" where it has no
 # such choice), and for each head dim a tile: the rows x keys that a block of threads works on at a
 # time. A head dim between these is padded with zeros inside the kernel. Kernels that read a mask
 # need more registers, so some have smaller tiles.
-_TABLE = """
+_SM80 = """
 step                   header        class                flag   masked  64     96     128    256
 forward                forward       Forward              false  false   64x64  64x64  64x64  64x32
 forward                forward       Forward              false  true    64x48  64x64  64x64  64x32
@@ -31,6 +31,19 @@ tangent_backward_dq    backward_dq   BackwardDq           true   false   64x32  
 tangent_backward_dq    backward_dq   BackwardDq           true   true    64x32  64x32  64x16  -
 tangent_backward_dkv   backward_dkv  BackwardDkv          true   false   32x64  32x64  16x64  -
 tangent_backward_dkv   backward_dkv  BackwardDkv          true   true    32x64  32x64  16x64  -
+"""
+
+# Those that are faster by the instructions that compute capability 9.0 has alone.
+_SM90 = """
+step                  header          class              flag  masked 64      96      128     256
+forward               forward         Forward            -     -      192x128 128x176 128x176 128x80
+forward_tangent       forward_tangent ForwardTangent     true  -      128x128 128x112 128x80  -
+forward_query_tangent forward_tangent ForwardTangent     false -      128x128 128x112 128x80  -
+tangent_given_forward tangent         TangentGivenLse    -     -      -       -       -       128x48
+backward_dq           backward_dq     BackwardDq         false -      128x128 128x128 128x128 -
+backward_dkv          backward_dkv    BackwardDkv        -     -      96x128  64x128  64x128  -
+tangent_backward_dq   backward_dq     BackwardDq         true  -      128x80  128x64  128x48  -
+tangent_backward_dkv  tangent_dkv     TangentBackwardDkv -     -      96x64   64x64   64x64   -
 """
 
 # Bytes of registers that the compiler may spill to memory, by kernel; 0 for all that are not here.
@@ -50,6 +63,7 @@ class KernelEntry:
         tile: (rows, keys); None where there are no tiles.
         header: where its class is, below csrc/.
         cpp_class: that class.
+        arch: "sm80" runs on compute capability 8.0 and newer, "sm90" on 9.0 alone.
     """
 
     name: str
@@ -60,6 +74,7 @@ class KernelEntry:
     tile: tuple[int, int] | None
     header: str
     cpp_class: str
+    arch: str = "sm80"
 
     @property
     def allowed_spill_bytes(self) -> int:
@@ -67,12 +82,18 @@ class KernelEntry:
         return ALLOWED_SPILL_BYTES.get(self.name, 0)
 
 
-def kernel_name(step: str, element: str, head_dim: int | None = None, masked: bool = False) -> str:
-    """The name of a kernel, such as "forward_tangent_bf16_d64_masked" or "preprocess_fp16"."""
+def kernel_name(
+    step: str,
+    element: str,
+    head_dim: int | None = None,
+    masked: bool = False,
+    arch: str = "sm80",
+) -> str:
+    """The name of a kernel: "forward_bf16_d64_masked", "forward_tangent_fp16_d96_sm90"."""
     name = f"{step}_{element}"
     if head_dim is not None:
         name += f"_d{head_dim}"
-    return name + ("_masked" if masked else "")
+    return name + ("_masked" if masked else "") + (f"_{arch}" if arch != "sm80" else "")
 
 
 def padded_head_dim(head_dim: int, head_dim_v: int) -> int | None:
@@ -80,8 +101,7 @@ def padded_head_dim(head_dim: int, head_dim_v: int) -> int | None:
     return next((d for d in HEAD_DIMS if max(head_dim, head_dim_v) <= d), None)
 
 
-_HEAD, *_ROWS = (line.split() for line in _TABLE.strip().splitlines())
-HEAD_DIMS = tuple(map(int, _HEAD[5:]))
+HEAD_DIMS = (64, 96, 128, 256)
 
 
 def _preprocess_kernel(element: str) -> KernelEntry:
@@ -97,7 +117,7 @@ def _preprocess_kernel(element: str) -> KernelEntry:
     )
 
 
-def _kernels_of(row: list[str], element: str) -> Iterator[KernelEntry]:
+def _kernels_of(row: list[str], element: str, arch: str) -> Iterator[KernelEntry]:
     step, header, template, flag, masked, *tiles = row
     for head_dim, tile in zip(HEAD_DIMS, tiles, strict=True):
         if tile == "-":
@@ -105,23 +125,26 @@ def _kernels_of(row: list[str], element: str) -> Iterator[KernelEntry]:
         rows, keys = tile.split("x")
         flags = [x for x in (flag, masked) if x != "-"]
         arguments = ", ".join([element.capitalize(), str(head_dim), rows, keys, *flags])
+        namespace = "" if arch == "sm80" else f"{arch}::"
         yield KernelEntry(
-            name=kernel_name(step, element, head_dim, masked == "true"),
+            name=kernel_name(step, element, head_dim, masked == "true", arch),
             step=step,
             element=element,
             head_dim=head_dim,
             masked=masked == "true",
             tile=(int(rows), int(keys)),
-            header=f"sm80/{header}.cuh",
-            cpp_class=f"{template}<{arguments}>",
+            header=f"{arch}/{header}.cuh",
+            cpp_class=f"{namespace}{template}<{arguments}>",
+            arch=arch,
         )
 
 
 def _kernels() -> Iterator[KernelEntry]:
     for element in ELEMENTS:
         yield _preprocess_kernel(element)
-        for row in _ROWS:
-            yield from _kernels_of(row, element)
+        for arch, table in (("sm80", _SM80), ("sm90", _SM90)):
+            for line in table.strip().splitlines()[1:]:
+                yield from _kernels_of(line.split(), element, arch)
 
 
 KERNELS: dict[str, KernelEntry] = {kernel.name: kernel for kernel in _kernels()}

@@ -11,7 +11,8 @@
 // Bc and gO Vᵀ + gT tVᵀ − delta, and then adds to gK and gtK.
 #pragma once
 
-#include "sm80/problem.cuh"
+#include "problem.cuh"
+#include "sm80/tile.cuh"
 
 namespace jvp_attn {
 

@@ -7,7 +7,8 @@
 // backward_dkv.cuh gets them back sharpened.
 #pragma once
 
-#include "sm80/softmax.cuh"
+#include "sm80/tile.cuh"
+#include "softmax.cuh"
 
 namespace jvp_attn {
 
@@ -188,7 +189,9 @@ private:
         }
     };
 
-    // What is known beforehand of the two rows of a thread.
+    // What is known beforehand of the two rows of a thread. To load cotangents only when rows are
+    // sharpened, as ../sm90/backward_rows.cuh does, spills: 4 bytes at head dim 96, and masked
+    // at 64.
     struct Statistics {
         int row[2];
         float log2_sum[2] = {kInfinity, kInfinity};

@@ -7,7 +7,8 @@
 // scores are computed from K the tile of V arrives, while V is used the next tile of K does.
 #pragma once
 
-#include "sm80/softmax.cuh"
+#include "sm80/tile.cuh"
+#include "softmax.cuh"
 
 namespace jvp_attn {
 

@@ -6,7 +6,7 @@
 // zero, or the mean of K leaks into the gradient of Q. A warp takes one row after the other.
 #pragma once
 
-#include "sm80/problem.cuh"
+#include "problem.cuh"
 
 namespace jvp_attn {
 

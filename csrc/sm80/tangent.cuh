@@ -7,7 +7,8 @@
 // The stages are those of forward.cuh.
 #pragma once
 
-#include "sm80/softmax.cuh"
+#include "sm80/tile.cuh"
+#include "softmax.cuh"
 
 namespace jvp_attn {
 

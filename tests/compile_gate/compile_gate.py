@@ -4,9 +4,9 @@
 
 Compiles each kernel of jvp_attn/kernel_table.py by itself, reads ptxas' report and the machine
 code, prints a table and exits with 1 where a kernel breaks a limit: spills and stack beyond the
-table's, tensor cores or asynchronous copies unused, more shared memory than a block can have.
-With --out it writes kernel-registers-<arch>.json. Needs nvcc and nvdisasm (PyPI:
-nvidia-cuda-nvdisasm), no GPU.
+table's, tensor cores or asynchronous copies unused, more shared memory than a block can have. The
+kernels that are for compute capability 9.0 alone compile for sm_90a alone. With --out it writes
+kernel-registers-<arch>.json. Needs nvcc and nvdisasm (PyPI: nvidia-cuda-nvdisasm), no GPU.
 """
 
 from __future__ import annotations
@@ -36,8 +36,21 @@ ROOT = Path(__file__).resolve().parents[2]
 GENERATE = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
 SETUP = SimpleNamespace(**run_path(str(ROOT / "setup.py")))
 
-# What a block can have on every GPU of compute capability 8.0 and newer: 99 KiB.
-MAX_SHARED_BYTES = 99 * 1024
+# What a block can have on every GPU that a kernel is for: of capability 8.0 and newer, and of 9.0.
+MAX_SHARED_BYTES = {"sm80": 99 * 1024, "sm90": 227 * 1024}
+
+# The instructions that a kernel with tiles must have, and what it means if it has none.
+REQUIRED = {
+    "sm80": {
+        "hmma": "the tensor cores are not used",
+        "ldgsts": "no copy is asynchronous",
+    },
+    "sm90": {
+        "hgmma": "the tensor cores are not used by warpgroups",
+        "utmaldg": "the copy engine is not used",
+        "usetmaxreg": "warpgroups do not share registers as they need them",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Compiled:
 
     @property
     def shared_bytes(self) -> int:
-        """What a launch asks for; one_kernel.cuh says how it gets here."""
+        """What a launch asks for; one_sm80_kernel.cuh says how it gets here."""
         return self.ptxas.global_bytes - 1
 
 
@@ -95,25 +108,25 @@ def compile_all(entries: Iterable[KernelEntry], arch: str) -> dict[str, Compiled
         arch: nvcc's name of the GPU, such as "sm_80".
 
     Returns:
-        What came of each, by its name.
+        What came of each that is for that GPU, by its name.
 
     Raises:
         CompilationFailed: nvcc or nvdisasm failed.
     """
-    entries = list(entries)
+    entries = [entry for entry in entries if entry.arch == "sm80" or arch == "sm_90a"]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         GENERATE.generate(Path(folder), entries)
-        sources = [Path(folder) / f"{entry.name}.cu" for entry in entries]
-        compiled = pool.map(partial(compile_one, arch=arch), sources)
+        compiled = pool.map(partial(compile_one, Path(folder), arch=arch), entries)
         return {entry.name: x for entry, x in zip(entries, compiled, strict=True)}
 
 
-def compile_one(source: Path, arch: str) -> Compiled:
-    cubin = source.with_suffix(".cubin")
+def compile_one(folder: Path, entry: KernelEntry, arch: str) -> Compiled:
+    source, cubin = folder / f"{entry.name}.cu", folder / f"{entry.name}.cubin"
+    wrapper = Path(__file__).with_name(f"one_{entry.arch}_kernel.cuh")
     said = output_of(
         *(nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin"),
-        *("-I", ROOT / "csrc", "-include", Path(__file__).with_name("one_kernel.cuh")),
+        *("-I", ROOT / "csrc", "-include", wrapper),
         *(source, "-o", cubin),
     )
     code = output_of(nvdisasm(), "--print-code", cubin)
@@ -146,14 +159,14 @@ def faults(entry: KernelEntry, compiled: Compiled) -> list[str]:
     if found.local and not allowed:
         faults.append(f"{found.local} instructions LDL and STL, which use local memory")
     if entry.tile is not None:  # a kernel without tiles multiplies no matrices
-        if not found.hmma:
-            faults.append("no instruction HMMA: the tensor cores are not used")
-        if not found.ldgsts:
-            faults.append("no instruction LDGSTS: no copy is asynchronous")
-    if compiled.shared_bytes > MAX_SHARED_BYTES:
-        faults.append(
-            f"{compiled.shared_bytes} bytes of shared memory, a block can have {MAX_SHARED_BYTES}"
-        )
+        faults += [
+            f"no instruction {name.upper()}: {meaning}"
+            for name, meaning in REQUIRED[entry.arch].items()
+            if not getattr(found, name)
+        ]
+    limit = MAX_SHARED_BYTES[entry.arch]
+    if compiled.shared_bytes > limit:
+        faults.append(f"{compiled.shared_bytes} bytes of shared memory, a block can have {limit}")
     return [f"{entry.name}: {fault}" for fault in faults]
 
 
@@ -214,6 +227,8 @@ def main() -> None:
     if not entries:
         sys.exit(f"no kernel is called {options.kernels}; there are {', '.join(KERNELS)}")
     compiled = compile_all(entries, options.arch)
+    if not compiled:
+        sys.exit(f"no kernel that fits {options.kernels} is for {options.arch}")
     print(as_table(compiled))
     if options.out:
         path = options.out / f"kernel-registers-{options.arch}.json"

@@ -24,10 +24,19 @@ class Instructions:
     """How many instructions of each kind the machine code has, loops counted once."""
 
     total: int
-    hmma: int  # tensor core products
-    ldgsts: int  # asynchronous copies from global to shared memory
-    mufu: int  # exponentials, reciprocals and their like
-    local: int  # loads and stores of local memory: spilled registers, or arrays indexed at run time
+    hmma: int = 0  # tensor core products of a warp
+    ldgsts: int = 0  # asynchronous copies from global to shared memory
+    mufu: int = 0  # exponentials, reciprocals and their like
+    local: int = (
+        0  # loads and stores of local memory: spilled registers, or arrays indexed at run time
+    )
+    hgmma: int = 0  # tensor core products of a warpgroup
+    utmaldg: int = 0  # copies by the bulk copy engine
+    usetmaxreg: int = 0  # warpgroups that hand over registers
+    # The same of the innermost loops with products of warpgroups, all together.
+    loop_total: int = 0
+    loop_hgmma: int = 0
+    loop_mufu: int = 0
 
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
@@ -36,10 +45,18 @@ _FUNCTION = re.compile(
 )
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _GLOBAL = re.compile(r"(\d+) bytes gmem")
-_WARNING = re.compile(r"^ptxas\b.*\bwarning\s*: (.*)$", re.MULTILINE)
+# Advice on slow code counts too: "(C7510) Potential Performance Loss: wgmma ... serialized ...".
+_WARNING = re.compile(
+    r"^ptxas\b(?:.*\bwarning\s*: (?=\S)|\s*info\s*: (?=\(C\d+\)))(.*)$", re.MULTILINE
+)
 
-# "/*01d0*/  @!P0 BRA ..." is what nvdisasm and cuobjdump make of an instruction.
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
+# "/*01d0*/  @!P0 BRA `(.L_x_0) ;" is what nvdisasm and cuobjdump make of an instruction.
+_LINE = re.compile(
+    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
+    r"(?P<name>[A-Z]\w*)(?P<operands>.*)$",
+    re.MULTILINE,
+)
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 def read_ptxas(text: str) -> PtxasReport:
@@ -69,14 +86,50 @@ def read_disassembly(text: str) -> Instructions:
     Raises:
         ValueError: there is no instruction in it.
     """
-    count = Counter(_INSTRUCTION.findall(text))
+    names, loops = _names_and_loops(text)
+    count = Counter(names)
     del count["NOP"]  # fills the last line of the instruction cache
     if not count:
         raise ValueError(f"there is no instruction in the disassembly:\n{text[:2000]}")
+    in_loops = Counter(name for start, end in _innermost(loops) for name in names[start:end])
     return Instructions(
         total=count.total(),
         hmma=count["HMMA"],
         ldgsts=count["LDGSTS"],
         mufu=count["MUFU"],
         local=count["LDL"] + count["STL"],
+        hgmma=count["HGMMA"],
+        utmaldg=count["UTMALDG"],
+        usetmaxreg=count["USETMAXREG"],
+        loop_total=in_loops.total(),
+        loop_hgmma=in_loops["HGMMA"],
+        loop_mufu=in_loops["MUFU"],
     )
+
+
+def _names_and_loops(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """All instructions, and where the loops with products of warpgroups start and end."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops, last_exit = [], -1
+    for line in _LINE.finditer(text):
+        if line["label"]:
+            labels[line["label"]] = len(names)
+            continue
+        names.append(line["name"])
+        if line["name"] == "EXIT" and not line["predicate"]:
+            last_exit = len(names)
+        target = _TARGET.search(line["operands"])
+        start = labels.get(target[1], len(names)) if target else len(names)
+        # Where an exit lies between, it is a way back from code that is rarely run.
+        if line["name"] == "BRA" and start > last_exit and "HGMMA" in names[start:]:
+            loops.append((start, len(names)))
+    return names, loops
+
+
+def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [
+        (start, end)
+        for start, end in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
+    ]

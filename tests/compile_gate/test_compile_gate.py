@@ -22,26 +22,27 @@ from compile_gate import (
 from compiler_report import Instructions, PtxasReport
 
 from jvp_attn import kernel_table
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.kernel_table import KERNELS, KernelEntry
 
 GATE = Path(__file__).with_name("compile_gate.py")
 
 needs_nvcc = pytest.mark.skipif(SETUP.find_toolkit() is None, reason="nvcc is not installed")
 
 TANGENT = KERNELS["forward_tangent_bf16_d128"]
+HOPPER = KERNELS["forward_tangent_bf16_d128_sm90"]
 PREPROCESS = KERNELS["preprocess_bf16"]
-GOOD = Compiled(
-    PtxasReport(250, 0, 0, 0, 65537, ()), Instructions(7800, hmma=256, ldgsts=40, mufu=32, local=0)
-)
+REGISTERS = PtxasReport(250, 0, 0, 0, 65537, ())
+GOOD = Compiled(REGISTERS, Instructions(7800, hmma=256, ldgsts=40, mufu=32))
+GOOD_HOPPER = Compiled(REGISTERS, Instructions(4700, hgmma=55, utmaldg=16, usetmaxreg=2, mufu=60))
 
 
 # ----------------------------------------------------------------------------
 # Judging
 
 
-def regressed(**changes: object) -> Compiled:
-    """GOOD but for these numbers."""
-    reports = (GOOD.ptxas, GOOD.instructions)
+def regressed(good: Compiled = GOOD, **changes: object) -> Compiled:
+    """The same but for these numbers."""
+    reports = (good.ptxas, good.instructions)
     return Compiled(
         *(replace(x, **{k: v for k, v in changes.items() if hasattr(x, k)}) for x in reports)
     )
@@ -49,6 +50,7 @@ def regressed(**changes: object) -> Compiled:
 
 def test_a_good_kernel_has_no_fault() -> None:
     assert faults(TANGENT, GOOD) == []
+    assert faults(HOPPER, GOOD_HOPPER) == []
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_a_good_kernel_has_no_fault() -> None:
         ({"ldgsts": 0}, "no instruction LDGSTS: no copy is asynchronous"),
         ({"warnings": ("slow",)}, "ptxas warns: slow"),
         (
-            {"global_bytes": MAX_SHARED_BYTES + 2},
+            {"global_bytes": MAX_SHARED_BYTES["sm80"] + 2},
             "101377 bytes of shared memory, a block can have 101376",
         ),
     ],
@@ -72,8 +74,32 @@ def test_each_regression_is_a_fault(changes: dict[str, object], fault: str) -> N
     assert faults(TANGENT, regressed(**changes)) == [f"{TANGENT.name}: {fault}"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"hgmma": 0}, "no instruction HGMMA: the tensor cores are not used by warpgroups"),
+        ({"utmaldg": 0}, "no instruction UTMALDG: the copy engine is not used"),
+        (
+            {"usetmaxreg": 0},
+            "no instruction USETMAXREG: warpgroups do not share registers as they need them",
+        ),
+        (
+            {"global_bytes": MAX_SHARED_BYTES["sm90"] + 2},
+            "232449 bytes of shared memory, a block can have 232448",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_regression_of_a_hopper_kernel_is_a_fault(
+    changes: dict[str, object], fault: str
+) -> None:
+    assert faults(HOPPER, regressed(GOOD_HOPPER, **changes)) == [f"{HOPPER.name}: {fault}"]
+
+
 def test_all_the_shared_memory_that_a_block_can_have_is_no_fault() -> None:
-    assert faults(TANGENT, regressed(global_bytes=MAX_SHARED_BYTES + 1)) == []
+    assert faults(TANGENT, regressed(global_bytes=MAX_SHARED_BYTES["sm80"] + 1)) == []
+    all_of_it = regressed(GOOD_HOPPER, global_bytes=MAX_SHARED_BYTES["sm90"] + 1)
+    assert faults(HOPPER, all_of_it) == []
 
 
 def test_the_preprocess_kernel_multiplies_no_matrices() -> None:
@@ -113,17 +139,35 @@ def test_every_kernel_compiles_to_what_the_table_promises(arch: str) -> None:
     assert all_faults(compiled) == []
 
 
+def oversized(entry: KernelEntry, keys: int) -> KernelEntry:
+    """A kernel with another number of keys in its tile."""
+    assert entry.tile is not None
+    tile, larger = f"{entry.tile[0]}, {entry.tile[1]}", f"{entry.tile[0]}, {keys}"
+    assert tile in entry.cpp_class
+    return replace(entry, cpp_class=entry.cpp_class.replace(tile, larger))
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_a_tile_too_large_for_the_registers_is_a_fault() -> None:
-    rows, keys = TANGENT.tile
-    tile = f"{rows}, {keys}"
-    assert tile in TANGENT.cpp_class
-    oversized = replace(TANGENT, cpp_class=TANGENT.cpp_class.replace(tile, f"{rows}, 128"))
-    found = faults(oversized, compile_all([oversized], "sm_80")[TANGENT.name])
+    entry = oversized(TANGENT, 128)
+    found = faults(entry, compile_all([entry], "sm_80")[entry.name])
     assert any("bytes of spill stores, 0 are allowed" in fault for fault in found)
     assert any("instructions LDL and STL" in fault for fault in found)
     assert any("bytes of shared memory, a block can have" in fault for fault in found)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_products_of_warpgroups_that_wait_for_each_other_are_a_fault() -> None:
+    entry = oversized(HOPPER, 128)
+    found = faults(entry, compile_all([entry], "sm_90a")[entry.name])
+    assert any("wgmma.mma_async instructions are serialized" in fault for fault in found)
+
+
+@needs_nvcc
+def test_kernels_for_one_gpu_are_compiled_for_no_other() -> None:
+    assert compile_all([HOPPER], "sm_80") == {}
 
 
 @needs_nvcc

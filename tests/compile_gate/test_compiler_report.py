@@ -44,6 +44,26 @@ DISASSEMBLY = """\
         /*10230*/                  NOP;
 """
 
+LOOPS = """\
+        /*0000*/                   MUFU.EX2 R6, R6 ;
+.L_x_0:
+        /*0010*/                   HGMMA.64x80x16.F32.BF16 R24, gdesc[UR24], !UPT ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x80x16.F32.BF16 R24, gdesc[UR24], R24, gsb0 ;
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR13], R82 ;
+        /*0040*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/                   MUFU.EX2 R6, R6 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/              @!P2 EXIT ;
+        /*0080*/                   BRA `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR13], R82 ;
+        /*00b0*/              @!P0 BRA `(.L_x_3) ;
+        /*00c0*/                   BRA `(.L_x_2) ;
+"""
+
 
 def test_a_kernel_that_fits_its_registers() -> None:
     assert read_ptxas(CLEAN) == PtxasReport(44, 0, 0, 0, 4097, ())
@@ -56,6 +76,11 @@ def test_a_kernel_that_spills() -> None:
 def test_warnings_are_kept() -> None:
     text = "ptxas kernel.ptx, line 9; warning : Setmaxnreg ignored\nptxas warning : Slow\n" + CLEAN
     assert read_ptxas(text).warnings == ("Setmaxnreg ignored", "Slow")
+
+
+def test_advice_on_slow_code_is_a_warning() -> None:
+    advice = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    assert read_ptxas(f"ptxas info    : {advice}\n{CLEAN}").warnings == (advice,)
 
 
 @pytest.mark.parametrize("text", ["", CLEAN + CLEAN, "nvcc fatal : no input files\n"])
@@ -74,6 +99,12 @@ def test_instructions_are_counted_whatever_their_predicates() -> None:
     assert read_disassembly(DISASSEMBLY) == Instructions(
         total=10, hmma=1, ldgsts=1, mufu=1, local=2
     )
+
+
+def test_the_innermost_loop_with_products_of_warpgroups_is_counted_by_itself() -> None:
+    found = read_disassembly(LOOPS)
+    assert (found.total, found.hgmma, found.mufu) == (13, 2, 2)
+    assert (found.loop_total, found.loop_hgmma, found.loop_mufu) == (5, 1, 1)
 
 
 def test_a_disassembly_must_have_instructions() -> None:

@@ -12,8 +12,10 @@
 #include <limits>
 #include <source_location>
 #include <string>
+#include <type_traits>
 
 #include "current.h"
+#include "in_flight.h"
 #include "numbers.h"
 
 #define DEVICE inline
@@ -39,7 +41,8 @@ void multiply_add_bf16(float (&accumulator)[4], const Words4& a, uint32_t b0, ui
                        const Place& where);
 void multiply_add_fp16(float (&accumulator)[4], const Words4& a, uint32_t b0, uint32_t b1,
                        const Place& where);
-std::string run(int blocks, int threads, std::size_t shared_bytes, std::function<void()> kernel);
+std::string run(int blocks, int threads, std::size_t shared_bytes, int capability,
+                std::function<void()> kernel);
 
 }  // namespace emulator
 
@@ -82,6 +85,8 @@ Value global_load(const Value* address, emulator::Place where = emulator::Place:
 
 template <class Value>
 void global_store(Value* address, Value value, emulator::Place where = emulator::Place::current()) {
+    if constexpr (std::is_same_v<Value, float>)
+        emulator::check_not_in_flight(value, "global_store", where);
     emulator::check_global_write(address, sizeof(Value), where);
     *address = value;
 }
@@ -123,21 +128,26 @@ inline void multiply_add<Fp16>(float (&accumulator)[4], const Words4& a, uint32_
 // ---------------------------------------------------------------------------------------------
 // Numbers
 
-inline float fast_exp2(float x) {
+inline float fast_exp2(float x, emulator::Place where = emulator::Place::current()) {
+    emulator::check_not_in_flight(x, "fast_exp2", where);
     const float y = std::exp2f(x);
     return y < std::numeric_limits<float>::min() ? 0 : y;
 }
 
 template <class Element>
-uint32_t pack(float low, float high);
+uint32_t pack(float low, float high, emulator::Place where = emulator::Place::current());
 
 template <>
-inline uint32_t pack<Bf16>(float low, float high) {
+inline uint32_t pack<Bf16>(float low, float high, emulator::Place where) {
+    emulator::check_not_in_flight(low, "pack", where);
+    emulator::check_not_in_flight(high, "pack", where);
     return emulator::bf16_from(low) | uint32_t{emulator::bf16_from(high)} << 16;
 }
 
 template <>
-inline uint32_t pack<Fp16>(float low, float high) {
+inline uint32_t pack<Fp16>(float low, float high, emulator::Place where) {
+    emulator::check_not_in_flight(low, "pack", where);
+    emulator::check_not_in_flight(high, "pack", where);
     return emulator::fp16_from(low) | uint32_t{emulator::fp16_from(high)} << 16;
 }
 
@@ -174,7 +184,9 @@ inline float unpack_high<Fp16>(uint32_t word) {
 template <class Params>
 std::string launch_kernel(void (*kernel)(Params), int blocks, int threads, std::size_t shared_bytes,
                           void* /*stream*/, const Params& params) {
-    return emulator::run(blocks, threads, shared_bytes, [&] { kernel(params); });
+    int capability = 80;
+    if constexpr (requires { Params::kCapability; }) capability = Params::kCapability;
+    return emulator::run(blocks, threads, shared_bytes, capability, [&] { kernel(params); });
 }
 
 }  // namespace jvp_attn

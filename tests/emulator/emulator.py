@@ -45,6 +45,7 @@ def launching(
     machine: ModuleType,
     *,
     seed: int = 0,
+    capability: tuple[int, int] = (9, 0),
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
@@ -53,6 +54,7 @@ def launching(
     Args:
         machine: what `load` returned.
         seed: decides in which order blocks and threads run.
+        capability: what the machine says of itself. All the same it has every instruction.
         inputs: memory that kernels may read, by the name that a report should give it: NumPy
             arrays, CPU tensors, or pairs (address, bytes).
         outputs: memory that they may also write.
@@ -60,6 +62,7 @@ def launching(
     With neither inputs nor outputs, accesses to global memory are checked for alignment only.
     """
     machine.set_seed(seed)
+    machine.set_capability(*capability)
     machine.set_buffers(
         [(name, *extent(memory), False) for name, memory in (inputs or {}).items()]
         + [(name, *extent(memory), True) for name, memory in (outputs or {}).items()]
@@ -68,6 +71,7 @@ def launching(
         yield
     finally:
         machine.set_seed(0)
+        machine.set_capability(9, 0)
         machine.set_buffers([])
 
 

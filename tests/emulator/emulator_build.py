@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUTPUT = ROOT / "build" / "emulator"
 
-MACHINE_SOURCES = sorted(HERE.glob("*.cpp"))
+MODULE_SOURCE = HERE / "module.cpp"  # differs from module to module
+MACHINE_SOURCES = sorted(set(HERE.glob("*.cpp")) - {MODULE_SOURCE})
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,14 @@ class Variant:
 
 
 PLAIN = Variant("plain")
-SANITIZED = Variant("sanitized", ("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"))
+SANITIZED = Variant(
+    "sanitized",
+    (
+        *("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"),
+        # wgmma_fence looks at all registers that products have used, in scope or not.
+        "-fno-sanitize-address-use-after-scope",
+    ),
+)
 # Switches between fibers as on machines for which there is no switch in assembly.
 PORTABLE = Variant("portable", ("-DJVP_ATTN_UCONTEXT",))
 
@@ -49,6 +57,7 @@ FLAGS = (
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",  # nvcc's #pragma unroll
+    "-Wno-psabi",  # tensor maps are aligned to 64 bytes, which GCC 4.5 could not pass
     "-DJVP_ATTN_EMULATOR",
     f"-fmacro-prefix-map={ROOT}/=",  # reports name files from the root of the repository on
     f"-I{ROOT / 'csrc'}",
@@ -66,6 +75,8 @@ rule link
   command = $cxx $flags -shared @$out.rsp -o $out
   rspfile = $out.rsp
   rspfile_content = $in
+rule archive
+  command = rm -f $out && ar rcs $out $in
 """
 
 
@@ -102,31 +113,59 @@ def build_module(name: str, sources: Iterable[Path], variant: Variant = PLAIN) -
 
     Returns, Raises: as `build_kernels`.
     """
+    machine = _build_machine(variant)
     folder = OUTPUT / variant.name / name
     file = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with _alone_in(folder):
-        (folder / "build.ninja").write_text(_manifest(name, list(sources), variant, file))
+        _write_module_manifest(folder, [MODULE_SOURCE, *sources], variant, machine, file)
         _run_ninja(folder)
     return file
 
 
-def _manifest(name: str, kernels: list[Path], variant: Variant, file: Path) -> str:
-    flags = " ".join(("-I.", *FLAGS, *variant.flags, f"-DJVP_ATTN_MODULE={name}"))
-    objects = [f"{source.stem}.o" for source in [*MACHINE_SOURCES, *kernels]]
-    return "\n".join(
-        [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"flags = {flags}",
-            "language = c++",
-            RULES,
-            # Precompiled, what all kernels include first takes half as long.
-            f"build launch.cuh.gch: compile {ROOT / 'csrc' / 'launch.cuh'}",
-            "  language = c++-header",
+def _build_machine(variant: Variant) -> Path:
+    """Bring up to date what all modules are linked with."""
+    folder = OUTPUT / variant.name / "machine"
+    file = folder / "libmachine.a"
+    objects = [f"{source.stem}.o" for source in MACHINE_SOURCES]
+    with _alone_in(folder):
+        _write_manifest(
+            folder,
+            variant,
             *(f"build {source.stem}.o: compile {source}" for source in MACHINE_SOURCES),
-            *(f"build {source.stem}.o: compile {source} | launch.cuh.gch" for source in kernels),
-            f"build {file.name}: link {' '.join(objects)}",
-            "",
-        ]
+            f"build {file.name}: archive {' '.join(objects)}",
+        )
+        _run_ninja(folder)
+    return file
+
+
+def _write_module_manifest(
+    folder: Path, sources: list[Path], variant: Variant, machine: Path, file: Path
+) -> None:
+    objects = [f"{source.stem}.o" for source in sources]
+    name = folder.name
+    _write_manifest(
+        folder,
+        Variant(variant.name, (*variant.flags, f"-DJVP_ATTN_MODULE={name}")),
+        # Precompiled, what all kernels include first takes half as long.
+        f"build launch.cuh.gch: compile {ROOT / 'csrc' / 'launch.cuh'}",
+        "  language = c++-header",
+        *(f"build {source.stem}.o: compile {source} | launch.cuh.gch" for source in sources),
+        f"build {file.name}: link {' '.join(objects)} {machine}",
+    )
+
+
+def _write_manifest(folder: Path, variant: Variant, *statements: str) -> None:
+    (folder / "build.ninja").write_text(
+        "\n".join(
+            [
+                f"cxx = {os.environ.get('CXX', 'g++')}",
+                f"flags = {' '.join(('-I.', *FLAGS, *variant.flags))}",
+                "language = c++",
+                RULES,
+                *statements,
+                "",
+            ]
+        )
     )
 
 

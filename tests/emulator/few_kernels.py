@@ -12,7 +12,7 @@ import emulator_build
 import numpy as np
 from probe_kernels import VARIANTS, aligned
 
-KERNELS = ("forward_fp16_d64", "forward_tangent_fp16_d64")
+KERNELS = ("forward_fp16_d64", "forward_tangent_fp16_d64", "forward_tangent_fp16_d64_sm90")
 ROWS, KEYS, HEAD_DIM = 70, 130, 40  # tiles that are not full, a head dim that is padded
 
 

@@ -93,6 +93,7 @@ bool warp_any(bool condition, Place where) {
 }
 
 float shuffle_xor(float value, int mask, Place where) {
+    check_not_in_flight(value, "shuffle_xor", where);
     if (mask < 0 || mask >= kWarpThreads)
         fail(self("shuffle_xor", where), "mask " + std::to_string(mask) + "; it can be 0 to 31");
     ShuffleXor x = {value, mask, 0};
@@ -107,6 +108,7 @@ float shared_load_float(SharedAddress address, Place where) {
 }
 
 void shared_store_float(SharedAddress address, float value, Place where) {
+    check_not_in_flight(value, "shared_store_float", where);
     shared_store("shared_store_float", address, value, where);
 }
 
@@ -159,8 +161,9 @@ void multiply_add_fp16(float (&accumulator)[4], const Words4& a, uint32_t b0, ui
     machine.meet(kMultiplyAddFp16, &x, where);
 }
 
-std::string run(int blocks, int threads, std::size_t shared_bytes, std::function<void()> kernel) {
-    return machine.run(blocks, threads, shared_bytes, std::move(kernel));
+std::string run(int blocks, int threads, std::size_t shared_bytes, int capability,
+                std::function<void()> kernel) {
+    return machine.run({blocks, threads, shared_bytes, capability, std::move(kernel)});
 }
 
 }  // namespace emulator

@@ -10,7 +10,8 @@ namespace jvp_attn::emulator {
 
 namespace {
 
-constexpr std::size_t kMaxSharedBytes = 163 * 1024;  // of a block, at compute capability 8.0
+// Of shared memory, that a block may have.
+std::size_t max_shared_bytes(int capability) { return (capability < 90 ? 163 : 227) * 1024; }
 
 std::vector<int> shuffled(int count, Random& random) {
     std::vector<int> order(count);
@@ -23,41 +24,55 @@ std::vector<int> shuffled(int count, Random& random) {
 
 Machine machine;
 
-std::string Machine::run(int blocks, int threads, std::size_t shared_bytes,
-                         std::function<void()> kernel) {
-    if (threads < 1 || threads > kWarpThreads * kMaxWarps || threads % kWarpThreads != 0)
-        return "a block of " + std::to_string(threads) +
+std::string Machine::run(Launch launch) {
+    if (launch.threads < 1 || launch.threads > kWarpThreads * kMaxWarps ||
+        launch.threads % kWarpThreads != 0)
+        return "a block of " + std::to_string(launch.threads) +
                " threads; it can have 1 to 32 whole warps of 32";
-    if (shared_bytes > kMaxSharedBytes)
-        return std::to_string(shared_bytes) + " bytes of shared memory; a block can have " +
-               std::to_string(kMaxSharedBytes);
+    const std::size_t max_bytes = max_shared_bytes(launch.capability);
+    if (launch.shared_bytes > max_bytes)
+        return std::to_string(launch.shared_bytes) + " bytes of shared memory; a block can have " +
+               std::to_string(max_bytes);
 
-    kernel_ = std::move(kernel);
-    thread_count_ = threads;
-    while (std::ssize(threads_) < threads) threads_.emplace_back(std::ssize(threads_));
+    launch_ = std::move(launch);
+    while (std::ssize(threads_) < launch_.threads) threads_.emplace_back(std::ssize(threads_));
     caller_.emplace();
     scheduler_.emplace(seed_);
+    Random& random = scheduler_->random();
+    constexpr std::array<uint64_t, 4> switches = {1, 16, 256, 1 << 30};
+    background_mask_ = switches[random.next() >> 62] - 1;
+    elected_lane_ = static_cast<int>(random.next() % kWarpThreads);
     global.start_launch();
     error_.clear();
-    for (const int block : shuffled(blocks, scheduler_->random())) {
+    for (const int block : shuffled(launch_.blocks, random)) {
         current.block = block;
-        run_block(shared_bytes);
+        run_block();
         if (!error_.empty()) break;
     }
     return error_;
 }
 
-void Machine::run_block(std::size_t shared_bytes) {
-    shared.start_block(shared_bytes);
+void Machine::run_block() {
+    const int threads = launch_.threads;
+    order.start_block(threads, launch_.capability >= 90);
+    shared.start_block(launch_.shared_bytes);
+    named_barriers.start_block();
+    mbarriers.start_block();
+    box_loads.start_block();
+    registers.start_block(threads);
+    for (int first = 0; first < threads; first += Warpgroup::kThreads)
+        warpgroup_of(first).start_block(first, order.add_agent());
     block_ = {};
     warps_.fill({});
     steps_ = 0;
-    for (int i = 0; i < thread_count_; ++i) {
+    ended_threads_ = 0;
+    for (int i = 0; i < threads; ++i) {
         threads_[i].fiber.start(&Machine::run_thread);
         threads_[i].copies.forget_all();
+        threads_[i].awaited = nullptr;
         threads_[i].ended = false;
     }
-    scheduler_->start_block(thread_count_ / kWarpThreads);
+    scheduler_->start_block(threads / kWarpThreads);
 
     current.thread = scheduler_->next();
     caller_->switch_to(threads_[current.thread].fiber);
@@ -68,22 +83,27 @@ void Machine::run_block(std::size_t shared_bytes) {
 
 void Machine::run_thread() {
     Machine& self = machine;
-    Thread& thread = self.threads_[current.thread];
     try {
-        self.kernel_();
-        thread.copies.check_finished(current.thread);
-        thread.ended = true;
+        self.launch_.kernel();
+        self.end_thread();
     } catch (const std::exception& exception) {
         self.error_ = exception.what();
     }
-    if (self.error_.empty())
-        self.run_another();
-    else
-        thread.fiber.switch_to(*self.caller_);
+    self.threads_[current.thread].fiber.switch_to(*self.caller_);
+}
+
+void Machine::end_thread() {
+    Thread& thread = threads_[current.thread];
+    thread.copies.check_finished(current.thread);
+    warpgroup_of(current.thread).registers(current.thread).check_finished();
+    thread.ended = true;
+    if (++ended_threads_ == launch_.threads) mbarriers.check_finished();
+    run_another();
 }
 
 void Machine::run_another() {
     Thread& self = threads_[current.thread];
+    let_background_work();
     const int next = scheduler_->next();
     if (next == current.thread) return;
     if (next < 0) {
@@ -94,17 +114,39 @@ void Machine::run_another() {
     }
 }
 
+// At the latest when no thread can run without it.
+void Machine::let_background_work() {
+    while (box_loads.any() &&
+           (scheduler_->is_idle() || (scheduler_->random().next() >> 32 & background_mask_) == 0))
+        if (Mbarrier* barrier = box_loads.land_one(scheduler_->random(), shared)) wake(*barrier);
+}
+
+void Machine::wait_for(Awaited& awaited, const Actor& actor) {
+    Thread& self = threads_[current.thread];
+    awaited.waiting.push_back(current.thread);
+    self.awaited = &awaited;
+    self.waiting_actor = actor;
+    run_another();
+    self.awaited = nullptr;
+}
+
+void Machine::wake(Awaited& awaited) {
+    for (const int thread : awaited.waiting)
+        scheduler_->set_runnable(thread / kWarpThreads, uint32_t{1} << thread % kWarpThreads);
+    awaited.waiting.clear();
+}
+
 void Machine::meet(const Collective& collective, void* arguments, const Place& where) {
     count_step({current.thread, collective.name, where});
     arguments_[current.thread] = arguments;
     const int warp = current.thread / kWarpThreads;
     const uint32_t lane_bit = uint32_t{1} << current.thread % kWarpThreads;
     if (join(warps_[warp], lane_bit, kAllLanes, collective, where)) {
-        const uint32_t all_warps = kAllLanes >> (kMaxWarps - thread_count_ / kWarpThreads);
+        const uint32_t all_warps = kAllLanes >> (kMaxWarps - launch_.threads / kWarpThreads);
         if (!collective.of_block)
             conduct(collective, warp * kWarpThreads, kWarpThreads);
         else if (join(block_, uint32_t{1} << warp, all_warps, collective, where))
-            conduct(collective, 0, thread_count_);
+            conduct(collective, 0, launch_.threads);
     }
     run_another();
 }
@@ -117,7 +159,7 @@ bool Machine::join(Meeting& meeting, uint32_t bit, uint32_t all, const Collectiv
         meeting.where = where;
     } else if (!meeting.is_for(collective, where)) {
         const std::string others =
-            list_of_threads(thread_count_, [&](int i) { return waits_at(meeting, i); });
+            list_of_threads(launch_.threads, [&](int i) { return waits_at(meeting, i); });
         const std::string group = &meeting == &block_ ? "block" : "warp";
         fail({current.thread, collective.name, where},
              "must be executed by all of the " + group + ", but " + others + " came to " +
@@ -132,7 +174,7 @@ void Machine::conduct(const Collective& collective, int first_thread, int thread
     collective.perform({&arguments_[first_thread], static_cast<std::size_t>(threads)});
     if (collective.of_block) {
         block_.arrived = 0;
-        shared.barrier();
+        order.block_barrier();
     }
     for (int first = first_thread; first < first_thread + threads; first += kWarpThreads) {
         warps_[first / kWarpThreads].arrived = 0;
@@ -146,28 +188,33 @@ bool Machine::waits_at(const Meeting& meeting, int thread) const {
     return &meeting == &warps_[warp] && (meeting.arrived >> thread % kWarpThreads & 1);
 }
 
+std::string Machine::state_of(int thread) const {
+    const Thread& x = threads_[thread];
+    if (x.ended) return "ended";
+    const std::string waiting = "waiting at ";
+    if (x.awaited != nullptr)
+        return waiting + x.waiting_actor.instruction + " (" + text(x.waiting_actor.where) +
+               ") for " + x.awaited->state();
+    const Meeting& meeting = warps_[thread / kWarpThreads];
+    return waiting + meeting.collective->name + " (" + text(meeting.where) + ")";
+}
+
 // Empty if there is none: all threads have ended.
 std::string Machine::describe_deadlock() const {
     std::vector<std::string> states;
     bool some_wait = false;
-    for (int i = 0; i < thread_count_; ++i) {
-        const Meeting& meeting = warps_[i / kWarpThreads];
-        if (threads_[i].ended) {
-            states.push_back("ended");
-        } else {
-            states.push_back(std::string("waiting at ") + meeting.collective->name + " (" +
-                             text(meeting.where) + ")");
-            some_wait = true;
-        }
+    for (int i = 0; i < launch_.threads; ++i) {
+        states.push_back(state_of(i));
+        some_wait |= !threads_[i].ended;
     }
     if (!some_wait) return "";
 
     std::string report = "block " + std::to_string(current.block) + ": deadlock, no thread can run";
-    for (int i = 0; i < thread_count_; ++i) {
+    for (int i = 0; i < launch_.threads; ++i) {
         const bool told =
             std::find(states.begin(), states.begin() + i, states[i]) != states.begin() + i;
         if (!told)
-            report += "; " + states[i] + ": " + list_of_threads(thread_count_, [&](int other) {
+            report += "; " + states[i] + ": " + list_of_threads(launch_.threads, [&](int other) {
                           return states[other] == states[i];
                       });
     }

@@ -24,6 +24,10 @@ void set_buffers(const std::vector<BufferTuple>& tuples) {
 
 void set_seed(uint64_t seed) { jvp_attn::emulator::machine.set_seed(seed); }
 
+void set_capability(int major, int minor) {
+    jvp_attn::emulator::machine.set_capability(10 * major + minor);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(JVP_ATTN_MODULE, module) {
@@ -31,6 +35,8 @@ PYBIND11_MODULE(JVP_ATTN_MODULE, module) {
     jvp_attn::bind_kernels(module);
     module.def("set_seed", &set_seed, py::arg("seed"),
                "Which order of blocks and threads the next launches take.");
+    module.def("set_capability", &set_capability, py::arg("major"), py::arg("minor"),
+               "Which compute capability the machine says it has, instead of 9.0.");
     module.def("set_buffers", &set_buffers, py::arg("buffers"),
                "The memory that the next launches may touch, as (name, address, bytes, writable); "
                "if empty, all of it.");

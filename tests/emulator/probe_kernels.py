@@ -70,7 +70,7 @@ def run_row_sums(
     """The sums of rows x, by the kernel of probes/row_sums.h with a fault."""
     machine = load()
     q = aligned((x.view(np.uint32) >> 16).astype(np.uint16))
-    result = np.full(x.shape[:2], np.nan, np.float32)
+    result = np.full((2, *x.shape[:2]), np.nan, np.float32)[0]  # beyond its end is no other buffer
     params = machine.AttentionParams()
     params.q = machine.Tensor(q.ctypes.data, 0, 0, 0)
     params.lse = machine.RowVector(result.ctypes.data, 0, 0)
@@ -79,3 +79,44 @@ def run_row_sums(
     with emulator.launching(machine, seed=seed, inputs=inputs, outputs=outputs):
         machine.launch(fault, params, 0)
     return result
+
+
+def whole_numbers(*shape: int, seed: int) -> NDArray[np.float32]:
+    """Of -1, 0 and 1: products of two matrices of them are whole, and bfloat16 holds them."""
+    return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float32)
+
+
+def run_tile_products(
+    fault: str,
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    *,
+    seed: int = 0,
+) -> tuple[NDArray, NDArray, NDArray]:
+    """What the kernel of probes/tile_products.h with a fault leaves in out, tout and lse."""
+    machine = load()
+    inputs = {
+        name: aligned((x.view(np.uint32) >> 16).astype(np.uint16))
+        for name, x in {"q": q, "k": k, "v": v}.items()
+    }
+    batch, rows_of_q, _ = q.shape
+    sums = [np.full((batch, rows_of_q, v.shape[2]), np.nan, np.float32) for _ in range(2)]
+    outputs = {
+        "out": sums[0],
+        "tout": sums[1],
+        "lse": np.full((batch, 2 * rows_of_q), np.nan, np.float32),
+    }
+    params = machine.AttentionParams()
+    params.batch, params.heads, params.heads_k = batch, 1, 1
+    params.seqlen_q, params.seqlen_k = rows_of_q, k.shape[1]
+    params.head_dim, params.head_dim_v = q.shape[2], v.shape[2]
+    for name, x in (inputs | outputs).items():
+        if name == "lse":
+            params.lse = machine.RowVector(x.ctypes.data, 0, 0)
+        else:
+            of_batch, of_row = (stride // x.itemsize for stride in x.strides[:2])
+            setattr(params, name, machine.Tensor(x.ctypes.data, of_batch, of_row, of_row))
+    with emulator.launching(machine, seed=seed, inputs=inputs, outputs=outputs):
+        machine.launch(f"sm90_{fault}", params, 0)
+    return outputs["out"], outputs["tout"], outputs["lse"]

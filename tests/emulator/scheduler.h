@@ -44,11 +44,13 @@ public:
         warp_ = static_cast<int>(random_.next() % warps);
     }
 
-    // All threads of a warp: they wait together and go on together.
-    void set_runnable(int warp) {
-        lanes_[warp] = kAllLanes;
+    // These threads of a warp go on.
+    void set_runnable(int warp, uint32_t lanes = kAllLanes) {
+        lanes_[warp] |= lanes;
         warps_ |= uint32_t{1} << warp;
     }
+
+    bool is_idle() const { return warps_ == 0; }
 
     // Takes a thread from the runnable ones; -1 if there is none.
     int next() {

@@ -1,5 +1,6 @@
 #include "shared_memory.h"
 
+#include <algorithm>
 #include <string>
 
 namespace jvp_attn::emulator {
@@ -10,37 +11,27 @@ constexpr int kWordBytes = 4;
 constexpr int kCopyBytes = 16;
 constexpr std::byte kPoison{0xff};  // NaN in every floating-point type
 
+}  // namespace
+
 std::string text_of(SharedAddress address) {
     const int64_t offset = static_cast<int64_t>(address) - SharedMemory::kStart;
     return "shared_memory() " + std::string(offset < 0 ? "- " : "+ ") +
            std::to_string(offset < 0 ? -offset : offset);
 }
 
-[[noreturn]] void complain_of_conflict(const Actor& actor, const char* does, SharedAddress address,
-                                       int other, const char* did, const Place& place) {
-    fail(actor, std::string(does) + " " + text_of(address) + ", which thread " +
-                    std::to_string(other) + " " + did + " (" + text(place) +
-                    ") with no block_barrier between");
-}
-
-[[noreturn]] void complain_of_copy(const Actor& actor, int owner, const Place& place) {
-    fail(actor, "touches what " + text(Actor{owner, "copy_async", place}) +
-                    " is still copying: thread " + std::to_string(owner) +
-                    " has not waited for it");
-}
-
-}  // namespace
-
 void SharedMemory::start_block(std::size_t bytes) {
     bytes_.assign(bytes, kPoison);
-    words_.assign((bytes + kWordBytes - 1) / kWordBytes, Word{});
-    epoch_ = 1;
+    // Words stay, with all that is known to be over: to forget them takes longer.
+    words_.resize((bytes + kWordBytes - 1) / kWordBytes);
+    for (Word& word : words_) word.in_flight = false;
 }
 
-SharedMemory::Word* SharedMemory::words_at(const Actor& actor, SharedAddress address, int bytes) {
+SharedMemory::Word* SharedMemory::words_at(const Actor& actor, SharedAddress address, int bytes,
+                                           int alignment) {
     const uint64_t offset = static_cast<uint64_t>(address) - kStart;  // huge where it is negative
-    if (address % bytes != 0)
-        fail(actor, text_of(address) + " is not aligned to " + std::to_string(bytes) + " bytes");
+    if (address % alignment != 0)
+        fail(actor,
+             text_of(address) + " is not aligned to " + std::to_string(alignment) + " bytes");
     if (offset > bytes_.size() || bytes_.size() - offset < static_cast<uint64_t>(bytes))
         fail(actor, std::to_string(bytes) + " bytes at " + text_of(address) +
                         " are outside of the block's " + std::to_string(bytes_.size()) +
@@ -48,52 +39,113 @@ SharedMemory::Word* SharedMemory::words_at(const Actor& actor, SharedAddress add
     return &words_[offset / kWordBytes];
 }
 
-const std::byte* SharedMemory::read(const Actor& actor, SharedAddress address, int bytes) {
-    Word* words = words_at(actor, address, bytes);
+void SharedMemory::complain(const Access& access, const Observer& observer, const char* does,
+                            SharedAddress address, const Access& other, const char* did) const {
+    std::string missing = "barrier";
+    if (!order_.is_thread(other.agent))
+        missing = "wait for it";
+    else if (observer.in_background && order_.is_over(other, {observer.knowledge, false}))
+        missing = "fence_proxy_async of thread " + std::to_string(other.agent);
+    fail(access.actor, std::string(does) + " " + text_of(address) + ", which " + text(other.actor) +
+                           " " + did + " with no " + missing + " between");
+}
+
+void SharedMemory::check_write_is_over(const Word& word, const char* does, const Access& access,
+                                       const Observer& observer, SharedAddress address) const {
+    const Access& write = word.write;
+    if (word.in_flight)
+        fail(access.actor,
+             "touches what " + text(write.actor) + " is still copying: " +
+                 (order_.is_thread(write.agent)
+                      ? "thread " + std::to_string(write.agent) + " has not waited for it"
+                      : "its mbarrier does not count it yet"));
+    if (!order_.is_over(write, observer)) complain(access, observer, does, address, write, "wrote");
+}
+
+void SharedMemory::check_reads_are_over(const Word& word, const Access& access,
+                                        const Observer& observer, SharedAddress address) const {
+    if (!order_.is_over(word.first_read, observer))
+        complain(access, observer, "writes", address, word.first_read, "read");
+    for (const Access& read : word.other_reads)
+        if (!order_.is_over(read, observer))
+            complain(access, observer, "writes", address, read, "read");
+}
+
+void SharedMemory::add_read(Word& word, const Access& access) const {
+    if (order_.is_settled(word.first_read)) {
+        word.first_read = access;
+        word.other_reads.clear();  // they are settled too
+    } else if (word.first_read.agent == access.agent) {
+        word.first_read = access;
+    } else {
+        add_other_read(word, access);
+    }
+}
+
+void SharedMemory::add_other_read(Word& word, const Access& access) const {
+    std::vector<Access>& reads = word.other_reads;
+    const auto place =
+        std::lower_bound(reads.begin(), reads.end(), access.agent,
+                         [](const Access& read, int agent) { return read.agent < agent; });
+    if (place != reads.end() && place->agent == access.agent)
+        *place = access;
+    else
+        reads.insert(place, access);
+}
+
+const std::byte* SharedMemory::read(const Access& access, const Observer& observer,
+                                    SharedAddress address, int bytes, int alignment) {
+    Word* words = words_at(access.actor, address, bytes, alignment);
     for (int i = 0; i < bytes / kWordBytes; ++i) {
-        Word& word = words[i];
-        if (word.in_flight) complain_of_copy(actor, word.writer, word.write_place);
-        if (word.write_epoch == epoch_ && word.writer != actor.thread)
-            complain_of_conflict(actor, "reads", address, word.writer, "wrote", word.write_place);
-        if (word.read_epoch != epoch_) {
-            word.read_epoch = epoch_;
-            word.reader = word.other_reader = static_cast<uint16_t>(actor.thread);
-            word.read_place = actor.where;
-        } else if (word.reader != actor.thread) {
-            word.other_reader = static_cast<uint16_t>(actor.thread);
-        }
+        check_write_is_over(words[i], "reads", access, observer, address);
+        add_read(words[i], access);
+    }
+    return at(address);
+}
+
+std::byte* SharedMemory::write(const Access& access, const Observer& observer,
+                               SharedAddress address, int bytes, int alignment) {
+    Word* words = words_at(access.actor, address, bytes, alignment);
+    for (int i = 0; i < bytes / kWordBytes; ++i) {
+        check_write_is_over(words[i], "writes", access, observer, address);
+        check_reads_are_over(words[i], access, observer, address);
+        words[i].first_read = {};
+        words[i].other_reads.clear();
+        words[i].write = access;
     }
     return &bytes_[address - kStart];
+}
+
+const std::byte* SharedMemory::read(const Actor& actor, SharedAddress address, int bytes) {
+    return read(order_.access(actor), order_.observer(actor), address, bytes, bytes);
 }
 
 std::byte* SharedMemory::write(const Actor& actor, SharedAddress address, int bytes) {
-    Word* words = words_at(actor, address, bytes);
-    for (int i = 0; i < bytes / kWordBytes; ++i) {
-        Word& word = words[i];
-        if (word.in_flight) complain_of_copy(actor, word.writer, word.write_place);
-        if (word.write_epoch == epoch_ && word.writer != actor.thread)
-            complain_of_conflict(actor, "writes", address, word.writer, "wrote", word.write_place);
-        const uint16_t reader = word.reader != actor.thread ? word.reader : word.other_reader;
-        if (word.read_epoch == epoch_ && reader != actor.thread)
-            complain_of_conflict(actor, "writes", address, reader, "read", word.read_place);
-        word.write_epoch = epoch_;
-        word.writer = static_cast<uint16_t>(actor.thread);
-        word.write_place = actor.where;
-    }
-    return &bytes_[address - kStart];
+    return write(order_.access(actor), order_.observer(actor), address, bytes, bytes);
 }
 
 void SharedMemory::start_copy(const Actor& actor, SharedAddress address) {
-    write(actor, address, kCopyBytes);
-    Word* words = words_at(actor, address, kCopyBytes);
+    start_copy(order_.access(actor), order_.observer(actor), address);
+}
+
+void SharedMemory::start_copy(const Access& access, const Observer& observer,
+                              SharedAddress address) {
+    write(access, observer, address, kCopyBytes, kCopyBytes);
+    Word* words = words_at(access.actor, address, kCopyBytes, kCopyBytes);
     for (int i = 0; i < kCopyBytes / kWordBytes; ++i) words[i].in_flight = true;
 }
 
 std::byte* SharedMemory::finish_copy(SharedAddress address) {
+    const Access& write = words_[(address - kStart) / kWordBytes].write;
+    return finish_copy(address, order_.access(write.actor).count);
+}
+
+std::byte* SharedMemory::finish_copy(SharedAddress address, uint32_t count) {
     Word* words = &words_[(address - kStart) / kWordBytes];
     for (int i = 0; i < kCopyBytes / kWordBytes; ++i) {
+        Access& write = words[i].write;
+        write = order_.access(write.actor, write.agent, count);
         words[i].in_flight = false;
-        words[i].write_epoch = epoch_;  // others see it after the next barrier
     }
     return &bytes_[address - kStart];
 }

@@ -8,7 +8,7 @@ from probe_kernels import load, rows, run_row_sums, sums
 
 HERE = r"\(tests/emulator/probes/row_sums\.h:\d+\)"
 ANY_ADDRESS = r"shared_memory\(\) \+ \d+"
-UNORDERED = rf"{ANY_ADDRESS}, which thread \d+ (wrote|read) {HERE} with no block_barrier between"
+UNORDERED = rf"{ANY_ADDRESS}, which thread \d+'s \w+ {HERE} (wrote|read) with no barrier between"
 STILL_COPYING = (
     rf"touches what thread (?P<owner>\d+)'s copy_async {HERE} is still copying: "
     r"thread (?P=owner) has not waited for it"
@@ -17,7 +17,7 @@ OUTSIDE = "bytes of global memory outside of every buffer: the nearest"
 
 # By fault, the instruction that fails and what the report says of it.
 REPORTS = {
-    "missing_barrier": ("shared_load_float", rf"reads {UNORDERED}"),
+    "missing_barrier": ("shared_(load|store)_float", rf"(reads|writes) {UNORDERED}"),
     "missing_barrier_after_wait": ("(load_matrices|copy_async)", rf"(reads|writes) {UNORDERED}"),
     "overwritten_too_early": ("copy_async", rf"writes {UNORDERED}"),
     "missing_wait": ("load_matrices", STILL_COPYING),
@@ -100,7 +100,8 @@ def test_a_deadlock_says_who_waits_where(fault: str) -> None:
 
 def test_every_fault_is_tried() -> None:
     names = list(load().kernels())
-    assert set(names[names.index("none") + 1 :]) == {*REPORTS, *DEADLOCKS, *WRONG_RESULTS}
+    faults = {x for x in names[names.index("none") + 1 :] if not x.startswith("sm90_")}
+    assert faults == {*REPORTS, *DEADLOCKS, *WRONG_RESULTS}
 
 
 def test_a_reader_with_another_swizzle_computes_wrong_sums() -> None:

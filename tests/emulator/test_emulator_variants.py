@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PROBES = [str(HERE / f"test_emulator_{what}.py") for what in ("instructions", "faults")]
+PROBES = [
+    str(HERE / f"test_emulator_{what}.py") for what in ("instructions", "faults", "sm90_faults")
+]
 
 # A launch with unknown buffers, so that nobody but AddressSanitizer sees the read past their end.
 OUT_OF_BOUNDS = """\

@@ -1,10 +1,14 @@
-"""What the kernels of conformance.cu are given, and what they should answer, in NumPy."""
+"""What the kernels of conformance.cu are given, and what they should answer, in NumPy.
+
+`Probe` and what runs one also serve conformance_sm90.py.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from runpy import run_path
 from types import ModuleType
@@ -14,6 +18,7 @@ import emulator
 import numpy as np
 import pybind11
 import torch
+from probe_kernels import aligned
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -27,6 +32,8 @@ class Probe:
     """One kernel: its input, and the exact output.
 
     Attributes:
+        given: params.q; a tensor (batch, rows, heads, columns) of elements, or any array.
+        more: further inputs, by their names in AttentionParams.
         ulps: how far results may be from the exact output, in units of the last place.
         absolute: how far they may be besides, where float32 sums may be rounded in any order.
     """
@@ -34,6 +41,7 @@ class Probe:
     kernel: str
     given: Array
     expected: Array
+    more: Mapping[str, Array] = field(default_factory=dict)
     ulps: int = 0
     absolute: float = 0
 
@@ -216,39 +224,69 @@ PROBES = [
 # Answers
 
 
-def params_of(machine: ModuleType, probe: Probe, given: int, answer: int) -> Any:
-    """AttentionParams with these two addresses, and the input's length."""
+def params_of(machine: ModuleType, probe: Probe, address: Callable[[str], int], answer: int) -> Any:
+    """AttentionParams with the addresses of the inputs and of the answer, and their shapes."""
     params = machine.AttentionParams()
-    params.q, params.out = machine.Tensor(given, 0, 0, 0), machine.Tensor(answer, 0, 0, 0)
-    params.batch = params.seqlen_q = len(probe.given)
+    params.out = machine.Tensor(answer, 0, 0, 0)
+    params.heads = params.heads_k = 1
+    if probe.given.ndim == 4:
+        params.batch, params.seqlen_q, params.heads, params.head_dim = probe.given.shape
+        params.q = machine.Tensor(address("q"), *strides_of(probe.given))
+    else:
+        # As if it were rows of 8 elements, where a tensor map of it is made.
+        params.batch = params.seqlen_q = len(probe.given)
+        params.head_dim = 8
+        params.q = machine.Tensor(address("q"), 8, 8, 8)
+    for name, x in probe.more.items():
+        params.seqlen_k = len(x)
+        if name == "v":
+            _, params.seqlen_k, params.heads_k, params.head_dim_v = x.shape
+            params.v = machine.Tensor(address("v"), *strides_of(x))
+        else:
+            setattr(params, name, address(name))
     return params
+
+
+def strides_of(x: Array) -> list[int]:
+    """Of batches, rows and heads, in elements."""
+    return [stride // x.itemsize for stride in x.strides[:3]]
+
+
+def inputs_of(probe: Probe) -> dict[str, Array]:
+    """All that the kernel reads, by name; as CUDA allocates it, at multiples of 16 bytes."""
+    return {name: aligned(x) for name, x in {"q": probe.given, **probe.more}.items()}
 
 
 def answer_of_the_emulator(machine: ModuleType, probe: Probe) -> Array:
     """What the kernel does in the emulator."""
-    answer = np.full_like(probe.expected, 77)
-    arrays = {"inputs": {"given": probe.given}, "outputs": {"answer": answer}}
-    with emulator.launching(machine, seed=1, **arrays):
-        params = params_of(machine, probe, probe.given.ctypes.data, answer.ctypes.data)
+    inputs, answer = inputs_of(probe), aligned(np.full_like(probe.expected, 77))
+    with emulator.launching(machine, seed=1, inputs=inputs, outputs={"answer": answer}):
+        params = params_of(
+            machine, probe, lambda name: inputs[name].ctypes.data, answer.ctypes.data
+        )
         machine.launch(probe.kernel, params, 0)
     return answer
 
 
 def answer_of_the_gpu(machine: ModuleType, probe: Probe) -> Array:
     """What the kernel does on the current GPU."""
-    given = torch.from_numpy(probe.given.view(np.uint8)).cuda()
+    inputs = {
+        name: torch.from_numpy(x.ravel().view(np.uint8)).cuda()
+        for name, x in inputs_of(probe).items()
+    }
     answer = torch.full((probe.expected.nbytes,), 77, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
-    params = params_of(machine, probe, given.data_ptr(), answer.data_ptr())
+    params = params_of(machine, probe, lambda name: inputs[name].data_ptr(), answer.data_ptr())
     machine.launch(probe.kernel, params, stream)
     return answer.cpu().numpy().view(probe.expected.dtype).reshape(probe.expected.shape)
 
 
-def build_for_gpu(folder: Path, arch: str) -> Path:
-    """Compile the module `conformance_gpu` with nvcc.
+def build_for_gpu(folder: Path, source: str, arch: str) -> Path:
+    """Compile the kernels of a source file as the module `conformance_gpu`, with nvcc.
 
     Args:
         folder: where to.
+        source: its name, in this folder.
         arch: such as "sm_80".
     """
     toolkit = run_path(str(ROOT / "setup.py"))["find_toolkit"]()
@@ -260,7 +298,7 @@ def build_for_gpu(folder: Path, arch: str) -> Path:
         *("-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"),
         *("-I", ROOT / "csrc", "-I", ROOT / "tests" / "emulator"),
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
-        *(HERE / "conformance.cu", HERE / "conformance_module.cpp", "-o", file),
+        *(HERE / source, HERE / "conformance_module.cpp", "-o", file),
     ]
     result = subprocess.run(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

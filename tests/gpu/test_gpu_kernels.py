@@ -9,22 +9,22 @@ import emulator
 import harness
 import pytest
 import torch
-from cases import STEPS, axes_of, covering, kernels_of
+from cases import FAMILIES, Family, axes_of, covering
 from kernels_on_device import KernelsOnDevice
 from trial import trial
 
-over_steps = pytest.mark.parametrize(
-    ("step", "masked"), STEPS, ids=lambda x: x if isinstance(x, str) else ("full", "masked")[x]
-)
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 @pytest.mark.cuda
-@over_steps
-def test_kernels_on_a_gpu(step: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@over_families
+def test_kernels_on_a_gpu(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family.arch == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU's compute capability is not 9.0")
     kernels = KernelsOnDevice(import_module("jvp_attn._C"), torch.device("cuda"))
     monkeypatch.setattr(harness, "emulator", kernels)
-    cases = covering(axes_of(step, masked), strength=1)
-    assert {case["kernel"] for case in cases} == {x.name for x in kernels_of(step, masked)}
+    cases = covering(axes_of(family), strength=1)
+    assert {case["kernel"] for case in cases} == {x.name for x in family.kernels}
     faults = {}
     for case in cases:
         attempt = trial(case)
@@ -34,11 +34,11 @@ def test_kernels_on_a_gpu(step: str, masked: bool, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@over_steps
-def test_the_same_by_the_emulator(step: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@over_families
+def test_the_same_by_the_emulator(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """On copies of memory too, but on this machine: it shows that the copies are right."""
     kernels = KernelsOnDevice(emulator.load(), torch.device("cpu"))
     monkeypatch.setattr(harness, "emulator", kernels)
-    for case in islice(covering(axes_of(step, masked), strength=1), 3):
+    for case in islice(covering(axes_of(family), strength=1), 3):
         attempt = trial(case)
         assert attempt.faults(attempt.run()) == []

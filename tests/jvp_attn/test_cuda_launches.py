@@ -159,6 +159,8 @@ def test_numbers(maps: KernelMaps, recorder: Recorder) -> None:
         "batch": 2,
         "seqlen_q": 5,
         "seqlen_k": 7,
+        "total_q": 5,
+        "total_k": 7,
         "heads": 4,
         "heads_k": 2,
         "head_dim": 3,

@@ -37,11 +37,19 @@ def test_a_name_says_what_a_kernel_is() -> None:
     assert KERNELS["preprocess_bf16"].cpp_class == "Preprocess<Bf16>"
 
 
-def test_every_kernel_comes_in_both_dtypes_with_mask_and_without() -> None:
-    for name in KERNELS:
+def test_a_name_says_what_a_kernel_is_for_alone() -> None:
+    kernel = KERNELS["forward_tangent_bf16_d128_sm90"]
+    assert (kernel.step, kernel.arch, kernel.masked) == ("forward_tangent", "sm90", False)
+    assert kernel.header == "sm90/forward_tangent.cuh"
+    rows, keys = kernel.tile
+    assert kernel.cpp_class == f"sm90::ForwardTangent<Bf16, 128, {rows}, {keys}, true>"
+
+
+def test_every_kernel_comes_in_both_dtypes_and_on_sm80_with_mask_and_without() -> None:
+    for name, kernel in KERNELS.items():
         twin = name.replace("bf16", "fp16") if "bf16" in name else name.replace("fp16", "bf16")
         assert twin in KERNELS
-        if "preprocess" not in name:
+        if "preprocess" not in name and kernel.arch == "sm80":
             assert name.removesuffix("_masked") in KERNELS
             assert name.removesuffix("_masked") + "_masked" in KERNELS
 
@@ -125,6 +133,8 @@ def test_each_kernel_has_a_source_and_the_list_has_them_all(tmp_path: Path) -> N
         text = (tmp_path / f"{name}.cu").read_text()
         assert f"JVP_ATTN_KERNEL({name}, {kernel.cpp_class})" in text
         assert f'#include "{kernel.header}"' in text
+        launch = {"sm80": "launch.cuh", "sm90": "sm90/launch.cuh"}[kernel.arch]
+        assert f'#include "{launch}"' in text
     listed = (tmp_path / "all_kernels.cpp").read_text()
     assert all(f"extern const Kernel {name};" in listed for name in KERNELS)
 

@@ -29,6 +29,11 @@ class Layout:
     offset: int = 0
 
     @property
+    def aligned(self) -> bool:
+        """Whether all rows start at multiples of 16 bytes, if they have a multiple of 8 columns."""
+        return not any(x % 8 for x in (self.column_gap, self.gap, self.offset))
+
+    @property
     def expanded(self) -> str:
         """The dimensions of stride 0."""
         return "".join(d for d in "brh" if d not in self.order)

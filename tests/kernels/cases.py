@@ -1,7 +1,8 @@
 """Which problems the kernels are given: values along many axes, and samples of their product.
 
-A step (forward, tangent_backward_dkv, …) has one kernel for each element type and head dim. Which
-of them runs is an axis like all others. `covering` samples the product of the axes:
+A step (forward, tangent_backward_dkv, …) has a family of kernels for each architecture, with masks
+and without: one kernel for each element type and head dim. Which of them runs is an axis like all
+others. `covering` samples the product of the axes:
 
     strength 1    every kernel at least once, every value of every axis at least once
     strength 2    every value of every axis in every kernel, every pair of values in some kernel
@@ -10,6 +11,7 @@ of them runs is an axis like all others. `covering` samples the product of the a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 from random import Random
 from zlib import crc32
@@ -48,6 +50,7 @@ _ANY_COTANGENTS = ("out lse tout mu", "out", "tout", "mu", "out tout", "lse mu",
 _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
     "forward": _RESIDUALS,
     "forward_tangent": _TANGENTS | _RESIDUALS,
+    "forward_query_tangent": {"tangents": ("q", "")} | _RESIDUALS,
     "tangent_given_forward": _TANGENTS | _RESIDUALS,
     "preprocess": _TANGENTS
     | {
@@ -70,19 +73,52 @@ _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
         ),
     },
 }
-STEPS = [(step, masked) for step in _OF_STEP for masked in (False, True)]
-STEPS.remove(("preprocess", True))
+# What the kernels of an architecture do not serve: others do. The copy engine of 9.0 takes no row
+# that starts beside a multiple of 16 bytes.
+_NOT_SERVED: dict[str, Mapping[str, Sequence[str]]] = {
+    "sm80": {},
+    "sm90": {
+        "head dims": ("odd", "tiny"),
+        "layouts": [name for name, layout in LAYOUTS.items() if not layout.aligned],
+        "scale": ("negative", "zero"),
+    },
+}
 
 
-def kernels_of(step: str, masked: bool) -> list[KernelEntry]:
-    """The kernels of a step, of all elements and head dims."""
-    return [x for x in KERNELS.values() if x.step == step and x.masked == masked]
+@dataclass(frozen=True)
+class Family:
+    """The kernels of a step that differ in elements and head dim only."""
+
+    step: str
+    masked: bool
+    arch: str
+
+    def __str__(self) -> str:
+        return self.step + "_masked" * self.masked + f"_{self.arch}" * (self.arch != "sm80")
+
+    @property
+    def kernels(self) -> list[KernelEntry]:
+        """Of all elements and head dims."""
+        return [kernel for kernel in KERNELS.values() if family_of(kernel) == self]
 
 
-def axes_of(step: str, masked: bool) -> dict[str, Sequence[str]]:
-    """The values along each axis of a step's problems."""
-    kernels = {"kernel": [kernel.name for kernel in kernels_of(step, masked)]}
-    return {**kernels, **_EVERY_STEP, **_OF_STEP[step], **(_MASK if masked else {})}
+def family_of(kernel: KernelEntry) -> Family:
+    """The family that a kernel belongs to."""
+    return Family(kernel.step, kernel.masked, kernel.arch)
+
+
+FAMILIES = list(dict.fromkeys(map(family_of, KERNELS.values())))
+
+
+def axes_of(family: Family) -> dict[str, Sequence[str]]:
+    """The values along each axis of the problems that a family of kernels serves."""
+    kernels = {"kernel": [kernel.name for kernel in family.kernels]}
+    mask = _MASK if family.masked else {}
+    not_served = _NOT_SERVED[family.arch]
+    return {
+        name: [value for value in values if value not in not_served.get(name, ())]
+        for name, values in {**kernels, **_EVERY_STEP, **_OF_STEP[family.step], **mask}.items()
+    }
 
 
 def covering(axes: Mapping[str, Sequence[str]], strength: int) -> list[Case]:

@@ -23,6 +23,7 @@ _MASK_KIND = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32:
 READS = {
     "forward": "q k v",
     "forward_tangent": "q k v tq tk tv",
+    "forward_query_tangent": "q k v tq",
     "tangent_given_forward": "q k v tq tk tv out out_residual lse",
     "preprocess": "out out_residual tout tout_residual grad_out grad_tout grad_lse grad_mu",
     "backward_dq": "q k v grad_out grad_lse lse delta",
@@ -33,6 +34,7 @@ READS = {
 WRITES = {
     "forward": "out out_residual lse",
     "forward_tangent": "out out_residual lse tout tout_residual mu",
+    "forward_query_tangent": "out out_residual lse tout tout_residual mu",
     "tangent_given_forward": "tout tout_residual mu",
     "preprocess": "beta delta",
     "backward_dq": "grad_q delta",
@@ -110,6 +112,7 @@ class Launch:
         if self._packed:
             assert problem.cu_seqlens_q is not None
             assert problem.cu_seqlens_k is not None
+            self.params.total_q, self.params.total_k = q.shape[1], v.shape[1]
             self.params.batch = len(problem.cu_seqlens_q) - 1
             self.params.seqlen_q = _longest(problem.cu_seqlens_q)
             self.params.seqlen_k = _longest(problem.cu_seqlens_k)

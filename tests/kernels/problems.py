@@ -118,7 +118,9 @@ def layouts_of(case: Case, names: list[str], *, expanded: bool) -> dict[str, Lay
     if case["layouts"] == "all dense":
         return dict.fromkeys(names, LAYOUTS["dense"])
     every = LAYOUTS | EXPANDED_LAYOUTS if expanded else LAYOUTS
-    start = list(LAYOUTS).index(case["layouts"])
+    if KERNELS[case["kernel"]].arch == "sm90":  # its copy engine serves no others
+        every = {name: layout for name, layout in LAYOUTS.items() if layout.aligned}
+    start = list(every).index(case["layouts"])
     step = 3  # not a divisor of how many there are
     chosen = {name: list(every)[(start + step * i) % len(every)] for i, name in enumerate(names)}
     for name, layout in chosen.items():

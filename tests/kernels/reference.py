@@ -22,6 +22,7 @@ Named = Mapping[str, Tensor]
 
 INPUTS = ("q", "k", "v", "tq", "tk", "tv", "grad_out", "grad_tout", "grad_lse", "grad_mu")
 ROW_VECTORS = ("lse", "mu", "beta", "delta", "grad_lse", "grad_mu")  # (batch, heads, rows)
+_ROW_RESULTS = ("lse", "mu", "beta", "delta", "beta_terms", "delta_terms")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def attention(
 
     Returns:
         out, tout, lse, mu, beta, delta, grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv. Rows
-        that belong to no sequence are 0.
+        that belong to no sequence are 0. Also beta_terms and delta_terms, how large the numbers
+        are that rows of Tbar and Sbar are made of: if each of them is wrong by a small part e of
+        itself, the sums of the rows are wrong by at most e times this.
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     q, k, v = x["q"], x["k"], x["v"]
@@ -125,7 +128,7 @@ def attention(
         x.setdefault(name, torch.zeros_like(row))
 
     results = {name: torch.zeros_like(out) for name in ("out", "tout")}
-    results |= {name: torch.zeros_like(row) for name in ("lse", "mu", "beta", "delta")}
+    results |= {name: torch.zeros_like(row) for name in _ROW_RESULTS}
     results |= {f"grad_{name}": torch.zeros_like(x[name]) for name in INPUTS[:6]}
     for part in parts(problem, q, k):
         heads_first = {name: _part_of(name, x[name], part) for name in INPUTS}
@@ -137,7 +140,7 @@ def attention(
 
 def _part_of(name: str, x: Tensor, part: Part) -> Tensor:
     """A view (heads, rows, columns) of a tensor, (heads, rows) of a row vector."""
-    if name in ROW_VECTORS:
+    if name in (*ROW_VECTORS, *_ROW_RESULTS):
         return x[part.batch, :, part.queries]
     along_keys = name.removeprefix("grad_") in ("k", "v", "tk", "tv")
     return x[part.batch, part.keys if along_keys else part.queries].transpose(0, 1)
@@ -171,6 +174,14 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     tbar = p * b
     sbar = p * (g_out @ v.mT + g_tout @ tv.mT + b * tc - delta[..., None])
 
+    # exp(S − lse) is wrong by a part of itself that is as large as the error of S − lse.
+    exponents = 1 + abs(s) * _size(q, k) + bias.where(p > 0, 0).abs()
+    exponents = exponents + lse.where(alive, 0).abs()[..., None]
+    b_terms = _size(g_tout, v) + beta.abs()[..., None]
+    t_terms = abs(s) * (_size(tq, k) + _size(q, tk)) + mu.abs()[..., None]
+    x_terms = _size(g_out, v) + _size(g_tout, tv) + delta.abs()[..., None]
+    x_terms = x_terms + b_terms * tc.abs() + b.abs() * t_terms
+
     def of_group(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, group)).sum(1)
 
@@ -181,6 +192,8 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "mu": mu,
         "beta": beta,
         "delta": delta,
+        "beta_terms": (tbar.abs() * exponents + p * b_terms).sum(-1),
+        "delta_terms": (sbar.abs() * exponents + p * x_terms).sum(-1),
         "grad_q": s * (sbar @ k + tbar @ tk),
         "grad_k": of_group(s * (sbar.mT @ q + tbar.mT @ tq)),
         "grad_v": of_group(p.mT @ g_out + (p * tc).mT @ g_tout),
@@ -188,3 +201,11 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "grad_tk": of_group(s * tbar.mT @ q),
         "grad_tv": of_group(p.mT @ g_tout),
     }
+
+
+def _size(a: Tensor, b: Tensor) -> Tensor:
+    """How large the numbers are, up to the last, that the product a bᵀ comes to while it is summed.
+
+    Those on the way are as large as a sum of terms with random signs.
+    """
+    return (a @ b.mT).abs() + (a.square() @ b.square().mT).sqrt()

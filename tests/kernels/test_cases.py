@@ -2,13 +2,13 @@
 
 from itertools import combinations
 
-from cases import STEPS, axes_of, covering
+from cases import FAMILIES, axes_of, covering
 
 from jvp_attn.kernel_table import KERNELS
 
 
 def test_every_kernel_is_in_the_cases() -> None:
-    cases = [case for step, masked in STEPS for case in covering(axes_of(step, masked), 1)]
+    cases = [case for family in FAMILIES for case in covering(axes_of(family), 1)]
     assert {case["kernel"] for case in cases} == KERNELS.keys()
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from cases import STEPS, Case, axes_of
+from cases import FAMILIES, Case, Family, axes_of
 from problems import lengths_of
 from trial import trial
 
-over_steps = pytest.mark.parametrize(
-    ("step", "masked"), STEPS, ids=[step + "_masked" * masked for step, masked in STEPS]
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+over_families_that_are_quick = pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x.arch == "sm90")) for x in FAMILIES],
+    ids=str,
 )
 
 
-def plainest(step: str, masked: bool) -> Case:
-    """The first kernel of a step, causal over several tiles of keys."""
-    case = {name: values[0] for name, values in axes_of(step, masked).items()}
+def plainest(family: Family) -> Case:
+    """The first kernel of a family, causal over several tiles of keys."""
+    case = {name: values[0] for name, values in axes_of(family).items()}
     return {**case, "keys": "several tiles", "causal": "bottom_right"}
 
 
@@ -29,18 +32,18 @@ def faults_by_diagonal(case: Case, diagonals: range) -> dict[int, list[str]]:
     return faults
 
 
-@over_steps
+@over_families_that_are_quick
 @pytest.mark.parametrize("offset", [-2, -1, 0, 1])
-def test_diagonals_beside_the_corners_of_fragments(offset: int, step: str, masked: bool) -> None:
-    case = plainest(step, masked)
+def test_diagonals_beside_the_corners_of_fragments(offset: int, family: Family) -> None:
+    case = plainest(family)
     _, keys = lengths_of(case)
     # Rows and columns of tiles are handed out in multiples of 16.
     assert not faults_by_diagonal(case, range(16 + offset, keys, 16))
 
 
 @pytest.mark.slow
-@over_steps
-def test_every_diagonal(step: str, masked: bool) -> None:
-    case = plainest(step, masked)
+@over_families
+def test_every_diagonal(family: Family) -> None:
+    case = plainest(family)
     _, keys = lengths_of(case)
     assert not faults_by_diagonal(case, range(-20, keys))

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from cases import STEPS, Case, axes_of, covering
+from cases import FAMILIES, Case, Family, axes_of, covering
 from trial import Trial, trial
 
 FEW_ORDERS, ORDERS = range(2), range(3)  # in which blocks and threads run
-SAMPLE = [case for step, masked in STEPS for case in covering(axes_of(step, masked), strength=1)]
+SAMPLE = [case for family in FAMILIES for case in covering(axes_of(family), strength=1)]
 
 
 def faults_of(case: Case, orders: Iterable[int]) -> list[str]:
@@ -39,12 +39,8 @@ def test_sample(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("step", "masked"), STEPS, ids=[step + "_masked" * masked for step, masked in STEPS]
-)
-def test_every_pair_of_circumstances(step: str, masked: bool) -> None:
-    found = [
-        (case, faults_of(case, ORDERS)) for case in covering(axes_of(step, masked), strength=2)
-    ]
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_pair_of_circumstances(family: Family) -> None:
+    found = [(case, faults_of(case, ORDERS)) for case in covering(axes_of(family), strength=2)]
     wrong = [(case, faults) for case, faults in found if faults]
     assert not wrong, f"{len(wrong)} of {len(found)} cases, such as {wrong[:3]}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import trial as trials
 from buffers import Buffer, Layout
-from cases import STEPS, axes_of
+from cases import FAMILIES, Family, axes_of
 from torch import Tensor
 
 
@@ -71,18 +71,16 @@ def launching(
     return emulator.launching(machine, seed=seed, inputs=by_rows(inputs), outputs=by_rows(outputs))
 
 
-@pytest.mark.parametrize(
-    ("step", "masked"), STEPS, ids=[step + "_masked" * masked for step, masked in STEPS]
-)
-def test_offsets_have_64_bits(step: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_offsets_have_64_bits(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = SimpleNamespace(load=emulator.load, launching=launching)
     monkeypatch.setattr(harness, "emulator", machine)
     monkeypatch.setattr(harness, "matrix_buffer", far_rows)
     monkeypatch.setattr(harness, "mask_buffer_of", far_mask)
     monkeypatch.setattr(trials, "buffer_of", far_copy)
-    case = {name: values[0] for name, values in axes_of(step, masked).items()}
+    case = {name: values[0] for name, values in axes_of(family).items()}
     case |= {"queries": "tile + 1", "keys": "tile + 1", "heads": "4 over 2"}
-    if masked:
+    if family.masked:
         case |= {"mask dims": "hrc"}
     attempt = trials.trial(case)
     assert attempt.faults(attempt.run()) == []

@@ -133,9 +133,8 @@ class Trial:
             return 3e-5
         if name in ("beta", "delta") and self.case.get("residuals") == "given":
             return 1e-6 + rounding**2
-        # Sharpened by the kernel of grad_q, from products that large logits make large.
         if name in ("beta", "delta") and "residuals" not in self.case:
-            return 2 * rounding if self.case["data"] == "large logits" else 1e-4
+            return self._floor_of_sharpened(name)
         # Large logits choose few keys. Of few rows little averages out: two roundings in a row, of
         # the weights and of the result, may both be felt. Of few columns keys that are chosen
         # together are alike, and what is left of a gradient is a small difference.
@@ -144,6 +143,16 @@ class Trial:
         if self.case["head dims"] == "tiny":
             return 10 * rounding
         return 2 * rounding if self.case["data"] == "large logits" else rounding
+
+    def _floor_of_sharpened(self, name: str) -> float:
+        """For beta or delta from the kernel of grad_q, which subtracts what a row sums to.
+
+        That sum is 0 but for a cotangent, and its terms are as large as the data make them. Each
+        has been through a few operations in float32.
+        """
+        belongs = self._belongs_to_a_sequence(name)
+        terms = 2 * torch.finfo(torch.float32).eps * self.exact[f"{name}_terms"]
+        return 1e-6 + float(terms[belongs].norm()) / magnitude(self.exact[name][belongs])
 
     def _faults_of_residual(self, name: str, outputs: Tensors) -> list[str]:
         belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
@@ -181,10 +190,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     if not torch.equal(actual[infinite], exact[infinite]):
         return torch.inf
     actual, exact = actual[~infinite], exact[~infinite]
-    # What is zero up to rounding, such as the gradient of a softmax over one key, is small
-    # beside the data, which are about 1.
-    least = 0.01 * max(exact.numel(), 1) ** 0.5
-    return float((actual - exact).norm() / exact.norm().clamp(min=least))
+    return float((actual - exact).norm()) / magnitude(exact)
+
+
+def magnitude(exact: Tensor) -> float:
+    """‖exact‖; what is zero up to rounding, such as the gradient of a softmax over one key, is
+    small beside the data, which are about 1.
+    """
+    return max(float(exact.norm()), 0.01 * max(exact.numel(), 1) ** 0.5)
 
 
 def trial(case: Case, *, strict: bool = False) -> Trial:

@@ -1,5 +1,6 @@
 // All small kernels: of one instruction each, and those broken on purpose.
 #include "instructions.h"
+#include "probes_sm90.h"
 #include "row_sums.h"
 
 namespace jvp_attn {
@@ -11,10 +12,8 @@ Kernel kernel(const char* name) {
     return {name, K::kThreads, K::kSharedBytes, launch<K>};
 }
 
-}  // namespace
-
-const std::vector<Kernel>& all_kernels() {
-    static const std::vector<Kernel> kernels = {
+std::vector<Kernel> sm80_kernels() {
+    return {
         kernel<Pack<Bf16>>("pack_bf16"),
         kernel<Pack<Fp16>>("pack_fp16"),
         kernel<Unpack<Bf16>>("unpack_bf16"),
@@ -51,6 +50,16 @@ const std::vector<Kernel>& all_kernels() {
         kernel<RowSums<Fault::warp_leaves_early>>("warp_leaves_early"),
         kernel<RowSums<Fault::endless_wait>>("endless_wait"),
     };
+}
+
+}  // namespace
+
+const std::vector<Kernel>& all_kernels() {
+    static const std::vector<Kernel> kernels = [] {
+        std::vector<Kernel> kernels = sm80_kernels();
+        for (const Kernel& kernel : sm90::broken_kernels()) kernels.push_back(kernel);
+        return kernels;
+    }();
     return kernels;
 }
 

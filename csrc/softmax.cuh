@@ -3,7 +3,7 @@
 // Scores are kept in units of log2: weights are powers of 2, the machine's own.
 #pragma once
 
-#include "sm80/problem.cuh"
+#include "problem.cuh"
 
 namespace jvp_attn {
 

@@ -84,18 +84,21 @@ struct Accumulator {
 template <class Element, int Columns>
 struct Packed {
     static constexpr int kBlocks = Columns / 8;
-    uint32_t word[kBlocks][2];
+    uint32_t word[Columns / 16][4];  // 16 columns, as `multiply_add` takes them
 
     DEVICE void set(int block, int half, float low, float high) {
-        word[block][half] = pack<Element>(low, high);
+        word[block / 2][block % 2 * 2 + half] = pack<Element>(low, high);
     }
 
-    DEVICE float low(int block, int half) const { return unpack_low<Element>(word[block][half]); }
-    DEVICE float high(int block, int half) const { return unpack_high<Element>(word[block][half]); }
+    DEVICE float low(int block, int half) const {
+        return unpack_low<Element>(word[block / 2][block % 2 * 2 + half]);
+    }
+    DEVICE float high(int block, int half) const {
+        return unpack_high<Element>(word[block / 2][block % 2 * 2 + half]);
+    }
 
-    // Columns 16 step to 16 step + 15, as `multiply_add` takes them.
     DEVICE Words4 fragment(int step) const {
-        return {word[2 * step][0], word[2 * step][1], word[2 * step + 1][0], word[2 * step + 1][1]};
+        return {word[step][0], word[step][1], word[step][2], word[step][3]};
     }
 };
 

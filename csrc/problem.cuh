@@ -1,8 +1,8 @@
 // Where a block finds its data, and which keys its queries may see.
 #pragma once
 
+#include "matrix.cuh"
 #include "params.h"
-#include "sm80/tile.cuh"
 
 namespace jvp_attn {
 
@@ -87,11 +87,18 @@ struct RowBlock {
     }
 
     DEVICE explicit RowBlock(const AttentionParams& p)
-        : head(block_index() / ceil_div(p.seqlen_q, Rows) % p.heads),
+        : RowBlock(p, block_index() / blocks_of_head(p),
+                   blocks_of_head(p) - 1 - block_index() % blocks_of_head(p)) {}
+
+    // Heads are counted over all sequences, blocks within a head.
+    DEVICE RowBlock(const AttentionParams& p, int head_index, int block)
+        : head(head_index % p.heads),
           head_k(head / (p.heads / p.heads_k)),
-          sequence(p, block_index() / ceil_div(p.seqlen_q, Rows) / p.heads) {
-        const int per_head = ceil_div(p.seqlen_q, Rows);
-        first_row = (per_head - 1 - block_index() % per_head) * Rows;
+          sequence(p, head_index / p.heads),
+          first_row(block * Rows) {}
+
+    DEVICE static int blocks_of_head(const AttentionParams& p) {
+        return ceil_div(p.seqlen_q, Rows);
     }
 
     DEVICE bool is_empty() const { return first_row >= sequence.queries; }

@@ -1,0 +1,53 @@
+"""benchmarks/hopper.md tells what the compiler reports and what arithmetic gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hopper_table import (
+    HOPPER,
+    PAGE,
+    REPORT,
+    SCHEDULES,
+    shared_memory_cycles,
+    tensor_core_cycles,
+    with_table,
+)
+
+from jvp_attn.kernel_table import KERNELS
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = PAGE.read_text("utf-8")
+    assert with_table(page) == page, "run python tests/compile_gate/hopper_table.py"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_reports_have_every_kernel(arch: str) -> None:
+    report = json.loads(REPORT.with_name(f"kernel-registers-{arch}.json").read_text("utf-8"))
+    assert report["arch"] == arch
+    expected = [x.name for x in KERNELS.values() if x.arch == "sm80" or arch == "sm_90a"]
+    assert list(report["kernels"]) == expected
+
+
+def test_every_step_has_a_schedule() -> None:
+    assert SCHEDULES.keys() == {kernel.step for kernel in HOPPER}
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "tile", "moved"),
+    [
+        # Two warpgroups of 64 rows read 16 KiB of Q or tQ each and 20 KiB of keys each, three
+        # times; twice 20 KiB of values three times; and 4 tiles of 20 KiB arrive.
+        ("forward_tangent_bf16_d128_sm90", 6, 128 * 80, 3 * (32 + 40) + 3 * 40 + 4 * 20),
+        # One warpgroup of 64 keys each: 8 KiB of keys and 12 KiB of queries six times; 12 KiB six
+        # times; 4 tiles of 12 KiB; and two matrices of 24 KiB, written and read.
+        ("tangent_backward_dkv_bf16_d64_sm90", 12, 96 * 64, 6 * 20 + 6 * 12 + 4 * 12 + 4 * 24),
+    ],
+)
+def test_cycles_of_a_tile(name: str, products: int, tile: int, moved: int) -> None:
+    kernel = KERNELS[name]
+    assert kernel.head_dim is not None
+    assert tensor_core_cycles(kernel) == products * tile * kernel.head_dim // 2048
+    assert shared_memory_cycles(kernel) == moved * 1024 // 128

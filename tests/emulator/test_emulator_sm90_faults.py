@@ -1,0 +1,178 @@
+"""The emulator says of a broken kernel for compute capability 9.0 what is wrong, where."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from probe_kernels import load, run_tile_products, whole_numbers
+
+BATCH, KEYS = 2, 320
+
+SHARED = r"shared_memory\(\) \+ \d+"
+HERE = r"\((tests/emulator/probes/tile_products\.h|csrc/fragments\.cuh):\d+\)"
+THREADS = r"threads? [\d, -]+"
+LAST_WORD = rf"{SHARED}, which thread \d+'s \w+ {HERE} (wrote|read) with no"
+NOT_WAITED = rf"{LAST_WORD} wait for it between"
+STILL_COPYING = (
+    rf"touches what thread \d+'s load_box {HERE} is still copying: its mbarrier does not count it"
+)
+MBARRIER = rf"the mbarrier at {SHARED}, in phase [01] with \d+ of \d+ arrivals"
+
+# By fault, the instruction that fails and what the report says of it.
+REPORTS = {
+    "missing_proxy_fence": (
+        "wgmma",
+        rf"reads {SHARED}, which (?P<writer>thread \d+)'s store_matrices {HERE} wrote with no "
+        r"fence_proxy_async of (?P=writer) between",
+    ),
+    "missing_proxy_fence_after_read": (
+        "load_box",
+        rf"writes {SHARED}, which (?P<reader>thread \d+)'s shared_load_words4 {HERE} read with no "
+        r"fence_proxy_async of (?P=reader) between",
+    ),
+    "missing_named_barrier": ("wgmma", rf"reads {LAST_WORD} barrier between"),
+    "named_barrier_of_different": (
+        "named_barrier_sync",
+        r"barrier [12] with (128|256) threads, but others came to it with (128|256)",
+    ),
+    "missing_barrier_after_init": (
+        r"mbarrier_(wait|arrive_expect)",
+        rf"reads {LAST_WORD} barrier between|there is no mbarrier at {SHARED}",
+    ),
+    "missing_init_fence": (
+        "load_box",
+        rf"uses {MBARRIER} and 16384 bytes missing, with no fence_mbarrier_init by thread 0",
+    ),
+    "no_mbarrier": ("mbarrier_wait", rf"there is no mbarrier at {SHARED}"),
+    "constant_phase": ("(load_box|wgmma)", f"{STILL_COPYING}|(reads|writes) {LAST_WORD}"),
+    "expects_too_little": ("wgmma", f"{STILL_COPYING}|reads {NOT_WAITED}"),
+    "too_many_arrivals": (
+        r"(load_box|wgmma|mbarrier_arrive|\w+)",
+        rf"{STILL_COPYING}|(reads|writes) {LAST_WORD}|arrives at {MBARRIER}.*: all arrivals",
+    ),
+    "missing_wait_for_empty": (
+        "(mbarrier_arrive_expect|load_box)",
+        rf"arrives at {MBARRIER}.*: all arrivals of the phase|(touches|writes) .*",
+    ),
+    "released_too_early": ("load_box", f"writes {NOT_WAITED}"),
+    "misaligned_box": ("load_box", f"{SHARED} is not aligned to 1024 bytes"),
+    "box_of_no_tensor": ("load_box", "the tensor map is of no tensor"),
+    "unfinished_box": (
+        "(load_box|mbarrier_arrive_expect)",
+        rf"the block ends(, and nobody has waited for what is counted by| with) {MBARRIER}",
+    ),
+    "missing_wgmma_fence": ("wgmma", "there is no wgmma_fence since the last wgmma_wait"),
+    "missing_wgmma_wait": ("pack", "its operand comes from an accumulator that a wgmma still"),
+    "missing_wgmma_commit": ("pack", "its operand comes from an accumulator that a wgmma still"),
+    "unfinished_product": ("wgmma", "the thread ends before the wgmma_wait"),
+    "accumulator_changed": ("wgmma", "its accumulator was changed before the wgmma_wait"),
+    "accumulator_pinned": ("pin", rf"pins registers that thread \d+'s wgmma {HERE} works on"),
+    "factor_changed": ("wgmma", "its factor in registers was changed before the wgmma_wait"),
+    "factor_changed_after_fence": (
+        "wgmma",
+        "a factor in registers was changed after the last wgmma_fence",
+    ),
+    "misaligned_descriptor": (
+        "wgmma",
+        "the descriptor starts in row 1 of the swizzle pattern, and its base offset is 0",
+    ),
+    "other_swizzle": ("wgmma", "the descriptor's swizzle is of kind 2; only 1"),
+    "different_products": (
+        "wgmma",
+        rf"must be the same for all threads of the warpgroup, but it differs from thread \d+'s "
+        rf"wgmma {HERE}",
+    ),
+    "fewer_registers": ("claim_registers", "160 registers are fewer than the 168"),
+    "different_registers": (
+        "claim_registers",
+        r"(232|240) registers, but warp \d+ of the warpgroup has asked for (232|240)",
+    ),
+}
+DEADLOCKS = {
+    "named_barrier_of_more": (
+        rf"waiting at named_barrier_sync {HERE} for barrier 1, to which 128 of 160 threads have "
+        "come: threads 128-255"
+    ),
+    "expects_too_much": (
+        rf"waiting at mbarrier_wait {HERE} for {MBARRIER} and 16 bytes missing: threads 128-383"
+    ),
+    "missing_arrival": (
+        rf"waiting at mbarrier_wait {HERE} for the mbarrier at {SHARED}, in phase 0 with 1 of 2 "
+        "arrivals: threads 128-383"
+    ),
+    "warp_without_product": (
+        rf"waiting at wgmma_wait {HERE} for products that not all warps of the warpgroup have "
+        "started: they have 4 4 4 0: threads 128-223, 256-351$"
+    ),
+    "too_many_registers": (
+        rf"waiting at claim_registers {HERE} for registers, of which 16 a thread of a warp are "
+        f"free: {THREADS}"
+    ),
+}
+# The wrong bytes: somebody else's, of which the emulator may know that they are not to be read.
+WRONG_BYTES = ("wrong_phase", "wrong_leading_offset", "wrong_stride_offset")
+
+SEEDS = range(5)
+
+
+def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    q, k, v = ((128, 64), (KEYS, 64), (KEYS, 128))
+    return tuple(whole_numbers(BATCH, *shape, seed=i) for i, shape in enumerate((q, k, v)))
+
+
+def run(fault: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return run_tile_products(fault, *matrices(), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_correct_kernel_passes_in_every_order(seed: int) -> None:
+    q, k, v = matrices()
+    from_registers, from_shared, key_sums = run("none", seed)
+    expected = (q @ k.transpose(0, 2, 1)) @ v
+    np.testing.assert_array_equal(from_registers, expected)
+    np.testing.assert_array_equal(from_shared, expected)
+    first_elements = k[..., 0].reshape(BATCH, KEYS // 64, 64).sum(1)
+    np.testing.assert_array_equal(key_sums, np.tile(first_elements, (1, 4)))
+
+
+@pytest.mark.parametrize("fault", REPORTS)
+def test_a_broken_rule_is_reported_in_every_order(fault: str) -> None:
+    instruction, complaint = REPORTS[fault]
+    report = rf"^kernel sm90_{fault}: block \d, thread \d+, {instruction} {HERE}: ({complaint})"
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=report):
+            run(fault, seed)
+
+
+@pytest.mark.parametrize("fault", DEADLOCKS)
+def test_a_deadlock_says_who_waits_for_what(fault: str) -> None:
+    report = rf"^kernel sm90_{fault}: block \d: deadlock, no thread can run; .*{DEADLOCKS[fault]}"
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=report):
+            run(fault, seed)
+
+
+@pytest.mark.parametrize("fault", WRONG_BYTES)
+def test_wrong_bytes_are_reported_or_make_wrong_results(fault: str) -> None:
+    q, k, v = matrices()
+    expected = (q @ k.transpose(0, 2, 1)) @ v
+    for seed in SEEDS:
+        try:
+            from_registers, _, _ = run(fault, seed)
+        except RuntimeError:
+            continue
+        assert not np.array_equal(from_registers, expected)
+
+
+def test_every_fault_is_tried() -> None:
+    names = {name for name in load().kernels() if name.startswith("sm90_")}
+    tried = {"none", *REPORTS, *DEADLOCKS, *WRONG_BYTES}
+    assert names == {f"sm90_{fault}" for fault in tried}
+
+
+def test_a_launch_that_failed_leaves_nothing_behind() -> None:
+    expected, _, _ = run("none", 0)
+    for fault in ("missing_proxy_fence", "expects_too_much", "missing_wgmma_wait"):
+        with pytest.raises(RuntimeError):
+            run(fault, 0)
+        np.testing.assert_array_equal(run("none", 0)[0], expected)

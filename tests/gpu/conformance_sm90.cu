@@ -1,0 +1,48 @@
+// All kernels of the conformance test for compute capability 9.0. nvcc compiles this file for the
+// GPU, g++ for the emulator.
+#include "conformance_kernels_sm90.cuh"
+
+namespace jvp_attn::sm90 {
+
+constexpr Major kColumns = Major::contraction, kRows = Major::result;  // that are summed over
+
+template <class K>
+Kernel kernel(const char* name) {
+    return {name, K::kThreads, K::kSharedBytes, launch<K>};
+}
+
+// The products that kernels use: rows of A times rows of B, rows times columns.
+#define PRODUCTS(ELEMENT, TYPE, N)                                                                 \
+    kernel<Product<TYPE, N, kColumns, kColumns, false>>("product_" #ELEMENT "_" #N "_cc_shared"),  \
+        kernel<Product<TYPE, N, kColumns, kRows, false>>("product_" #ELEMENT "_" #N "_cr_shared"), \
+        kernel<Product<TYPE, N, kColumns, kRows, true>>("product_" #ELEMENT "_" #N                 \
+                                                        "_cr_registers")
+
+}  // namespace jvp_attn::sm90
+
+const std::vector<jvp_attn::Kernel>& jvp_attn::all_kernels() {
+    using namespace sm90;
+    static const std::vector<Kernel> kernels = {
+        kernel<Identities>("identities"),
+        kernel<ShareRegisters>("share_registers"),
+        kernel<ReverseInWarp>("reverse_in_warp"),
+        kernel<ReverseByNamedBarriers>("reverse_by_named_barriers"),
+        kernel<ReverseByMbarriers>("reverse_by_mbarriers"),
+        kernel<LoadBoxes>("load_boxes"),
+        kernel<StoreMatrices>("store_matrices"),
+        PRODUCTS(bf16, Bf16, 48),
+        PRODUCTS(bf16, Bf16, 64),
+        PRODUCTS(bf16, Bf16, 80),
+        PRODUCTS(bf16, Bf16, 96),
+        PRODUCTS(bf16, Bf16, 112),
+        PRODUCTS(bf16, Bf16, 128),
+        PRODUCTS(bf16, Bf16, 176),
+        PRODUCTS(bf16, Bf16, 256),
+        PRODUCTS(fp16, Fp16, 64),
+        PRODUCTS(fp16, Fp16, 80),
+        kernel<Product<Bf16, 64, kRows, kColumns, false>>("product_bf16_64_rc_shared"),
+        kernel<Product<Bf16, 64, kRows, kRows, false>>("product_bf16_64_rr_shared"),
+        kernel<Product<Bf16, 64, kColumns, kColumns, true>>("product_bf16_64_cc_registers"),
+    };
+    return kernels;
+}

@@ -1,0 +1,183 @@
+"""On compute capability 9.0, and there alone, kernels for it are launched where they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jvp_attn.cuda import KernelMaps
+from jvp_attn.kernel_report import report_problem
+from jvp_attn.kernel_table import KERNELS
+from jvp_attn.maps import AttentionOptions, Inputs, Tangents
+
+SHAPE = (2, 8, 4, 64)  # (batch, seqlen, heads, head_dim)
+SCALE = 0.25
+
+
+class Build:
+    """Stands in for an extension with some kernels: keeps what is launched, computes nothing."""
+
+    def __init__(self, names: Collection[str] = tuple(KERNELS)) -> None:
+        self._names = names
+        self.launched: list[str] = []
+        self.params = Params()
+
+    AttentionParams = property(lambda self: Params)
+
+    def Tensor(self, *address_and_strides: int) -> tuple[int, ...]:
+        return address_and_strides
+
+    RowVector = Mask = Tensor
+
+    def kernels(self) -> dict[str, object]:
+        return dict.fromkeys(self._names)
+
+    def launch(self, name: str, params: Any, stream: int) -> None:
+        self.launched.append(name)
+        self.params = params
+
+
+class Params:
+    """Fields that were set."""
+
+
+def tensor(shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Zeros, at a multiple of 64 bytes."""
+    return torch.zeros(shape, dtype=dtype)
+
+
+def launched(
+    capability: tuple[int, int] = (9, 0),
+    *,
+    names: Collection[str] = tuple(KERNELS),
+    scale: float = SCALE,
+    tangents: str = "qkv",
+    **changed: Tensor,
+) -> list[str]:
+    """The kernels that forward with tangent launches, on tensors of SHAPE but for some."""
+    shapes = {name: changed.get(name, tensor()).shape for name in "qkv"}
+    x = {name: changed.get(name, tensor(shapes[name])) for name in "qkv"}
+    t = {
+        name: changed.get(f"t{name}", tensor(shapes[name], x["q"].dtype))
+        if name in tangents
+        else None
+        for name in "qkv"
+    }
+    build = Build(names)
+    maps = KernelMaps(build, lambda device: nullcontext(0), lambda device: capability)
+    inputs = Inputs(*x.values(), changed.get("mask"), None, None)
+    options = AttentionOptions(scale, backend="cuda", residuals=False)
+    maps.forward_tangent(inputs, Tangents(*t.values(), None), options)
+    return build.launched
+
+
+@pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+@pytest.mark.parametrize(("head_dim", "padded"), [(8, 64), (64, 64), (72, 96), (128, 128)])
+def test_hopper_has_kernels_of_its_own(
+    head_dim: int, padded: int, dtype: torch.dtype, element: str
+) -> None:
+    x = tensor((2, 8, 4, head_dim), dtype)
+    name = f"forward_tangent_{element}_d{padded}"
+    assert launched(q=x, k=x, v=x) == [f"{name}_sm90"]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_they_are_launched_on_no_other_device(capability: tuple[int, int]) -> None:
+    assert launched(capability) == ["forward_tangent_bf16_d64"]
+
+
+def test_a_build_without_them_does_without_them() -> None:
+    older = [name for name in KERNELS if KERNELS[name].arch == "sm80"]
+    assert launched(names=older) == ["forward_tangent_bf16_d64"]
+
+
+def test_tangents_of_the_queries_alone_have_a_kernel_of_their_own() -> None:
+    assert launched(tangents="q") == ["forward_query_tangent_bf16_d64_sm90"]
+    for tangents in ("k", "qv", "kv"):
+        assert launched(tangents=tangents) == ["forward_tangent_bf16_d64_sm90"]
+
+
+def strided(strides: tuple[int, ...], offset: int = 0) -> Tensor:
+    return torch.zeros(40000, dtype=torch.bfloat16).as_strided(SHAPE, strides, offset)
+
+
+@pytest.mark.parametrize(
+    ("strides", "offset"),
+    [
+        ((4 * 8 * 64, 4 * 64, 64, 1), 4),
+        ((4 * 8 * 68, 4 * 68, 68, 1), 0),
+        ((4 * 8 * 64 + 4, 4 * 64, 64, 1), 0),
+        ((0, 4 * 64, 64, 1), 0),
+        ((4 * 64, 0, 64, 1), 0),
+    ],
+    ids=["address", "head stride", "batch stride", "expanded batch", "expanded rows"],
+)
+@pytest.mark.parametrize("name", ["q", "k", "v", "tq", "tk", "tv"])
+def test_tensors_that_the_copy_engine_cannot_load_go_to_the_other_kernels(
+    name: str, strides: tuple[int, ...], offset: int
+) -> None:
+    assert launched(**{name: strided(strides, offset)}) == ["forward_tangent_bf16_d64"]
+
+
+def test_the_stride_of_a_dimension_of_1_is_of_no_matter() -> None:
+    x = torch.zeros(4096, dtype=torch.bfloat16).as_strided((1, 8, 1, 64), (3, 64, 0, 1))
+    assert launched(q=x, k=x, v=x) == ["forward_tangent_bf16_d64_sm90"]
+
+
+@pytest.mark.parametrize("head_dims", [(60, 64), (64, 60)])
+def test_rows_of_any_length_go_to_the_other_kernels(head_dims: tuple[int, int]) -> None:
+    q, v = (torch.zeros(2, 8, 4, 64, dtype=torch.bfloat16)[..., :d] for d in head_dims)
+    assert launched(q=q, k=q, v=v, tq=q, tk=q, tv=v) == ["forward_tangent_bf16_d64"]
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_scales_that_are_not_positive_go_to_the_other_kernels(scale: float) -> None:
+    assert launched(scale=scale) == ["forward_tangent_bf16_d64"]
+
+
+def test_masks_go_to_the_other_kernels() -> None:
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    assert launched(mask=mask) == ["forward_tangent_bf16_d64_masked"]
+
+
+def test_a_step_without_a_kernel_for_hopper_is_launched_among_those_that_have_one() -> None:
+    without = [
+        name for name in KERNELS if "tangent_given_forward" not in name or "sm90" not in name
+    ]
+    x = tensor((2, 8, 4, 256))
+    assert launched(names=without, q=x, k=x, v=x) == [
+        "forward_bf16_d256_sm90",
+        "tangent_given_forward_bf16_d256",
+    ]
+
+
+def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
+    build = Build()
+    maps = KernelMaps(build, lambda device: nullcontext(0), lambda device: (9, 0))
+    q, k = tensor((1, 30, 4, 64)), tensor((1, 50, 4, 64))
+    ends_q, ends_k = torch.tensor([0, 10, 30]).int(), torch.tensor([0, 40, 50]).int()
+    options = AttentionOptions(SCALE, backend="cuda", max_seqlens=(20, 40))
+    maps.forward(Inputs(q, k, k, None, ends_q, ends_k), options)
+    assert (build.params.total_q, build.params.total_k) == (30, 50)
+    assert (build.params.seqlen_q, build.params.seqlen_k) == (20, 40)
+
+
+# ----------------------------------------------------------------------------
+# The report of what would be launched
+
+
+def reported(map_name: str, head_dim: int, capability: tuple[int, int]) -> list[str]:
+    reports = report_problem(torch.bfloat16, (2, 8, 4, head_dim), capability=capability)
+    (kernels,) = (report.kernels for report in reports if report.map == map_name)
+    return [kernel.name for kernel in kernels]
+
+
+def test_the_report_names_the_kernels_of_hopper_on_hopper_alone() -> None:
+    assert reported("forward_tangent", 64, (9, 0)) == ["forward_tangent_bf16_d64_sm90"]
+    assert reported("forward_tangent", 64, (10, 0)) == ["forward_tangent_bf16_d64"]
+    assert reported("forward_tangent", 60, (9, 0)) == ["forward_tangent_bf16_d64"]
