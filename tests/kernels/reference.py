@@ -112,9 +112,10 @@ def attention(
 
     Returns:
         out, tout, lse, mu, beta, delta, grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv. Rows
-        that belong to no sequence are 0. Also beta_terms and delta_terms, how large the numbers
-        are that rows of Tbar and Sbar are made of: if each of them is wrong by a small part e of
-        itself, the sums of the rows are wrong by at most e times this.
+        that belong to no sequence are 0. Also beta_terms, delta_terms and those of the gradients
+        of q, k, tq and tk, how large the numbers are that these are made of: if each number that
+        Tbar and Sbar are made of is wrong by a small part e of itself, the sums of their rows are
+        wrong by at most e times this, and the gradients by about that.
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     q, k, v = x["q"], x["k"], x["v"]
@@ -130,6 +131,7 @@ def attention(
     results = {name: torch.zeros_like(out) for name in ("out", "tout")}
     results |= {name: torch.zeros_like(row) for name in _ROW_RESULTS}
     results |= {f"grad_{name}": torch.zeros_like(x[name]) for name in INPUTS[:6]}
+    results |= {f"grad_{name}_terms": torch.zeros_like(x[name]) for name in ("q", "k", "tq", "tk")}
     for part in parts(problem, q, k):
         heads_first = {name: _part_of(name, x[name], part) for name in INPUTS}
         of_part = _one_sequence(heads_first, part.bias.to(dtype), problem.softmax_scale)
@@ -142,7 +144,7 @@ def _part_of(name: str, x: Tensor, part: Part) -> Tensor:
     """A view (heads, rows, columns) of a tensor, (heads, rows) of a row vector."""
     if name in (*ROW_VECTORS, *_ROW_RESULTS):
         return x[part.batch, :, part.queries]
-    along_keys = name.removeprefix("grad_") in ("k", "v", "tk", "tv")
+    along_keys = name.removeprefix("grad_").removesuffix("_terms") in ("k", "v", "tk", "tv")
     return x[part.batch, part.keys if along_keys else part.queries].transpose(0, 1)
 
 
@@ -181,6 +183,8 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     t_terms = abs(s) * (_size(tq, k) + _size(q, tk)) + mu.abs()[..., None]
     x_terms = _size(g_out, v) + _size(g_tout, tv) + delta.abs()[..., None]
     x_terms = x_terms + b_terms * tc.abs() + b.abs() * t_terms
+    tbar_terms = tbar.abs() * exponents + p * b_terms
+    sbar_terms = sbar.abs() * exponents + p * x_terms
 
     def of_group(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, group)).sum(1)
@@ -192,8 +196,12 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "mu": mu,
         "beta": beta,
         "delta": delta,
-        "beta_terms": (tbar.abs() * exponents + p * b_terms).sum(-1),
-        "delta_terms": (sbar.abs() * exponents + p * x_terms).sum(-1),
+        "beta_terms": tbar_terms.sum(-1),
+        "delta_terms": sbar_terms.sum(-1),
+        "grad_q_terms": abs(s) * (_spread(sbar_terms, k) + _spread(tbar_terms, tk)),
+        "grad_k_terms": of_group(abs(s) * (_spread(sbar_terms.mT, q) + _spread(tbar_terms.mT, tq))),
+        "grad_tq_terms": abs(s) * _spread(tbar_terms, k),
+        "grad_tk_terms": of_group(abs(s) * _spread(tbar_terms.mT, q)),
         "grad_q": s * (sbar @ k + tbar @ tk),
         "grad_k": of_group(s * (sbar.mT @ q + tbar.mT @ tq)),
         "grad_v": of_group(p.mT @ g_out + (p * tc).mT @ g_tout),
@@ -208,4 +216,9 @@ def _size(a: Tensor, b: Tensor) -> Tensor:
 
     Those on the way are as large as a sum of terms with random signs.
     """
-    return (a @ b.mT).abs() + (a.square() @ b.square().mT).sqrt()
+    return (a @ b.mT).abs() + _spread(a, b.mT)
+
+
+def _spread(a: Tensor, b: Tensor) -> Tensor:
+    """How large the product a b is if the signs of its terms are random."""
+    return (a.square() @ b.square()).sqrt()

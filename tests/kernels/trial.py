@@ -134,25 +134,28 @@ class Trial:
         if name in ("beta", "delta") and self.case.get("residuals") == "given":
             return 1e-6 + rounding**2
         if name in ("beta", "delta") and "residuals" not in self.case:
-            return self._floor_of_sharpened(name)
+            return 1e-6 + self._rounding_of_terms(name)
         # Large logits choose few keys. Of few rows little averages out: two roundings in a row, of
         # the weights and of the result, may both be felt. Of few columns keys that are chosen
         # together are alike, and what is left of a gradient is a small difference.
         if self.strict:
             return rounding
+        if f"{name}_terms" in self.exact:
+            rounding += self._rounding_of_terms(name)
         if self.case["head dims"] == "tiny":
             return 10 * rounding
         return 2 * rounding if self.case["data"] == "large logits" else rounding
 
-    def _floor_of_sharpened(self, name: str) -> float:
-        """For beta or delta from the kernel of grad_q, which subtracts what a row sums to.
+    def _rounding_of_terms(self, name: str) -> float:
+        """What float32 may take away from a result that its terms nearly cancel to.
 
-        That sum is 0 but for a cotangent, and its terms are as large as the data make them. Each
-        has been through a few operations in float32.
+        Such are sharpened beta and delta, whose kernel subtracts what a row sums to, which is 0 but
+        for a cotangent; and gradients where a query sees one key. The terms are as large as the
+        data make them, and each has been through a few operations.
         """
         belongs = self._belongs_to_a_sequence(name)
         terms = 2 * torch.finfo(torch.float32).eps * self.exact[f"{name}_terms"]
-        return 1e-6 + float(terms[belongs].norm()) / magnitude(self.exact[name][belongs])
+        return float(terms[belongs].norm()) / magnitude(self.exact[name][belongs])
 
     def _faults_of_residual(self, name: str, outputs: Tensors) -> list[str]:
         belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
