@@ -282,7 +282,7 @@ def answer_of_the_gpu(machine: ModuleType, probe: Probe) -> Array:
 
 
 def build_for_gpu(folder: Path, source: str, arch: str) -> Path:
-    """Compile the kernels of a source file as the module `conformance_gpu`, with nvcc.
+    """Compile the kernels of a source file as a module of its name and `_gpu`, with nvcc.
 
     Args:
         folder: where to.
@@ -292,9 +292,11 @@ def build_for_gpu(folder: Path, source: str, arch: str) -> Path:
     toolkit = run_path(str(ROOT / "setup.py"))["find_toolkit"]()
     if toolkit is None:
         raise FileNotFoundError("no nvcc in CUDA_HOME, CUDA_PATH or PATH")
-    file = folder / f"conformance_gpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    name = f"{Path(source).stem}_gpu"
+    file = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [
         *(toolkit.root / "bin" / "nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-shared"),
+        f"-DJVP_ATTN_MODULE={name}",
         *("-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"),
         *("-I", ROOT / "csrc", "-I", ROOT / "tests" / "emulator"),
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),

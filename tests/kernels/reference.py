@@ -113,8 +113,8 @@ def attention(
     Returns:
         out, tout, lse, mu, beta, delta, grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv. Rows
         that belong to no sequence are 0. Also beta_terms, delta_terms and those of the gradients
-        of q, k, tq and tk, how large the numbers are that these are made of: if each number that
-        Tbar and Sbar are made of is wrong by a small part e of itself, the sums of their rows are
+        of the inputs, how large the numbers are that these are made of: if each number that P, Tc,
+        Tbar and Sbar are made of is wrong by a small part e of itself, the sums of the rows are
         wrong by at most e times this, and the gradients by about that.
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
@@ -131,7 +131,7 @@ def attention(
     results = {name: torch.zeros_like(out) for name in ("out", "tout")}
     results |= {name: torch.zeros_like(row) for name in _ROW_RESULTS}
     results |= {f"grad_{name}": torch.zeros_like(x[name]) for name in INPUTS[:6]}
-    results |= {f"grad_{name}_terms": torch.zeros_like(x[name]) for name in ("q", "k", "tq", "tk")}
+    results |= {f"grad_{name}_terms": torch.zeros_like(x[name]) for name in INPUTS[:6]}
     for part in parts(problem, q, k):
         heads_first = {name: _part_of(name, x[name], part) for name in INPUTS}
         of_part = _one_sequence(heads_first, part.bias.to(dtype), problem.softmax_scale)
@@ -185,6 +185,8 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     x_terms = x_terms + b_terms * tc.abs() + b.abs() * t_terms
     tbar_terms = tbar.abs() * exponents + p * b_terms
     sbar_terms = sbar.abs() * exponents + p * x_terms
+    p_terms = p * exponents
+    ptc_terms = p_terms * tc.abs() + p * t_terms
 
     def of_group(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, group)).sum(1)
@@ -200,6 +202,8 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "delta_terms": sbar_terms.sum(-1),
         "grad_q_terms": abs(s) * (_spread(sbar_terms, k) + _spread(tbar_terms, tk)),
         "grad_k_terms": of_group(abs(s) * (_spread(sbar_terms.mT, q) + _spread(tbar_terms.mT, tq))),
+        "grad_v_terms": of_group(_spread(p_terms.mT, g_out) + _spread(ptc_terms.mT, g_tout)),
+        "grad_tv_terms": of_group(_spread(p_terms.mT, g_tout)),
         "grad_tq_terms": abs(s) * _spread(tbar_terms, k),
         "grad_tk_terms": of_group(abs(s) * _spread(tbar_terms.mT, q)),
         "grad_q": s * (sbar @ k + tbar @ tk),
