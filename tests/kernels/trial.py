@@ -135,16 +135,21 @@ class Trial:
             return 1e-6 + rounding**2
         if name in ("beta", "delta") and "residuals" not in self.case:
             return 1e-6 + self._rounding_of_terms(name)
-        # Large logits choose few keys. Of few rows little averages out: two roundings in a row, of
-        # the weights and of the result, may both be felt. Of few columns keys that are chosen
-        # together are alike, and what is left of a gradient is a small difference.
+        # Large logits choose few keys, and the only key may be seen by one row. Of few rows little
+        # averages out: two roundings in a row, of the weights and of the result, may both be felt.
+        # Of few columns keys that are chosen together are alike, and what is left of a gradient is
+        # a small difference.
         if self.strict:
             return rounding
         if f"{name}_terms" in self.exact:
             rounding += self._rounding_of_terms(name)
         if self.case["head dims"] == "tiny":
             return 10 * rounding
-        return 2 * rounding if self.case["data"] == "large logits" else rounding
+        few = self.case["data"] == "large logits" or "1" in (
+            self.case["queries"],
+            self.case["keys"],
+        )
+        return 2 * rounding if few else rounding
 
     def _rounding_of_terms(self, name: str) -> float:
         """What float32 may take away from a result that its terms nearly cancel to.
