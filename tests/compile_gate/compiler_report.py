@@ -27,9 +27,8 @@ class Instructions:
     hmma: int = 0  # tensor core products of a warp
     ldgsts: int = 0  # asynchronous copies from global to shared memory
     mufu: int = 0  # exponentials, reciprocals and their like
-    local: int = (
-        0  # loads and stores of local memory: spilled registers, or arrays indexed at run time
-    )
+    # Loads and stores of local memory: spilled registers, or arrays indexed at run time.
+    local: int = 0
     hgmma: int = 0  # tensor core products of a warpgroup
     utmaldg: int = 0  # copies by the bulk copy engine
     usetmaxreg: int = 0  # warpgroups that hand over registers

@@ -16,6 +16,15 @@ struct Collective {
     void (*perform)(std::span<void* const> arguments);
 };
 
+// What a thread brought.
+template <class Argument>
+Argument& of_thread(std::span<void* const> arguments, std::size_t thread) {
+    return *static_cast<Argument*>(arguments[thread]);
+}
+
+// All that threads may want of a collective is to meet.
+inline void do_nothing(std::span<void* const>) {}
+
 // The collective that the first to arrive has come to. All others must come to the same one, from
 // the same line of the kernel.
 struct Meeting {

@@ -13,17 +13,6 @@ using namespace emulator;
 
 namespace {
 
-Actor self(const char* instruction, const Place& where) {
-    return {current.thread, instruction, where};
-}
-
-template <class Argument>
-Argument& of_thread(std::span<void* const> arguments, std::size_t thread) {
-    return *static_cast<Argument*>(arguments[thread]);
-}
-
-void do_nothing(std::span<void* const>) {}
-
 void any(std::span<void* const> conditions) {
     bool any = false;
     for (void* condition : conditions) any |= *static_cast<bool*>(condition);

@@ -137,7 +137,7 @@ void Machine::wake(Awaited& awaited) {
 }
 
 void Machine::meet(const Collective& collective, void* arguments, const Place& where) {
-    count_step({current.thread, collective.name, where});
+    count_step(self(collective.name, where));
     arguments_[current.thread] = arguments;
     const int warp = current.thread / kWarpThreads;
     const uint32_t lane_bit = uint32_t{1} << current.thread % kWarpThreads;
@@ -161,9 +161,9 @@ bool Machine::join(Meeting& meeting, uint32_t bit, uint32_t all, const Collectiv
         const std::string others =
             list_of_threads(launch_.threads, [&](int i) { return waits_at(meeting, i); });
         const std::string group = &meeting == &block_ ? "block" : "warp";
-        fail({current.thread, collective.name, where},
-             "must be executed by all of the " + group + ", but " + others + " came to " +
-                 meeting.collective->name + " (" + text(meeting.where) + ")");
+        fail(self(collective.name, where), "must be executed by all of the " + group + ", but " +
+                                               others + " came to " + meeting.collective->name +
+                                               " (" + text(meeting.where) + ")");
     }
     meeting.arrived |= bit;
     return meeting.arrived == all;

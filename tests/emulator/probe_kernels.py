@@ -59,6 +59,11 @@ def rows(batch: int, count: int) -> NDArray[np.float32]:
     return random.integers(-8, 9, (batch, count, ROW_COLUMNS)).astype(np.float32)
 
 
+def bfloat16_of(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of numbers that bfloat16 holds."""
+    return aligned((x.view(np.uint32) >> 16).astype(np.uint16))
+
+
 def sums(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the kernel of probes/row_sums.h should compute."""
     return x @ np.arange(1, ROW_COLUMNS + 1, dtype=np.float32)
@@ -69,7 +74,7 @@ def run_row_sums(
 ) -> NDArray[np.float32]:
     """The sums of rows x, by the kernel of probes/row_sums.h with a fault."""
     machine = load()
-    q = aligned((x.view(np.uint32) >> 16).astype(np.uint16))
+    q = bfloat16_of(x)
     result = np.full((2, *x.shape[:2]), np.nan, np.float32)[0]  # beyond its end is no other buffer
     params = machine.AttentionParams()
     params.q = machine.Tensor(q.ctypes.data, 0, 0, 0)
@@ -96,10 +101,7 @@ def run_tile_products(
 ) -> tuple[NDArray, NDArray, NDArray]:
     """What the kernel of probes/tile_products.h with a fault leaves in out, tout and lse."""
     machine = load()
-    inputs = {
-        name: aligned((x.view(np.uint32) >> 16).astype(np.uint16))
-        for name, x in {"q": q, "k": k, "v": v}.items()
-    }
+    inputs = {name: bfloat16_of(x) for name, x in {"q": q, "k": k, "v": v}.items()}
     batch, rows_of_q, _ = q.shape
     sums = [np.full((batch, rows_of_q, v.shape[2]), np.nan, np.float32) for _ in range(2)]
     outputs = {

@@ -27,7 +27,7 @@ auto find(Registers& registers, const void* address) {
 }  // namespace
 
 void complain_of_use_in_flight(const char* instruction, const Place& where) {
-    fail({current.thread, instruction, where},
+    fail(self(instruction, where),
          "its operand comes from an accumulator that a wgmma still works on");
 }
 

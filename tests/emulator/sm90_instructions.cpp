@@ -14,17 +14,6 @@ using namespace emulator;
 
 namespace {
 
-Actor self(const char* instruction, const Place& where) {
-    return {current.thread, instruction, where};
-}
-
-template <class Argument>
-Argument& of_thread(std::span<void* const> arguments, std::size_t thread) {
-    return *static_cast<Argument*>(arguments[thread]);
-}
-
-void do_nothing(std::span<void* const>) {}
-
 void order_accesses_of_warp(std::span<void* const> threads) {
     Knowledge all;
     for (void* thread : threads) machine.order.release(*static_cast<int*>(thread), all);

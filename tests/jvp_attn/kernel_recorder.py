@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from jvp_attn.kernel_table import KERNELS
 
 STREAM = 77
 
@@ -18,6 +20,9 @@ class Params:
 class Recorder:
     """Stands in for `jvp_attn._C`, and for what selects a device and a stream.
 
+    Args:
+        compiled: the kernels that it says it has.
+
     Attributes:
         launches: (kernel, its fields, stream), one after the other. A tensor is (address, strides),
             a mask (address, strides, kind).
@@ -26,9 +31,13 @@ class Recorder:
 
     AttentionParams = Params
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Collection[str] = tuple(KERNELS)) -> None:
+        self._compiled = compiled
         self.launches: list[tuple[str, dict[str, Any], int]] = []
         self.streams_of: list[torch.device] = []
+
+    def kernels(self) -> dict[str, None]:
+        return dict.fromkeys(self._compiled)
 
     def Tensor(self, *address_and_strides: int) -> tuple[int, ...]:
         assert len(address_and_strides) == 4

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
+from kernel_recorder import Recorder
 from torch import Tensor
 
 from jvp_attn.cuda import KernelMaps
@@ -17,33 +16,6 @@ from jvp_attn.maps import AttentionOptions, Inputs, Tangents
 
 SHAPE = (2, 8, 4, 64)  # (batch, seqlen, heads, head_dim)
 SCALE = 0.25
-
-
-class Build:
-    """Stands in for an extension with some kernels: keeps what is launched, computes nothing."""
-
-    def __init__(self, names: Collection[str] = tuple(KERNELS)) -> None:
-        self._names = names
-        self.launched: list[str] = []
-        self.params = Params()
-
-    AttentionParams = property(lambda self: Params)
-
-    def Tensor(self, *address_and_strides: int) -> tuple[int, ...]:
-        return address_and_strides
-
-    RowVector = Mask = Tensor
-
-    def kernels(self) -> dict[str, object]:
-        return dict.fromkeys(self._names)
-
-    def launch(self, name: str, params: Any, stream: int) -> None:
-        self.launched.append(name)
-        self.params = params
-
-
-class Params:
-    """Fields that were set."""
 
 
 def tensor(shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -68,12 +40,12 @@ def launched(
         else None
         for name in "qkv"
     }
-    build = Build(names)
-    maps = KernelMaps(build, lambda device: nullcontext(0), lambda device: capability)
+    recorder = Recorder(names)
+    maps = KernelMaps(recorder, recorder.stream_of, lambda device: capability)
     inputs = Inputs(*x.values(), changed.get("mask"), None, None)
     options = AttentionOptions(scale, backend="cuda", residuals=False)
     maps.forward_tangent(inputs, Tangents(*t.values(), None), options)
-    return build.launched
+    return recorder.names
 
 
 @pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
@@ -157,14 +129,15 @@ def test_a_step_without_a_kernel_for_hopper_is_launched_among_those_that_have_on
 
 
 def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
-    build = Build()
-    maps = KernelMaps(build, lambda device: nullcontext(0), lambda device: (9, 0))
+    recorder = Recorder()
+    maps = KernelMaps(recorder, recorder.stream_of, lambda device: (9, 0))
     q, k = tensor((1, 30, 4, 64)), tensor((1, 50, 4, 64))
     ends_q, ends_k = torch.tensor([0, 10, 30]).int(), torch.tensor([0, 40, 50]).int()
     options = AttentionOptions(SCALE, backend="cuda", max_seqlens=(20, 40))
     maps.forward(Inputs(q, k, k, None, ends_q, ends_k), options)
-    assert (build.params.total_q, build.params.total_k) == (30, 50)
-    assert (build.params.seqlen_q, build.params.seqlen_k) == (20, 40)
+    fields = recorder.fields
+    assert (fields["total_q"], fields["total_k"]) == (30, 50)
+    assert (fields["seqlen_q"], fields["seqlen_k"]) == (20, 40)
 
 
 # ----------------------------------------------------------------------------

@@ -145,11 +145,9 @@ class Trial:
             rounding += self._rounding_of_terms(name)
         if self.case["head dims"] == "tiny":
             return 10 * rounding
-        few = self.case["data"] == "large logits" or "1" in (
-            self.case["queries"],
-            self.case["keys"],
-        )
-        return 2 * rounding if few else rounding
+        one_row_or_key = "1" in (self.case["queries"], self.case["keys"])
+        twice = self.case["data"] == "large logits" or one_row_or_key
+        return 2 * rounding if twice else rounding
 
     def _rounding_of_terms(self, name: str) -> float:
         """What float32 may take away from a result that its terms nearly cancel to.
