@@ -32,14 +32,14 @@ void run(Tasks tasks, int threads) {
 }
 
 inline void forward(const AttentionParams& p) {
-    const int threads = threads_worth_starting(operations(p, p.tout.data ? 6 : 2), p.threads);
+    const int threads = threads_worth_waking(operations(p, p.tout.data ? 6 : 2), p.threads);
     in_computing_type(p, [&]<class Value>(std::type_identity<Value>) {
         run<Forward<Value>>(ForwardTasks<Value>(p, threads), threads);
     });
 }
 
 inline void backward(const AttentionParams& p) {
-    const int threads = threads_worth_starting(operations(p, p.tout.data ? 15 : 5), p.threads);
+    const int threads = threads_worth_waking(operations(p, p.tout.data ? 15 : 5), p.threads);
     in_computing_type(p, [&]<class Value>(std::type_identity<Value>) {
         Shared<Value> shared(p);
         run<Preparation<Value>>(typename Preparation<Value>::Tasks(shared), threads);

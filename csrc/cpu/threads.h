@@ -1,5 +1,4 @@
-// Threads that live as long as one call: nothing is left that could spin beside torch's own, or
-// that a fork would lose.
+// Work for several threads.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +6,14 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace jvp_attn::cpu {
 
-// As many threads as are wanted, if each has so much to do that starting it pays.
-inline int threads_worth_starting(double operations, int wanted) {
+// Call `work(argument)` in so many threads at the same time, or in fewer where there are no more.
+void call_in_threads(int threads, void (*work)(void*), void* argument);
+
+// As many threads as are wanted, if each has so much to do that waking it pays.
+inline int threads_worth_waking(double operations, int wanted) {
     constexpr double kOperationsOfThread = 4e6;
     return static_cast<int>(std::clamp(operations / kOperationsOfThread, 1., double(wanted)));
 }
@@ -26,7 +25,7 @@ void run_in_threads(Arguments& arguments, int64_t pieces, int threads) {
     std::atomic<int64_t> next{0};
     std::mutex failing;
     std::exception_ptr failure;
-    const auto run = [&] {
+    auto run = [&] {
         try {
             Worker worker(arguments);
             for (int64_t piece; (piece = next++) < pieces;) worker.run(piece);
@@ -36,15 +35,10 @@ void run_in_threads(Arguments& arguments, int64_t pieces, int threads) {
             next = pieces;
         }
     };
-    std::vector<std::thread> others;
-    others.reserve(std::max(threads, 0));
-    try {
-        for (int i = 1; i < threads && i < pieces; ++i) others.emplace_back(run);
-    } catch (const std::system_error&) {
-        // The system has no more threads: those that there are do the work.
-    }
-    run();
-    for (std::thread& thread : others) thread.join();
+    using Run = decltype(run);
+    call_in_threads(
+        static_cast<int>(std::min<int64_t>(threads, pieces)),
+        [](void* run) { (*static_cast<Run*>(run))(); }, &run);
     if (failure) std::rethrow_exception(failure);
 }
 
