@@ -170,7 +170,7 @@ def cpu_extension() -> Extension:
         depends=["setup.py", *(str(path) for path in sorted(folder.glob("*.h")))],
         include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args=[*CPU_FLAGS, "-isystem", pybind11_headers()],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", "-ldl"],
         language="c++",
     )
 

@@ -6,6 +6,10 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -17,10 +21,23 @@ namespace {
 // What GNU's compiler makes of `#pragma omp parallel`; other OpenMPs have it too.
 using Parallel = void (*)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
 
-// None after a fork: the child has none of these threads, and OpenMP would wait for them.
-Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+// Whether this process runs the program of the one that forked it (Linux: proc(5), stat, flags).
+bool is_fork() {
+    constexpr unsigned kForkedWithoutExec = 0x40;
+    std::string text, other;
+    std::getline(std::ifstream("/proc/self/stat"), text);
+    std::istringstream fields(text.substr(text.rfind(')') + 1));
+    for (int before = 0; before < 6; ++before) fields >> other;
+    unsigned flags = 0;
+    fields >> flags;
+    return flags & kForkedWithoutExec;
+}
 
-[[maybe_unused]] const int never_after_a_fork =
+// None in a fork: it lacks these threads, and OpenMP, which does not know, would wait for them.
+Parallel parallel =
+    is_fork() ? nullptr : reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+
+[[maybe_unused]] const int none_in_later_forks =
     pthread_atfork(nullptr, nullptr, [] { parallel = nullptr; });
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Work for several threads.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -12,10 +11,11 @@ namespace jvp_attn::cpu {
 // Call `work(argument)` in so many threads at the same time, or in fewer where there are no more.
 void call_in_threads(int threads, void (*work)(void*), void* argument);
 
-// As many threads as are wanted, if each has so much to do that waking it pays.
-inline int threads_worth_waking(double operations, int wanted) {
-    constexpr double kOperationsOfThread = 4e6;
-    return static_cast<int>(std::clamp(operations / kOperationsOfThread, 1., double(wanted)));
+// All threads or one: OpenMP ends those that it has and is not asked for, and torch wants them
+// back.
+inline int threads_worth_waking(double operations, int all) {
+    constexpr double kOperationsWorthIt = 8e6;
+    return operations < kOperationsWorthIt ? 1 : all;
 }
 
 // Run `Worker(arguments).run(piece)` for all pieces, each thread with a Worker of its own. Pieces
@@ -27,8 +27,10 @@ void run_in_threads(Arguments& arguments, int64_t pieces, int threads) {
     std::exception_ptr failure;
     auto run = [&] {
         try {
+            int64_t piece = next++;
+            if (piece >= pieces) return;
             Worker worker(arguments);
-            for (int64_t piece; (piece = next++) < pieces;) worker.run(piece);
+            for (; piece < pieces; piece = next++) worker.run(piece);
         } catch (...) {
             const std::lock_guard lock(failing);
             failure = std::current_exception();
@@ -36,9 +38,7 @@ void run_in_threads(Arguments& arguments, int64_t pieces, int threads) {
         }
     };
     using Run = decltype(run);
-    call_in_threads(
-        static_cast<int>(std::min<int64_t>(threads, pieces)),
-        [](void* run) { (*static_cast<Run*>(run))(); }, &run);
+    call_in_threads(threads, [](void* run) { (*static_cast<Run*>(run))(); }, &run);
     if (failure) std::rethrow_exception(failure);
 }
 

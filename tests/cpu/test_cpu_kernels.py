@@ -53,7 +53,8 @@ def compiled(sources: Iterable[Path], folder: Path, compiler: list[str], *flags:
 
 
 def maps_and_their_test() -> list[Path]:
-    return [*KERNELS.glob("isa_*.cpp"), KERNELS / "dispatch.cpp", HERE / "attention.cpp"]
+    own = [KERNELS / "dispatch.cpp", KERNELS / "threads.cpp", HERE / "attention.cpp"]
+    return [*KERNELS.glob("isa_*.cpp"), *own]
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -90,6 +94,27 @@ def test_there_are_as_many_threads_as_torch_has() -> None:
     assert used == [1, 3]
 
 
+def test_threads_are_those_that_torch_has_already() -> None:
+    """Others would share the processors with torch's, which go on turning when they are done."""
+    x = tuple(replace(LARGE, seqlen_q=1500, seqlen_k=1500).primals().values())
+    torch.set_num_threads(4)
+    torch.ones(10**6).exp()  # in all of torch's threads
+    counts: list[int] = []
+    is_over = threading.Event()
+
+    def count() -> None:
+        while not is_over.wait(1e-4):
+            counts.append(len(os.listdir("/proc/self/task")))
+
+    watcher = threading.Thread(target=count)
+    watcher.start()
+    flash_attn_jvp(*x)
+    is_over.set()
+    watcher.join()
+    assert len(counts) > 10
+    assert len(set(counts)) == 1
+
+
 def attention_in_a_child(x: tuple[Tensor, ...], answer: Connection) -> None:
     answer.send(flash_attn_jvp(*x).numpy())
 
@@ -108,6 +133,25 @@ def test_a_forked_process_computes_too() -> None:
     finally:
         child.kill()
         child.join()
+
+
+def test_a_process_forked_before_the_package_is_loaded_computes_too() -> None:
+    """It has none of torch's threads, and OpenMP, which believes that it has, waits for them.
+
+    So does torch itself, but for tensors as small as these.
+    """
+    child = """
+import os, signal, torch
+torch.set_num_threads(4)
+torch.ones(10**6).exp()
+if child := os.fork():
+    exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+signal.alarm(60)
+from jvp_attn import flash_attn_jvp
+x = torch.ones(1, 200, 4, 32)
+os._exit(not torch.allclose(flash_attn_jvp(x, x, x), x))
+"""
+    subprocess.run([sys.executable, "-c", child], check=True)
 
 
 # ----------------------------------------------------------------------------
