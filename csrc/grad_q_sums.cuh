@@ -20,7 +20,7 @@ struct GradQSums {
     int column_blocks;
 
     DEVICE GradQSums(const AttentionParams& p, const Sequence& sequence, int head)
-        : column_blocks(p.head_dim / 8) {
+        : column_blocks(ceil_div(p.head_dim, 8)) {
         const int64_t first_row =
             p.cu_seqlens_q
                 ? (sequence.first_query / kRowMultiple + sequence.batch) * kRowMultiple
@@ -28,7 +28,7 @@ struct GradQSums {
         const auto start = [&](const RowVector& x) {
             return x.data + sequence.batch * x.batch_stride + head * x.head_stride;
         };
-        products = start(p.grad_q_sums) + first_row * p.head_dim;
+        products = start(p.grad_q_sums) + first_row / 16 * column_blocks * kBlockFloats;
         totals = start(p.sbar_sums) + first_row;
     }
 

@@ -33,7 +33,7 @@ struct QueryStreams {
     using StatisticsRing = Ring<kStages, 2 * Rows * 4>;
     static constexpr int kStreamBytes =
         KeyRing::kBytes + QueryRing::kBytes + StatisticsRing::kBytes + KeyRing::kBarrierBytes +
-        QueryRing::kBarrierBytes + StatisticsRing::kBarrierBytes + 8;
+        QueryRing::kBarrierBytes + StatisticsRing::kBarrierBytes + 16;
 
     static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
     static int64_t work(const AttentionParams& p) { return Block::count(p); }
@@ -43,7 +43,7 @@ struct QueryStreams {
         KeyRing keys;
         QueryRing queries;
         StatisticsRing statistics;
-        SharedAddress landed;  // an mbarrier
+        SharedAddress keys_landed, queries_landed;  // mbarriers
 
         DEVICE explicit Memory(SharedAddress start) {
             keys.slots = start;
@@ -52,14 +52,16 @@ struct QueryStreams {
             keys.barriers = statistics.slots + StatisticsRing::kBytes;
             queries.barriers = keys.barriers + KeyRing::kBarrierBytes;
             statistics.barriers = queries.barriers + QueryRing::kBarrierBytes;
-            landed = statistics.barriers + StatisticsRing::kBarrierBytes;
+            keys_landed = statistics.barriers + StatisticsRing::kBarrierBytes;
+            queries_landed = keys_landed + 8;
         }
 
         DEVICE void init() const {
             keys.init(1, kWarpgroups);
             queries.init(1, kWarpgroups);
             statistics.init(32, kConsumerThreads / 32);
-            mbarrier_init(landed, 1);
+            mbarrier_init(keys_landed, 1);
+            mbarrier_init(queries_landed, 1);
             fence_mbarrier_init();
         }
     };
@@ -72,7 +74,8 @@ struct QueryStreams {
         if (warpgroup_index() == 0) {
             release_registers<40>();
             if (warp_index() == 0)
-                load_tiles(params, {memory.keys, memory.landed}, {memory.queries, memory.landed});
+                load_tiles(params, {memory.keys, memory.keys_landed},
+                           {memory.queries, memory.queries_landed});
             if (warp_index() == 1) load_statistics(params, memory.statistics);
         } else {
             claim_registers<232>();
