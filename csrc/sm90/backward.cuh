@@ -31,6 +31,11 @@ struct Backward : KeyGradients<Element, HeadDim, Rows, Keys, Rows> {
     static constexpr int kSharedBytes = kScoreBytes + Ones::kBytes + K::kStreamBytes;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
+    static std::string why_not(const AttentionParams& p) {
+        if (std::string error = K::why_not(p); !error.empty()) return error;
+        return why_no_sums(p);
+    }
+
     DEVICE static void run(const Params& params) {
         const SharedAddress scores = shared_memory();
         const Ones ones{scores + kScoreBytes};
