@@ -22,9 +22,8 @@ struct GradQSums {
     DEVICE GradQSums(const AttentionParams& p, const Sequence& sequence, int head)
         : column_blocks(ceil_div(p.head_dim, 8)) {
         const int64_t first_row =
-            p.cu_seqlens_q
-                ? (sequence.first_query / kRowMultiple + sequence.batch) * kRowMultiple
-                : 0;
+            p.cu_seqlens_q ? (sequence.first_query / kRowMultiple + sequence.batch) * kRowMultiple
+                           : 0;
         const auto start = [&](const RowVector& x) {
             return x.data + sequence.batch * x.batch_stride + head * x.head_stride;
         };

@@ -45,8 +45,7 @@ private:
     // What each of the first keys is to be multiplied with.
     DEVICE static Packed<Element, kFirstKeys> shares_of_keys(const AttentionParams& p,
                                                              const RowBlock<kRows>& block,
-                                                             const GradQSums& sums,
-                                                             int first_row) {
+                                                             const GradQSums& sums, int first_row) {
         const float* const grad_lse = block.statistic(p.grad_lse);
         Packed<Element, kFirstKeys> shares;
 #pragma unroll

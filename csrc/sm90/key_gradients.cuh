@@ -43,9 +43,8 @@ struct KeyGradients : QueryStreams<HeadDim, Rows, Keys, RowStep> {
             if (block.sees_queries()) {
                 memory.keys.wait_full({0, key_phase});
                 memory.keys.wait_full({1, key_phase});
-                block.template for_each_tile<Rows, RowStep>([&](int head, int first_row) {
-                    add(grad_k, grad_v, block, head, first_row);
-                });
+                block.template for_each_tile<Rows, RowStep>(
+                    [&](int head, int first_row) { add(grad_k, grad_v, block, head, first_row); });
                 release(memory.keys, Position<2>{0, key_phase});
                 release(memory.keys, Position<2>{1, key_phase});
                 key_phase ^= 1;

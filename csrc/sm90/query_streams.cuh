@@ -1,6 +1,6 @@
-// What the kernels of gK and gV share, through the output alone: the keys and values of a block stay
-// in shared memory, tiles of Q and gO stream by in a ring, those of every query head that shares
-// the keys.
+// What the kernels of gK and gV share, through the output alone: the keys and values of a block
+// stay in shared memory, tiles of Q and gO stream by in a ring, those of every query head that
+// shares the keys.
 //
 // One warp loads tiles, another brings lse and delta; each of the other warpgroups has 64 of the
 // keys.

@@ -79,12 +79,10 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
 
 // c = Aᵀ B, where A has 64 columns.
 template <class Element, int K, int D>
-DEVICE void multiply_left_transposed(Accumulator<D>& c, const Tile<K, 64>& a,
-                                     const Tile<K, D>& b) {
+DEVICE void multiply_left_transposed(Accumulator<D>& c, const Tile<K, 64>& a, const Tile<K, D>& b) {
 #pragma unroll
     for (int step = 0; step < K / 16; ++step)
-        wgmma<Element, Major::result, Major::result>(c.value, a.rows(step), b.rows(step),
-                                                     step > 0);
+        wgmma<Element, Major::result, Major::result>(c.value, a.rows(step), b.rows(step), step > 0);
 }
 
 }  // namespace jvp_attn::sm90

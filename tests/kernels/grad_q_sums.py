@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from buffers import Buffer
@@ -26,7 +27,7 @@ def zeros(problem: Problem, shape: tuple[int, ...]) -> dict[str, Buffer]:
 
 
 def sums_of(problem: Problem, products: Tensor, totals: Tensor) -> dict[str, Buffer]:
-    """Those of given products (batch, seqlen_q, heads, head_dim) and totals (…, heads, seqlen_q)."""
+    """Those of products (batch, seqlen_q, heads, head_dim) and totals (batch, heads, seqlen_q)."""
     batch, _, heads, head_dim = products.shape
     buffers = zeros(problem, tuple(products.shape))
     blocks = -(-head_dim // 8)
@@ -60,5 +61,5 @@ def _places(problem: Problem, shape: tuple[int, ...]) -> Iterator[tuple[slice, i
     if starts is None:
         yield slice(0, shape[1]), 0
         return
-    for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(starts)):
         yield slice(start, end), (start // _ROWS_TOGETHER + i) * _ROWS_TOGETHER
