@@ -12,31 +12,32 @@ namespace jvp_attn {
 
 struct GradQSums {
     static constexpr int kRowMultiple = 128;  // jvp_attn/kernel_call.py allocates by it
-
     static constexpr int kBlockFloats = 128;  // 16 rows by 8 columns
 
     float* products;
     float* totals;
-    int column_blocks;
+    int64_t first_row;  // of the sequence
+    int column_blocks;  // of 8
 
     DEVICE GradQSums(const AttentionParams& p, const Sequence& sequence, int head)
-        : column_blocks(ceil_div(p.head_dim, 8)) {
-        const int64_t first_row =
-            p.cu_seqlens_q ? (sequence.first_query / kRowMultiple + sequence.batch) * kRowMultiple
-                           : 0;
-        const auto start = [&](const RowVector& x) {
+        : first_row(0), column_blocks(ceil_div(p.head_dim, 8)) {
+        if (p.cu_seqlens_q)
+            first_row = (sequence.first_query / kRowMultiple + sequence.batch) * kRowMultiple;
+        const auto of_head = [&](const RowVector& x) {
             return x.data + sequence.batch * x.batch_stride + head * x.head_stride;
         };
-        products = start(p.grad_q_sums) + first_row / 16 * column_blocks * kBlockFloats;
-        totals = start(p.sbar_sums) + first_row;
+        products = of_head(p.grad_q_sums);
+        totals = of_head(p.sbar_sums);
     }
 
     // Four numbers of this thread, of the 16 rows from `row`, a multiple of 16, on. Those of the
     // next 8 columns are kBlockFloats further.
     DEVICE float* block(int row, int column_block) const {
-        return products + (int64_t{row / 16} * column_blocks + column_block) * kBlockFloats +
-               lane_index() * 4;
+        const int64_t rows = (first_row + row) / 16;
+        return products + (rows * column_blocks + column_block) * kBlockFloats + lane_index() * 4;
     }
+
+    DEVICE float* total(int row) const { return totals + first_row + row; }
 };
 
 }  // namespace jvp_attn

@@ -55,7 +55,7 @@ private:
             float share = 0;
             if (visible > 0) {
                 const float expected = grad_lse ? global_load(grad_lse + row) : 0;
-                share = (expected - global_load(sums.totals + row)) / visible;
+                share = (expected - global_load(sums.total(row))) / visible;
             }
 #pragma unroll
             for (int i = 0; i < shares.kBlocks; ++i)

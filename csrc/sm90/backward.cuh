@@ -130,7 +130,7 @@ private:
             if (lane_index() % 4 != 0) return;
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                global_add(sums.totals + row + row_in_warp(half), totals.at(0, half, 0));
+                global_add(sums.total(row + row_in_warp(half)), totals.at(0, half, 0));
         }
     };
 };
