@@ -73,6 +73,8 @@ inline void bind_params(pybind11::module_& module) {
     JVP_ATTN_FIELD(grad_tq);
     JVP_ATTN_FIELD(grad_tk);
     JVP_ATTN_FIELD(grad_tv);
+    JVP_ATTN_FIELD(grad_q_sums);
+    JVP_ATTN_FIELD(sbar_sums);
     JVP_ATTN_FIELD(mask);
     JVP_ATTN_FIELD(batch);
     JVP_ATTN_FIELD(heads);

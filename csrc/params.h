@@ -62,6 +62,8 @@ struct AttentionParams {
     RowVector beta, delta;  // from the preprocess kernel; the kernel of grad_q sharpens them
     Tensor grad_q, grad_k, grad_v;
     Tensor grad_tq, grad_tk, grad_tv;
+    // What several blocks add up for grad_q, zeros before; csrc/grad_q_sums.cuh says what is where.
+    RowVector grad_q_sums, sbar_sums;
 
     Mask mask;
     const int32_t* cu_seqlens_q = nullptr;  // (batch + 1) where each sequence starts and ends

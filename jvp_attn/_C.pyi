@@ -65,6 +65,8 @@ class AttentionParams:
     grad_tq: Tensor
     grad_tk: Tensor
     grad_tv: Tensor
+    grad_q_sums: RowVector
+    sbar_sums: RowVector
     mask: Mask
     cu_seqlens_q: int
     cu_seqlens_k: int

@@ -93,7 +93,7 @@ class KernelMaps:
         needs: Needs,
         options: AttentionOptions,
     ) -> Gradients:
-        """The VJP of `forward`."""
+        """The VJP of `forward`, by sums in an order that varies only where options let it."""
         if needs[3]:
             return self._without_kernels.backward(inputs, outputs, cotangents, needs, options)
         if outputs.out_residual is None and cotangents.out is not None:
@@ -105,7 +105,8 @@ class KernelMaps:
         call.give(grad_out=cotangents.out, grad_lse=cotangents.lse)
         call.give(delta=call.new_rows(0))
         call.give(grad_q=gradients.q, grad_k=gradients.k, grad_v=gradients.v)
-        self._launch("backward", call)
+        may_vary = not (options.deterministic or torch.are_deterministic_algorithms_enabled())
+        self._launch("backward", call, in_any_order=may_vary and needs[0])
         return _needed(gradients, needs)
 
     def tangent_backward(
@@ -154,13 +155,21 @@ class KernelMaps:
             )
         return kernels
 
-    def _launch(self, map_name: str, call: KernelCall) -> None:
-        """Launch the kernels of a map, one after the other, with the same parameters."""
+    def _launch(self, map_name: str, call: KernelCall, *, in_any_order: bool = False) -> None:
+        """Launch the kernels of a map, one after the other, with the same parameters.
+
+        Args:
+            map_name, call: what to compute.
+            in_any_order: whether sums of `backward` may come in an order that varies.
+        """
         kernels = self._kernels_of(map_name, call)
         if call.is_empty:
             return
         if self._capability_of(call.device) == HOPPER:
             kernels = tuple(self._on_hopper(kernel, call) for kernel in kernels)
+            if in_any_order and (faster := self._backward_that_sums(call)):
+                call.give(**call.new_sums())
+                kernels = faster
         params = call.params(self._extension)
         with self._stream_of(call.device) as stream:
             for kernel in kernels:
@@ -170,6 +179,13 @@ class KernelMaps:
         """As `call.on_hopper`, if this build has it."""
         faster = call.on_hopper(kernel)
         return faster if faster.name in self._compiled else kernel
+
+    def _backward_that_sums(self, call: KernelCall) -> tuple[KernelEntry, ...] | None:
+        """As `call.backward_that_sums`, if this build has all of them."""
+        kernels = call.backward_that_sums()
+        if kernels is None or not self._compiled.issuperset(kernel.name for kernel in kernels):
+            return None
+        return kernels
 
     @cached_property
     def _compiled(self) -> frozenset[str]:
@@ -185,7 +201,7 @@ class ShapesOnly(KernelMaps):
     def __init__(self) -> None:
         pass
 
-    def _launch(self, map_name: str, call: KernelCall) -> None:
+    def _launch(self, map_name: str, call: KernelCall, *, in_any_order: bool = False) -> None:
         pass
 
 

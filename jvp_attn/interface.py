@@ -33,6 +33,7 @@ def flash_attn_jvp(
     attn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -46,6 +47,7 @@ def flash_attn_jvp(
     attn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -58,6 +60,7 @@ def flash_attn_jvp(
     attn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(s Q Kᵀ + mask) V, differentiable in forward and reverse mode and in both together.
@@ -86,6 +89,12 @@ def flash_attn_jvp(
         softmax_scale: s; head_dim^−½ by default.
         causal: row i sees key j where j ≤ i + seqlen_k − seqlen_q, aligned at the bottom right as
             in flash-attn; and where attn_mask lets it, too.
+        deterministic: whether gradients have the same bits each time. With False the backward that
+            no tangent is part of may be one kernel instead of two, which sums the gradient of q in
+            an order that varies, in 4 bytes of memory more for each element of q. So far that is
+            on compute capability 9.0 alone, without attn_mask, for head dims up to 128 that are
+            multiples of 8 and tensors whose rows start at multiples of 16 bytes; all else is
+            deterministic anyhow, and so is all under `torch.use_deterministic_algorithms(True)`.
         return_lse: also return lse.
 
     Returns:
@@ -102,7 +111,10 @@ def flash_attn_jvp(
     for the tangent.
     """
     out, lse = attention(
-        q, k, v, attn_mask, softmax_scale=softmax_scale, causal=resolve_alignment(causal)
+        *(q, k, v, attn_mask),
+        softmax_scale=softmax_scale,
+        causal=resolve_alignment(causal),
+        deterministic=deterministic,
     )
     return (out, lse) if return_lse else out
 
@@ -119,6 +131,7 @@ def flash_attn_varlen_jvp(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -135,6 +148,7 @@ def flash_attn_varlen_jvp(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -150,6 +164,7 @@ def flash_attn_varlen_jvp(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attn_jvp` of sequences of different lengths that are packed one after the other.
@@ -166,6 +181,7 @@ def flash_attn_varlen_jvp(
             the device to tell.
         softmax_scale: head_dim^−½ by default.
         causal: aligned at the bottom right in each sequence.
+        deterministic: as in `flash_attn_jvp`.
         return_lse: also return lse.
 
     Returns:
@@ -189,6 +205,7 @@ def flash_attn_varlen_jvp(
             backend=resolve_backend(*inputs[:2]),
             residuals=backward_may_follow(q, k, v),
             max_seqlens=(max_seqlen_q, max_seqlen_k),
+            deterministic=deterministic,
         ),
     )
     return (out[0], lse[0]) if return_lse else out[0]
@@ -207,6 +224,7 @@ def flash_attn_with_tangent(
     tattn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: Literal[False] = False,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -224,6 +242,7 @@ def flash_attn_with_tangent(
     tattn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
@@ -240,12 +259,13 @@ def flash_attn_with_tangent(
     tattn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = True,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
     """`flash_attn_jvp` for code that threads tangents by hand instead of using torch.func.jvp.
 
     Args:
-        q, k, v, attn_mask, softmax_scale, causal: as in `flash_attn_jvp`.
+        q, k, v, attn_mask, softmax_scale, causal, deterministic: as in `flash_attn_jvp`.
         tq, tk, tv, tattn_mask: tangents, each of its primal's shape, dtype and device. None is zero
             and costs nothing; without any tangent, those returned are zeros.
         return_lse: also return lse and its tangent.
@@ -269,6 +289,7 @@ def flash_attn_with_tangent(
         causal=resolve_alignment(causal),
         backend=resolve_backend(q, k),
         residuals=backward_may_follow(*inputs, *tangents),
+        deterministic=deterministic,
     )
     out, lse, tout, mu = attention_with_tangent(inputs, tangents, options)
     return (out, tout, lse, mu) if return_lse else (out, tout)
@@ -282,6 +303,7 @@ def attention(
     *,
     softmax_scale: float | None,
     causal: Causal,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as `flash_attn_jvp`, for either alignment of the causal mask."""
     check_attention(q, k, v)
@@ -291,5 +313,6 @@ def attention(
         causal=causal,
         backend=resolve_backend(q, k),
         residuals=backward_may_follow(*inputs),
+        deterministic=deterministic,
     )
     return differentiable_attention(inputs, options)

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from jvp_attn import results
-from jvp_attn.kernel_choice import ELEMENT_OF_DTYPE, MAX_SEQLEN, kernels_of, on_hopper
+from jvp_attn.kernel_choice import (
+    ELEMENT_OF_DTYPE,
+    MAX_SEQLEN,
+    backward_that_sums,
+    kernels_of,
+    on_hopper,
+)
 from jvp_attn.kernel_table import KernelEntry
 from jvp_attn.maps import AttentionOptions, Inputs
+
+_SUMS = ("grad_q_sums", "sbar_sums")
 
 # The enum MaskKind of csrc/params.h.
 _BOOLEAN, _ADDITIVE_ELEMENT, _ADDITIVE_FLOAT32 = 1, 2, 3
@@ -62,17 +70,32 @@ class KernelCall:
         return kernels_of(map_name, q.dtype, q.shape[3], v.shape[3], mask is not None)
 
     def on_hopper(self, kernel: KernelEntry) -> KernelEntry:
-        """What computes the same on Hopper: a kernel for it alone, if there is one that can.
+        """What computes the same on Hopper: a kernel for it alone, if there is one that can."""
+        if not self._suits_hopper:
+            return kernel
+        tangents_of_queries_alone = not {"tk", "tv"} & self._tensors.keys()
+        return on_hopper(kernel, tangents_of_queries_alone=tangents_of_queries_alone)
 
-        Those load tiles with the copy engine, which knows tensors by strides that are multiples of
+    def backward_that_sums(self) -> tuple[KernelEntry, ...] | None:
+        """Kernels for Hopper alone that compute `backward` by sums in an order that varies.
+
+        None where there are none that can. They need `new_sums`.
+        """
+        q, _, v, mask, *_ = self._inputs
+        if mask is not None or not self._suits_hopper:
+            return None
+        return backward_that_sums(q.dtype, q.shape[3], v.shape[3])
+
+    @property
+    def _suits_hopper(self) -> bool:
+        """Whether the kernels for it take the tensors given.
+
+        They load tiles with the copy engine, which knows tensors by strides that are multiples of
         16 bytes, and not 0. They scale scores after they have chosen the largest, so that the
         scale must be positive.
         """
         tensors = [x for x in self._tensors.values() if x.ndim == 4]
-        if self._options.softmax_scale <= 0 or not all(map(_suits_copy_engine, tensors)):
-            return kernel
-        tangents_of_queries_alone = not {"tk", "tv"} & self._tensors.keys()
-        return on_hopper(kernel, tangents_of_queries_alone=tangents_of_queries_alone)
+        return self._options.softmax_scale > 0 and all(map(_suits_copy_engine, tensors))
 
     # ------------------------------------------------------------------------
     # Results. The kernels write all of them, but for what belongs to no sequence
@@ -88,6 +111,11 @@ class KernelCall:
     def new_gradient(self, x: Tensor) -> Tensor:
         """Contiguous, of the shape of x."""
         return self._started(results.new_gradient(x), 0)
+
+    def new_sums(self) -> dict[str, Tensor]:
+        """Zeros, float32, to which the kernels of `backward_that_sums` add."""
+        q = self._inputs.q
+        return {name: q.new_zeros(self._shape_of(name), dtype=torch.float32) for name in _SUMS}
 
     def _started(self, x: Tensor, value: float) -> Tensor:
         return x.fill_(value) if self.is_empty or self._is_packed else x
@@ -151,6 +179,14 @@ class KernelCall:
             "head_dim_v": head_dim_v,
         }
 
+    @property
+    def _rows_of_sums(self) -> int:
+        """In each sequence they are a multiple of so many, which csrc/grad_q_sums.cuh says."""
+        multiple, seqlen_q = 128, self._inputs.q.shape[1]
+        if self._inputs.cu_seqlens_q is None:
+            return -(-seqlen_q // multiple) * multiple
+        return (seqlen_q // multiple + self._problem()["batch"]) * multiple
+
     def _mask(self, extension: Any, mask: Tensor) -> Any:
         kind = _ADDITIVE_ELEMENT
         if mask.dtype == torch.bool:
@@ -186,6 +222,10 @@ class KernelCall:
                 return batch, seqlen_k, heads_k, head_dim_v
             case "out":
                 return batch, seqlen_q, heads, head_dim_v
+            case "q_sums":
+                return batch, heads, self._rows_of_sums * -(-head_dim // 8) * 8
+            case "sbar_sums":
+                return batch, heads, self._rows_of_sums
             case _:
                 return batch, heads, seqlen_q
 

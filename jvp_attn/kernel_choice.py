@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jvp_attn.kernel_table import KERNELS, KernelEntry, kernel_name, padded_head_dim
+from jvp_attn.kernel_table import KERNELS, OF_ROWS, KernelEntry, kernel_name, padded_head_dim
 
 ELEMENT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MIN_CAPABILITY = (8, 0)
@@ -21,6 +21,10 @@ _WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tangent_backward": (("preprocess", "tangent_backward_dq", "tangent_backward_dkv"),),
 }
 MAPS = tuple(_WAYS)
+
+# On Hopper, `backward` in one pass over its scores: blocks of keys add up the gradient of Q in an
+# order that varies, and the last step makes it of the sums.
+_BACKWARD_THAT_SUMS = ("preprocess", "backward", "finish_grad_q")
 
 # What a step becomes on Hopper where neither keys nor values have tangents.
 _OF_QUERIES_ALONE = {"forward_tangent": "forward_query_tangent"}
@@ -41,7 +45,7 @@ def kernels_of(
     for steps in _WAYS[map_name]:
         names = [
             kernel_name(step, element)
-            if step == "preprocess"
+            if step in OF_ROWS
             else kernel_name(step, element, padded, masked)
             for step in steps
         ]
@@ -60,6 +64,29 @@ def on_hopper(kernel: KernelEntry, *, tangents_of_queries_alone: bool = False) -
         step = _OF_QUERIES_ALONE.get(step, step)
     name = kernel_name(step, kernel.element, kernel.head_dim, kernel.masked, "sm90")
     return KERNELS.get(name, kernel)
+
+
+def backward_that_sums(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int
+) -> tuple[KernelEntry, ...] | None:
+    """The kernels of `backward` on Hopper where its sums may come in an order that varies.
+
+    None where there are none. They are faster than those of `kernels_of`, need memory for the sums,
+    and ask of a problem what those of `on_hopper` ask.
+
+    Args:
+        dtype, head_dim, head_dim_v: as in `kernels_of`.
+    """
+    element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
+    names = [
+        kernel_name(step, element)
+        if step in OF_ROWS
+        else kernel_name(step, element, padded, arch="sm90")
+        for step in _BACKWARD_THAT_SUMS
+    ]
+    if all(name in KERNELS for name in names):
+        return tuple(KERNELS[name] for name in names)
+    return None
 
 
 def why_no_kernels(

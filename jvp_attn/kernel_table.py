@@ -40,11 +40,15 @@ forward               forward         Forward            -     -      192x128 12
 forward_tangent       forward_tangent ForwardTangent     true  -      128x128 128x112 128x80  -
 forward_query_tangent forward_tangent ForwardTangent     false -      128x128 128x112 128x80  -
 tangent_given_forward tangent         TangentGivenLse    -     -      -       -       -       128x48
+backward              backward        Backward           -     -      128x128 64x128  64x128  -
 backward_dq           backward_dq     BackwardDq         false -      128x128 128x128 128x128 -
 backward_dkv          backward_dkv    BackwardDkv        -     -      96x128  64x128  64x128  -
 tangent_backward_dq   backward_dq     BackwardDq         true  -      128x80  128x64  128x48  -
 tangent_backward_dkv  tangent_dkv     TangentBackwardDkv -     -      96x64   64x64   64x64   -
 """
+
+# The classes of the steps that go row by row, one kernel for all head dims, without tiles.
+OF_ROWS = {"preprocess": "Preprocess", "finish_grad_q": "FinishGradQ"}
 
 # Bytes of registers that the compiler may spill to memory, by kernel; 0 for all that are not here.
 ALLOWED_SPILL_BYTES: dict[str, int] = {}
@@ -56,7 +60,7 @@ class KernelEntry:
 
     Attributes:
         name: as the extension knows it.
-        step: a step of the table, or "preprocess", which is the same for all head dims.
+        step: a step of the table, or one of OF_ROWS.
         element: "bf16" or "fp16".
         head_dim: the largest that it serves; None is any.
         masked: whether it reads a mask.
@@ -104,16 +108,16 @@ def padded_head_dim(head_dim: int, head_dim_v: int) -> int | None:
 HEAD_DIMS = (64, 96, 128, 256)
 
 
-def _preprocess_kernel(element: str) -> KernelEntry:
+def _kernel_of_rows(step: str, element: str) -> KernelEntry:
     return KernelEntry(
-        name=kernel_name("preprocess", element),
-        step="preprocess",
+        name=kernel_name(step, element),
+        step=step,
         element=element,
         head_dim=None,
         masked=False,
         tile=None,
-        header="sm80/preprocess.cuh",
-        cpp_class=f"Preprocess<{element.capitalize()}>",
+        header=f"sm80/{step}.cuh",
+        cpp_class=f"{OF_ROWS[step]}<{element.capitalize()}>",
     )
 
 
@@ -141,7 +145,8 @@ def _kernels_of(row: list[str], element: str, arch: str) -> Iterator[KernelEntry
 
 def _kernels() -> Iterator[KernelEntry]:
     for element in ELEMENTS:
-        yield _preprocess_kernel(element)
+        for step in OF_ROWS:
+            yield _kernel_of_rows(step, element)
         for arch, table in (("sm80", _SM80), ("sm90", _SM90)):
             for line in table.strip().splitlines()[1:]:
                 yield from _kernels_of(line.split(), element, arch)

@@ -45,6 +45,8 @@ class AttentionOptions:
         backend: name of the backend that computes the four maps.
         residuals: whether to return residuals, which only a backward pass needs.
         max_seqlens: for packed sequences, no less than the longest of queries and of keys.
+        deterministic: whether gradients must have the same bits each time. If not, a backend may
+            be faster by sums in an order that varies.
     """
 
     softmax_scale: float
@@ -52,6 +54,7 @@ class AttentionOptions:
     backend: str = "blockwise"
     residuals: bool = True
     max_seqlens: tuple[int, int] | None = None
+    deterministic: bool = True
 
 
 class Inputs(NamedTuple):

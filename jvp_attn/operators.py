@@ -30,7 +30,11 @@ from jvp_attn.validation import check_packing
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 _TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tmask"
-_OPTIONS = "float softmax_scale, int causal, str backend, bool residuals, SymInt[]? max_seqlens"
+_OPTIONS = (
+    "float softmax_scale, int causal, str backend, bool residuals, SymInt[]? max_seqlens, "
+    "bool deterministic"
+)
+_N_OPTIONS = 6
 # Results that are absent are None all the same: torch takes "Tensor?" for a result that it cannot
 # batch by itself.
 _SCHEMAS = {
@@ -106,12 +110,20 @@ def _scalars(options: AttentionOptions) -> tuple[Any, ...]:
         options.backend,
         options.residuals,
         options.max_seqlens,
+        options.deterministic,
     )
 
 
-def _options(scale: float, causal: int, backend: str, residuals: bool, max_seqlens: Any) -> Any:
+def _options(
+    scale: float,
+    causal: int,
+    backend: str,
+    residuals: bool,
+    max_seqlens: Any,
+    deterministic: bool,
+) -> AttentionOptions:
     lengths = None if max_seqlens is None else tuple(max_seqlens)
-    return AttentionOptions(scale, Causal(causal), backend, residuals, lengths)
+    return AttentionOptions(scale, Causal(causal), backend, residuals, lengths, deterministic)
 
 
 def _implementations(
@@ -126,24 +138,24 @@ def _implementations(
     """
 
     def forward(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
         check(inputs, options)
         return tuple(maps(options.backend).forward(inputs, options))
 
     def forward_tangent(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
         check(inputs, options)
         tangents = Tangents(*arguments[6:10])
         return tuple(maps(options.backend).forward_tangent(inputs, tangents, options))
 
     def backward(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
         outputs, cotangents = Outputs(*arguments[6:9]), Cotangents(*arguments[9:11])
         needs = tuple(arguments[11])
         return tuple(maps(options.backend).backward(inputs, outputs, cotangents, needs, options))
 
     def tangent_backward(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-5:])
+        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
         tangents = Tangents(*arguments[6:10])
         outputs, cotangents = TangentOutputs(*arguments[10:16]), Cotangents(*arguments[16:20])
         needs = tuple(arguments[20])
@@ -168,13 +180,11 @@ for _name, _schema in _SCHEMAS.items():
 # ----------------------------------------------------------------------------
 # Derivatives, for torch.compile
 
-_N_OPTIONS = 5
-
 
 def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, scale, causal, backend, residuals, max_seqlens = inputs
+    tensors, scalars = inputs[:-_N_OPTIONS], inputs[-_N_OPTIONS:]
     ctx.save_for_backward(*tensors, *output)
-    ctx.options = _options(scale, causal, backend, residuals, max_seqlens)
+    ctx.options = _options(*scalars)
     ctx.set_materialize_grads(False)
 
 

@@ -36,14 +36,16 @@ struct KeyBlock {
         return first_key < sequence.keys && first_row < sequence.queries;
     }
 
-    // Calls for each tile of queries, of all heads, with its head and its first row.
-    template <int Rows, class Function>
+    // Calls for each tile of queries, of all heads, with its head and its first row. The first row
+    // of all is a multiple of `Step`.
+    template <int Rows, int Step = 1, class Function>
     DEVICE void for_each_tile(const Function& function) const {
         if (!sees_queries()) return;
 #pragma unroll 1
         for (int head = first_head; head <= last_head; ++head)
 #pragma unroll 1
-            for (int row = first_row; row < sequence.queries; row += Rows) function(head, row);
+            for (int row = first_row / Step * Step; row < sequence.queries; row += Rows)
+                function(head, row);
     }
 
     // Whether queries from `row` on may not see all keys of the block.

@@ -91,4 +91,15 @@ inline std::string why_not(const AttentionParams& p, int max_head_dim) {
     return "";
 }
 
+// Why there is no place to add up gQ in; empty if there is one. Four numbers are added at a time.
+inline std::string why_no_sums(const AttentionParams& p) {
+    if (!p.grad_q_sums.data || !p.sbar_sums.data)
+        return "grad_q_sums and sbar_sums must be there, full of zeros";
+    const auto start = reinterpret_cast<std::uintptr_t>(p.grad_q_sums.data);
+    if (start % 16 != 0 || p.grad_q_sums.batch_stride % 4 != 0 ||
+        p.grad_q_sums.head_stride % 4 != 0)
+        return "the heads of grad_q_sums must start at multiples of 16 bytes";
+    return "";
+}
+
 }  // namespace jvp_attn::sm90

@@ -124,6 +124,22 @@ DEVICE void mbarrier_wait(SharedAddress barrier, int phase) {
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------
+// Sums in global memory. Other threads may add to the same place meanwhile; which comes first is
+// not known, and so neither is the last bit of a sum.
+
+// (PTX: red)
+DEVICE void global_add(float* address, float x) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
+}
+
+// Four successive sums; the address is a multiple of 16 bytes. (PTX: red)
+DEVICE void global_add4(float* address, const float (&x)[4]) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                 "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------
 // The bulk copy engine
 
 // Loads a box of a map at these coordinates into the panel at `target`, a multiple of 1024: row i

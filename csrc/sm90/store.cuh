@@ -32,6 +32,14 @@ struct Stage {
         }
     }
 
+    template <class Element>
+    DEVICE void put(const Packed<Element, Columns>& rows) const {
+        const int lane = opaque(lane_index());
+#pragma unroll
+        for (int step = 0; step < Columns / 16; ++step)
+            store_matrices(place(lane, step), rows.fragment(step));
+    }
+
     // Subtracts from `rows` what lies here, each row times a factor.
     template <class Element>
     DEVICE void subtract_from(Accumulator<Columns>& rows, const float (&factor)[2]) const {

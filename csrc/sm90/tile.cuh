@@ -35,6 +35,9 @@ struct Tile {
 
     SharedAddress base;
 
+    // 64 of the columns.
+    DEVICE Tile<Rows, kPanelColumns> panel(int i) const { return {base + i * kPanelBytes}; }
+
     DEVICE SharedAddress chunk(int row, int chunk) const {
         return base + chunk / 8 * kPanelBytes + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * 16;
     }
@@ -72,6 +75,14 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
 #pragma unroll
     for (int step = 0; step < K / 16; ++step)
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step), true);
+}
+
+// c = Aᵀ B, where A has 64 columns.
+template <class Element, int K, int D>
+DEVICE void multiply_left_transposed(Accumulator<D>& c, const Tile<K, 64>& a, const Tile<K, D>& b) {
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step)
+        wgmma<Element, Major::result, Major::result>(c.value, a.rows(step), b.rows(step), step > 0);
 }
 
 }  // namespace jvp_attn::sm90

@@ -11,7 +11,8 @@
 #include "sm90/machine_sm90.cuh"
 
 // The registers of an accumulator of N columns, as the instruction lists them ...
-#define JVP_ATTN_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define JVP_ATTN_REGISTERS_8 "%0, %1, %2, %3"
+#define JVP_ATTN_REGISTERS_16 JVP_ATTN_REGISTERS_8 ", %4, %5, %6, %7"
 #define JVP_ATTN_REGISTERS_32 JVP_ATTN_REGISTERS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define JVP_ATTN_REGISTERS_48 JVP_ATTN_REGISTERS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JVP_ATTN_REGISTERS_64 JVP_ATTN_REGISTERS_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -35,7 +36,8 @@
 #define JVP_ATTN_OUTPUTS(BLOCK)                                                            \
     "+f"(accumulator[BLOCK][0]), "+f"(accumulator[BLOCK][1]), "+f"(accumulator[BLOCK][2]), \
         "+f"(accumulator[BLOCK][3])
-#define JVP_ATTN_OUTPUTS_16 JVP_ATTN_OUTPUTS(0), JVP_ATTN_OUTPUTS(1)
+#define JVP_ATTN_OUTPUTS_8 JVP_ATTN_OUTPUTS(0)
+#define JVP_ATTN_OUTPUTS_16 JVP_ATTN_OUTPUTS_8, JVP_ATTN_OUTPUTS(1)
 #define JVP_ATTN_OUTPUTS_32 JVP_ATTN_OUTPUTS_16, JVP_ATTN_OUTPUTS(2), JVP_ATTN_OUTPUTS(3)
 #define JVP_ATTN_OUTPUTS_48 JVP_ATTN_OUTPUTS_32, JVP_ATTN_OUTPUTS(4), JVP_ATTN_OUTPUTS(5)
 #define JVP_ATTN_OUTPUTS_64 JVP_ATTN_OUTPUTS_48, JVP_ATTN_OUTPUTS(6), JVP_ATTN_OUTPUTS(7)
@@ -96,6 +98,7 @@
 
 namespace jvp_attn {
 
+JVP_ATTN_WGMMA(8, 4, 5, 6, 7, 8, 9, 10)
 JVP_ATTN_WGMMA(48, 24, 25, 26, 27, 28, 29, 30)
 JVP_ATTN_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
 JVP_ATTN_WGMMA(80, 40, 41, 42, 43, 44, 45, 46)

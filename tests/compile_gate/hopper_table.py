@@ -19,6 +19,7 @@ BETWEEN_MARKERS = re.compile(r"(?<=hopper_table.py -->\n).*(?=<!-- end -->\n)", 
 
 HOPPER = [x for x in KERNELS.values() if x.arch == "sm90" and x.element == "bf16"]
 PANEL_COLUMNS = 64
+COLUMNS_OF_A_SUM = 8  # the fewest that a product has
 BYTES_A_CYCLE = 128  # that shared memory moves
 MULTIPLY_ADDS_A_CYCLE = 2048  # of 2-byte elements, on a multiprocessor
 
@@ -34,6 +35,8 @@ class Schedule:
         streamed: tiles that arrive for it; the others stay.
         kept: 16-byte accesses of each thread to what it keeps in shared memory for itself.
         handed_over: matrices of float32 scores that a warpgroup writes and another reads.
+        shared: products whose left factor, rounded scores, goes from all warpgroups to all through
+            shared memory; with the sums of its rows. Each has 64 rows and 64 columns of the result.
     """
 
     scores: int
@@ -41,6 +44,7 @@ class Schedule:
     streamed: int
     kept: int = 0
     handed_over: int = 0
+    shared: int = 0
 
 
 SCHEDULES = {
@@ -48,6 +52,7 @@ SCHEDULES = {
     "forward_tangent": Schedule(3, 3, 4),
     "forward_query_tangent": Schedule(2, 2, 2),
     "tangent_given_forward": Schedule(3, 2, 4),
+    "backward": Schedule(2, 2, 2, shared=1),
     "backward_dq": Schedule(2, 1, 2, kept=4),
     "backward_dkv": Schedule(2, 2, 2),
     "tangent_backward_dq": Schedule(6, 3, 4, kept=8),
@@ -58,24 +63,35 @@ SCHEDULES = {
 def tensor_core_cycles(kernel: KernelEntry) -> int:
     """For all the products of a tile."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
-    products = schedule.scores + schedule.results
-    return products * rows * keys * head_dim_of(kernel) // MULTIPLY_ADDS_A_CYCLE
+    columns = (schedule.scores + schedule.results) * head_dim_of(kernel)
+    columns += schedule.shared * (panels_of(kernel) * PANEL_COLUMNS + COLUMNS_OF_A_SUM)
+    return columns * rows * keys // MULTIPLY_ADDS_A_CYCLE
 
 
 def shared_memory_cycles(kernel: KernelEntry) -> int:
     """For factors, tiles that arrive, and what threads keep there or hand over."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
     row_bytes = 2 * head_dim_of(kernel)
-    in_panels = -(-row_bytes // (2 * PANEL_COLUMNS)) * 2 * PANEL_COLUMNS
+    in_panels = panels_of(kernel) * 2 * PANEL_COLUMNS
     # Each warpgroup has 64 rows, or 64 keys, and reads all of the tile that streams by.
-    stays, streams = (keys, rows) if "dkv" in kernel.step else (rows, keys)
+    keys_stay = "dkv" in kernel.step or kernel.step == "backward"
+    stays, streams = (keys, rows) if keys_stay else (rows, keys)
     warpgroups = stays // 64
     left, right = stays * row_bytes, warpgroups * streams * row_bytes
     moved = schedule.scores * (left + right) + schedule.results * right
     moved += schedule.streamed * streams * in_panels
     moved += schedule.kept * 16 * 128 * warpgroups
     moved += schedule.handed_over * 2 * 4 * rows * keys
+    # Written; read by each warpgroup for its product, and once more for the sums; right factors.
+    scores = 2 * keys * (rows + warpgroups * 64 + rows)
+    moved += schedule.shared * (scores + 2 * keys * warpgroups * PANEL_COLUMNS)
+    moved += schedule.shared * 2 * keys * rows // 64 * COLUMNS_OF_A_SUM
     return moved // BYTES_A_CYCLE
+
+
+def panels_of(kernel: KernelEntry) -> int:
+    """Of 64 columns each."""
+    return -(-head_dim_of(kernel) // PANEL_COLUMNS)
 
 
 def tile_of(kernel: KernelEntry) -> tuple[int, int]:

@@ -75,6 +75,14 @@ void mbarrier_wait(SharedAddress barrier, int phase,
 void fence_proxy_async();
 
 // ---------------------------------------------------------------------------------------------
+// Sums in global memory
+
+void global_add(float* address, float x, emulator::Place where = emulator::Place::current());
+
+void global_add4(float* address, const float (&x)[4],
+                 emulator::Place where = emulator::Place::current());
+
+// ---------------------------------------------------------------------------------------------
 // The bulk copy engine
 
 void load_box(SharedAddress target, const TensorMap& map, SharedAddress barrier, int column,

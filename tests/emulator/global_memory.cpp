@@ -76,27 +76,45 @@ void GlobalMemory::complain(const Actor& actor, const std::string& access, std::
 void GlobalMemory::check_read(const Actor& actor, const void* address, std::size_t bytes,
                               std::size_t alignment) const {
     check_alignment(actor, address, alignment);
-    if (bytes > 0 && !buffers_.empty() && !find(number_of(address), bytes, false))
-        complain(actor, "reads", number_of(address), bytes);
+    if (bytes == 0 || buffers_.empty()) return;
+    const std::uintptr_t start = number_of(address);
+    if (!find(start, bytes, false)) complain(actor, "reads", start, bytes);
+    const Buffer* buffer = find(start, bytes, true);
+    if (!buffer) return;
+    const std::vector<Writer>& writers = writers_[buffer - buffers_.data()];
+    const std::size_t offset = start - buffer->start;
+    for (std::size_t i = offset / kGrain; i < (offset + bytes + kGrain - 1) / kGrain; ++i)
+        if (writers[i] == kAdders)
+            fail(actor, "reads byte " + std::to_string(i * kGrain) + " of " + buffer->name +
+                            ", which threads add to in this launch");
 }
 
 void GlobalMemory::check_write(const Actor& actor, const void* address, std::size_t bytes) {
+    mark(actor, address, bytes, static_cast<Writer>(current.block) << 32 | (actor.thread + 1));
+}
+
+void GlobalMemory::check_add(const Actor& actor, const void* address, std::size_t bytes) {
+    mark(actor, address, bytes, kAdders);
+}
+
+void GlobalMemory::mark(const Actor& actor, const void* address, std::size_t bytes, Writer self) {
     check_alignment(actor, address, bytes);
     if (buffers_.empty()) return;
     const std::uintptr_t start = number_of(address);
     const Buffer* buffer = find(start, bytes, true);
     if (!buffer) complain(actor, "writes", start, bytes);
 
-    const uint64_t self = static_cast<uint64_t>(current.block) << 32 | (actor.thread + 1);
-    Writers& writers = writers_[buffer - buffers_.data()];
+    std::vector<Writer>& writers = writers_[buffer - buffers_.data()];
     const std::size_t offset = start - buffer->start;
     for (std::size_t i = offset / kGrain; i < (offset + bytes + kGrain - 1) / kGrain; ++i) {
-        const uint64_t writer = writers[i];
+        const Writer writer = writers[i];
         if (writer != 0 && writer != self)
             fail(actor, "writes byte " + std::to_string(i * kGrain) + " of " + buffer->name +
-                            ", which thread " + std::to_string((writer & 0xffffffff) - 1) +
-                            " of block " + std::to_string(writer >> 32) +
-                            " has written in this launch");
+                            (writer == kAdders
+                                 ? ", which threads add to in this launch"
+                                 : ", which thread " + std::to_string((writer & 0xffffffff) - 1) +
+                                       " of block " + std::to_string(writer >> 32) +
+                                       " has written in this launch"));
         writers[i] = self;
     }
 }

@@ -34,16 +34,22 @@ public:
     // depend on which is the last.
     void check_write(const Actor& actor, const void* address, std::size_t bytes);
 
+    // Any number of threads may add to the same place, if none of them, nor any other, writes or
+    // reads it in that launch.
+    void check_add(const Actor& actor, const void* address, std::size_t bytes);
+
 private:
+    // Per two bytes of a buffer, who wrote them in this launch: a block and a thread, 0 for nobody.
+    using Writer = uint64_t;
+    static constexpr Writer kAdders = ~Writer{0};  // those who added to them
+
+    void mark(const Actor& actor, const void* address, std::size_t bytes, Writer self);
     const Buffer* find(std::uintptr_t start, std::size_t bytes, bool to_write) const;
     [[noreturn]] void complain(const Actor& actor, const std::string& access, std::uintptr_t start,
                                std::size_t bytes) const;
 
-    // Per two bytes of a buffer, who wrote them in this launch: a block and a thread, 0 for nobody.
-    using Writers = std::vector<uint64_t>;
-
     std::vector<Buffer> buffers_;
-    std::vector<Writers> writers_;  // of each buffer
+    std::vector<std::vector<Writer>> writers_;  // of each buffer
 };
 
 }  // namespace jvp_attn::emulator

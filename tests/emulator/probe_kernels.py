@@ -98,8 +98,8 @@ def run_tile_products(
     v: NDArray[np.float32],
     *,
     seed: int = 0,
-) -> tuple[NDArray, NDArray, NDArray]:
-    """What the kernel of probes/tile_products.h with a fault leaves in out, tout and lse."""
+) -> dict[str, NDArray]:
+    """What the kernel of probes/tile_products.h with a fault leaves in its outputs, by name."""
     machine = load()
     inputs = {name: bfloat16_of(x) for name, x in {"q": q, "k": k, "v": v}.items()}
     batch, rows_of_q, _ = q.shape
@@ -108,17 +108,19 @@ def run_tile_products(
         "out": sums[0],
         "tout": sums[1],
         "lse": np.full((batch, 2 * rows_of_q), np.nan, np.float32),
+        "mu": aligned(np.zeros((batch, 128), np.float32)),
+        "delta": np.zeros((batch, 64), np.float32),
     }
     params = machine.AttentionParams()
     params.batch, params.heads, params.heads_k = batch, 1, 1
     params.seqlen_q, params.seqlen_k = rows_of_q, k.shape[1]
     params.head_dim, params.head_dim_v = q.shape[2], v.shape[2]
     for name, x in (inputs | outputs).items():
-        if name == "lse":
-            params.lse = machine.RowVector(x.ctypes.data, 0, 0)
+        if x.ndim == 2:
+            setattr(params, name, machine.RowVector(x.ctypes.data, 0, 0))
         else:
             of_batch, of_row = (stride // x.itemsize for stride in x.strides[:2])
             setattr(params, name, machine.Tensor(x.ctypes.data, of_batch, of_row, of_row))
     with emulator.launching(machine, seed=seed, inputs=inputs, outputs=outputs):
         machine.launch(f"sm90_{fault}", params, 0)
-    return outputs["out"], outputs["tout"], outputs["lse"]
+    return outputs

@@ -94,6 +94,14 @@ constexpr Collective kWgmmaWait = {"wgmma_wait", false, do_nothing};
 
 constexpr int kMatrixRowBytes = 16;
 
+void add(const char* instruction, float* address, std::span<const float> x, const Place& where) {
+    const Actor actor = self(instruction, where);
+    machine.count_step(actor);
+    for (const float& number : x) check_not_in_flight(number, instruction, where);
+    machine.global.check_add(actor, address, x.size_bytes());
+    for (std::size_t i = 0; i < x.size(); ++i) address[i] += x[i];
+}
+
 void arrive(const Actor& actor, SharedAddress address, int bytes) {
     Mbarrier& barrier = machine.mbarriers.at(actor, address, machine.shared);
     if (barrier.arrive(actor, bytes, machine.order)) machine.wake(barrier);
@@ -148,6 +156,14 @@ void mbarrier_wait(SharedAddress address, int phase, Place where) {
     while (!barrier.has_ended(phase)) machine.wait_for(barrier, actor);
     barrier.note_wait();
     machine.order.acquire(current.thread, barrier.released());
+}
+
+void global_add(float* address, float x, Place where) {
+    add("global_add", address, {&x, 1}, where);
+}
+
+void global_add4(float* address, const float (&x)[4], Place where) {
+    add("global_add4", address, x, where);
 }
 
 void fence_proxy_async() { machine.order.fence(current.thread); }

@@ -87,6 +87,25 @@ REPORTS = {
         "claim_registers",
         r"(232|240) registers, but warp \d+ of the warpgroup has asked for (232|240)",
     ),
+    "stored_instead_of_added": (
+        "global_store",
+        r"writes byte \d+ of delta, which thread \d+ of block \d has written in this launch",
+    ),
+    "stored_where_others_add": (
+        "global_(store|add)",
+        r"writes byte \d+ of delta, which (threads add to|thread \d+ of block \d has written) "
+        "in this launch",
+    ),
+    "read_where_others_add": (
+        "global_load",
+        r"reads byte \d+ of delta, which threads add to in this launch",
+    ),
+    "added_beyond_the_end": (
+        "global_add4",
+        "writes 16 bytes of global memory outside of every buffer: the nearest, mu, has 1024 bytes",
+    ),
+    "misaligned_sums": ("global_add4", "the global address is 8 bytes past a multiple of 16"),
+    "sums_in_flight": ("global_add4", "its operand comes from an accumulator that a wgmma still"),
 }
 DEADLOCKS = {
     "named_barrier_of_more": (
@@ -120,19 +139,23 @@ def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(whole_numbers(BATCH, *shape, seed=i) for i, shape in enumerate((q, k, v)))
 
 
-def run(fault: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def run(fault: str, seed: int) -> dict[str, np.ndarray]:
     return run_tile_products(fault, *matrices(), seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_correct_kernel_passes_in_every_order(seed: int) -> None:
     q, k, v = matrices()
-    from_registers, from_shared, key_sums = run("none", seed)
+    found = run("none", seed)
     expected = (q @ k.transpose(0, 2, 1)) @ v
-    np.testing.assert_array_equal(from_registers, expected)
-    np.testing.assert_array_equal(from_shared, expected)
+    np.testing.assert_array_equal(found["out"], expected)
+    np.testing.assert_array_equal(found["tout"], expected)
     first_elements = k[..., 0].reshape(BATCH, KEYS // 64, 64).sum(1)
-    np.testing.assert_array_equal(key_sums, np.tile(first_elements, (1, 4)))
+    np.testing.assert_array_equal(found["lse"], np.tile(first_elements, (1, 4)))
+    np.testing.assert_array_equal(found["delta"], 4 * first_elements)
+    # Of 8 warps lane 4g + t has the rows g and g + 8, and of each the columns 2t and 2t + 1.
+    of_lanes = expected[..., :8].reshape(BATCH, 8, 2, 8, 4, 2).sum(1).transpose(0, 2, 3, 1, 4)
+    np.testing.assert_array_equal(found["mu"], of_lanes.reshape(BATCH, 128))
 
 
 @pytest.mark.parametrize("fault", REPORTS)
@@ -158,10 +181,10 @@ def test_wrong_bytes_are_reported_or_make_wrong_results(fault: str) -> None:
     expected = (q @ k.transpose(0, 2, 1)) @ v
     for seed in SEEDS:
         try:
-            from_registers, _, _ = run(fault, seed)
+            found = run(fault, seed)
         except RuntimeError:
             continue
-        assert not np.array_equal(from_registers, expected)
+        assert not np.array_equal(found["out"], expected)
 
 
 def test_every_fault_is_tried() -> None:
@@ -171,8 +194,8 @@ def test_every_fault_is_tried() -> None:
 
 
 def test_a_launch_that_failed_leaves_nothing_behind() -> None:
-    expected, _, _ = run("none", 0)
+    expected = run("none", 0)["out"]
     for fault in ("missing_proxy_fence", "expects_too_much", "missing_wgmma_wait"):
         with pytest.raises(RuntimeError):
             run(fault, 0)
-        np.testing.assert_array_equal(run("none", 0)[0], expected)
+        np.testing.assert_array_equal(run("none", 0)["out"], expected)

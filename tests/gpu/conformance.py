@@ -25,6 +25,7 @@ ROOT = HERE.parents[1]
 
 Array = np.ndarray[Any, Any]
 RANDOM = np.random.default_rng(0)
+BEFORE = 77  # each byte of an answer, before there is one
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,8 @@ def inputs_of(probe: Probe) -> dict[str, Array]:
 
 def answer_of_the_emulator(machine: ModuleType, probe: Probe) -> Array:
     """What the kernel does in the emulator."""
-    inputs, answer = inputs_of(probe), aligned(np.full_like(probe.expected, 77))
+    answer = aligned(np.full(probe.expected.nbytes, BEFORE, np.uint8).view(probe.expected.dtype))
+    inputs, answer = inputs_of(probe), answer.reshape(probe.expected.shape)
     with emulator.launching(machine, seed=1, inputs=inputs, outputs={"answer": answer}):
         params = params_of(
             machine, probe, lambda name: inputs[name].ctypes.data, answer.ctypes.data
@@ -274,7 +276,7 @@ def answer_of_the_gpu(machine: ModuleType, probe: Probe) -> Array:
         name: torch.from_numpy(x.ravel().view(np.uint8)).cuda()
         for name, x in inputs_of(probe).items()
     }
-    answer = torch.full((probe.expected.nbytes,), 77, dtype=torch.uint8, device="cuda")
+    answer = torch.full((probe.expected.nbytes,), BEFORE, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
     params = params_of(machine, probe, lambda name: inputs[name].data_ptr(), answer.data_ptr())
     machine.launch(probe.kernel, params, stream)

@@ -123,6 +123,22 @@ struct ReverseByMbarriers : Reverse {
 };
 
 // ---------------------------------------------------------------------------------------------
+// Sums in global memory
+
+// Each of 8 x 128 numbers is added to one of 128, four at a time by a thread; and the first of each
+// four to one of 32 more.
+struct AddToGlobal : Threads<256> {
+    DEVICE static void run(const Params& params) {
+        const int lane = thread_index() % 32;
+        const auto four = global_load(input<Words4>(params) + thread_index());
+        float x[4];
+        memcpy(x, &four, sizeof x);
+        global_add4(output<float>(params) + 4 * lane, x);
+        global_add(output<float>(params) + 128 + lane, x[0]);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
 // The bulk copy engine
 
 // For each of seqlen_k boxes of q, that start at the (column, row, head, batch) in seqused_k: the

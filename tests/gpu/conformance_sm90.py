@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from conformance import RANDOM, ROOT, Array, Probe, bits_of, random_bytes, values_of
+from conformance import BEFORE, RANDOM, ROOT, Array, Probe, bits_of, random_bytes, values_of
 
 BOX_ROWS = 24
 BOX_COLUMNS = 64
@@ -36,6 +36,16 @@ def reverse_by_mbarriers() -> Probe:
     x = RANDOM.standard_normal(64).astype(np.float32)
     times = np.arange(1, 4, dtype=np.float32)[:, None]
     return Probe("reverse_by_mbarriers", x, times * x[::-1])
+
+
+def add_to_global() -> Probe:
+    """To what there is: a large number, and like those added a multiple of 16, so that no sum on
+    the way is rounded.
+    """
+    x = 16 * RANDOM.integers(-1000, 1001, (8, 128)).astype(np.float32)
+    before = np.full(4, BEFORE, np.uint8).view(np.float32)
+    sums = np.concatenate([x.sum(0), x[:, ::4].sum(0)])
+    return Probe("add_to_global", x, before + sums)
 
 
 def load_boxes() -> Probe:
@@ -92,6 +102,6 @@ def names_of_products() -> list[str]:
 PROBES = [
     *(identities(), share_registers()),
     *(reverse_in_warp(), reverse_by_named_barriers(), reverse_by_mbarriers()),
-    *(load_boxes(), store_matrices()),
+    *(add_to_global(), load_boxes(), store_matrices()),
     *(product(name) for name in names_of_products()),
 ]

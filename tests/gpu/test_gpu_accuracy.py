@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from kinds_of_data import Kind, over_data, plain
 from machines import Machine, assert_accurate, outputs, outputs_and_gradients
 from torch import Tensor
 from torch.func import grad, jvp
+
+from jvp_attn import flash_attn_jvp
 
 over_dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
@@ -52,6 +55,19 @@ def test_out_and_lse_and_gradients_through_them(
 ) -> None:
     case = case_of(machine, 2000, 2300, head_dim, causal=causal, dtype=dtype, with_tangent="")
     check_outputs_and_gradients(machine, case)
+
+
+@over_masks
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
+@over_data
+def test_gradients_by_sums_in_any_order(
+    machine: Machine, kind: Kind, head_dim: int, causal: bool
+) -> None:
+    case = case_of(machine, 2000, 2300, head_dim, dtype=torch.bfloat16, with_tangent="")
+    case = replace(case, causal=causal)
+    data, cotangents = kind(machine.data(case)), machine.cotangents(case)
+    ours = partial(flash_attn_jvp, causal=causal, deterministic=False, return_lse=True)
+    assert_accurate(outputs_and_gradients(ours, data, cotangents), case, data, cotangents)
 
 
 @over_dtypes

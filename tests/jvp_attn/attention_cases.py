@@ -262,6 +262,12 @@ def relative_error(actual: Tensor, expected: Tensor, least: float = 0.01) -> flo
     return float(difference) / max(float(expected[~infinite].norm()), least)
 
 
+def assert_exact_to_two_roundings(ours: Named, exact: Named) -> None:
+    """In bfloat16, as kernels round P and the like to the dtype once, and the results once more."""
+    errors = {name: relative_error(x, exact[name]) for name, x in ours.items()}
+    assert all(error <= torch.finfo(torch.bfloat16).eps for error in errors.values()), errors
+
+
 def named(tree: Any) -> dict[str, Tensor]:
     """The tensors in nested tuples, by their place; there may be None among them."""
     places = tree_flatten_with_path(tree)[0]

@@ -19,6 +19,7 @@ from torch.utils._pytree import KeyPath, keystr, tree_map_only, tree_map_with_pa
 import jvp_attn
 from jvp_attn import backends
 from jvp_attn.cuda import KernelMaps, ShapesOnly
+from jvp_attn.kernel_choice import MIN_CAPABILITY
 from jvp_attn.maps import Inputs
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -62,14 +63,15 @@ def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _emulated_kernels() -> InHalfPrecision:
-    return InHalfPrecision(KernelMaps(emulator.load(), lambda device: nullcontext(0)))
-
-
 @contextmanager
-def emulated_backend() -> Iterator[None]:
-    """Compute attention with it inside the block."""
-    emulated = backends._Backend(_emulated_kernels, without_data=InHalfPrecision(ShapesOnly()))
+def emulated_backend(capability: tuple[int, int] = MIN_CAPABILITY) -> Iterator[None]:
+    """Compute attention with it inside the block, as on a device of this compute capability."""
+
+    def kernels() -> InHalfPrecision:
+        machine = emulator.load()
+        return InHalfPrecision(KernelMaps(machine, lambda _: nullcontext(0), lambda _: capability))
+
+    emulated = backends._Backend(kernels, without_data=InHalfPrecision(ShapesOnly()))
     with (
         mock.patch.dict(backends._BACKENDS, {"emulated": emulated}),
         jvp_attn.backend("emulated"),

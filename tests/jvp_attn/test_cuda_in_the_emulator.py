@@ -12,11 +12,11 @@ from attention_cases import (
     Case,
     Named,
     assert_close,
+    assert_exact_to_two_roundings,
     named,
     outputs_and_gradients,
     part,
     projection,
-    relative_error,
     with_tangents,
     without_tangents,
 )
@@ -52,12 +52,6 @@ def ours_and_exact(
         outputs_and_gradients(f, x, evaluate=evaluate, through=projection(dtype=BF16))
         for f, x in ((case.ours, data), (case.naive, in_dtype(data, torch.float64)))
     ]
-
-
-def assert_exact_to_two_roundings(ours: Named, exact: Named) -> None:
-    """The kernels round P and the like to the dtype once, and the results once more."""
-    errors = {name: relative_error(x, exact[name]) for name, x in ours.items()}
-    assert all(error <= torch.finfo(BF16).eps for error in errors.values()), errors
 
 
 @pytest.mark.usefixtures("only_kernels")

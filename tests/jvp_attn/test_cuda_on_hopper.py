@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from attention_cases import Case
 from kernel_recorder import Recorder
+from map_calls import MapCall, call_of
+from packed_cases import PackedCase
 from torch import Tensor
 
 from jvp_attn.cuda import KernelMaps
@@ -138,6 +144,121 @@ def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
     fields = recorder.fields
     assert (fields["total_q"], fields["total_k"]) == (30, 50)
     assert (fields["seqlen_q"], fields["seqlen_k"]) == (20, 40)
+
+
+# ----------------------------------------------------------------------------
+# The backward whose sums may come in an order that varies
+
+ONE_PASS = ["preprocess_bf16", "backward_bf16_d64_sm90", "finish_grad_q_bf16"]
+TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d64_sm90", "backward_dkv_bf16_d64_sm90"]
+ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d64", "backward_dkv_bf16_d64"]
+
+
+def backward_call(head_dim: int = 64, *, deterministic: bool = False, **changes: Any) -> MapCall:
+    case = Case(head_dim=head_dim, head_dim_v=head_dim, dtype=torch.bfloat16, **changes)
+    call = call_of(case)
+    return replace(call, options=replace(call.options, deterministic=deterministic))
+
+
+def launched_backward(
+    call: MapCall,
+    capability: tuple[int, int] = (9, 0),
+    names: Collection[str] = tuple(KERNELS),
+) -> list[str]:
+    recorder = Recorder(names)
+    call.backward(KernelMaps(recorder, recorder.stream_of, lambda device: capability))
+    return recorder.names
+
+
+def test_the_backward_is_deterministic_unless_it_need_not_be() -> None:
+    assert launched_backward(backward_call(deterministic=True)) == TWO_KERNELS
+    assert launched_backward(backward_call(deterministic=False)) == ONE_PASS
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_on_other_devices_it_is_deterministic_anyhow(capability: tuple[int, int]) -> None:
+    assert launched_backward(backward_call(), capability) == ON_OTHER_DEVICES
+
+
+@pytest.mark.parametrize("missing", ["backward_bf16_d64_sm90", "finish_grad_q_bf16"])
+def test_a_build_without_the_sums_does_without_them(missing: str) -> None:
+    names = [name for name in KERNELS if name != missing]
+    assert launched_backward(backward_call(), names=names) == TWO_KERNELS
+
+
+def test_a_program_that_asks_torch_for_determinism_gets_it() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launched_backward(backward_call()) == TWO_KERNELS
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_the_gradient_of_the_queries_there_is_nothing_to_sum() -> None:
+    needs = (False, True, True, False)
+    assert launched_backward(replace(backward_call(), needs=2 * needs)) == TWO_KERNELS
+
+
+def test_what_kernels_for_hopper_do_not_serve_is_deterministic_anyhow() -> None:
+    masked = [name if "preprocess" in name else f"{name}_masked" for name in ON_OTHER_DEVICES]
+    assert launched_backward(backward_call(mask="boolean")) == masked
+    expanded = tensor((1, 1, 1, 64)).expand(backward_call().cotangents.out.shape)
+    call = backward_call().changed("cotangents", out=expanded)
+    assert launched_backward(call) == ON_OTHER_DEVICES
+    dq_and_dkv = ["preprocess_bf16", "backward_dq_bf16_d256", "backward_dkv_bf16_d256"]
+    assert launched_backward(backward_call(256)) == dq_and_dkv
+
+
+def test_the_backward_through_a_tangent_does_not_change() -> None:
+    recorder = Recorder()
+    maps = KernelMaps(recorder, recorder.stream_of, lambda device: (9, 0))
+    backward_call().tangent_backward(maps)
+    assert recorder.names == [
+        "preprocess_bf16",
+        "tangent_backward_dq_bf16_d64_sm90",
+        "tangent_backward_dkv_bf16_d64_sm90",
+    ]
+
+
+class LooksAtSums(Recorder):
+    """Keeps the strides of the sums that a kernel is to add to, and sees that all are 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: dict[str, tuple[int, ...]] = {}
+
+    def launch(self, name: str, params: Any, stream: int) -> None:
+        super().launch(name, params, stream)
+        if not name.startswith("backward"):
+            return
+        for place in ("grad_q_sums", "sbar_sums"):
+            address, *strides = self.fields[place]
+            of_batch, of_head = self.strides[place] = tuple(strides)
+            count = self.fields["batch"] * of_batch or self.fields["heads"] * of_head
+            assert not any((ctypes.c_float * count).from_address(address))
+
+
+def strides_of_sums(call: MapCall) -> dict[str, tuple[int, ...]]:
+    recorder = LooksAtSums()
+    call.backward(KernelMaps(recorder, recorder.stream_of, lambda device: (9, 0)))
+    return recorder.strides
+
+
+@pytest.mark.parametrize(("seqlen", "rows"), [(1, 128), (128, 128), (129, 256)])
+@pytest.mark.parametrize("head_dim", [8, 72])
+def test_there_are_zeros_for_whole_tiles_of_sums(seqlen: int, rows: int, head_dim: int) -> None:
+    assert strides_of_sums(backward_call(head_dim, seqlen_q=seqlen, heads=4)) == {
+        "grad_q_sums": (4 * rows * head_dim, rows * head_dim),
+        "sbar_sums": (4 * rows, rows),
+    }
+
+
+def test_each_packed_sequence_has_whole_tiles_of_sums() -> None:
+    # 203 rows and three sequences, each of which begins at another multiple of 128.
+    dims = {"head_dim": 64, "head_dim_v": 64, "dtype": torch.bfloat16}
+    call = call_of(PackedCase((130, 0, 70), (9, 5, 7), beyond=3, **dims))
+    call = replace(call, options=replace(call.options, deterministic=False))
+    assert strides_of_sums(call) == {"grad_q_sums": (0, 512 * 64), "sbar_sums": (0, 512)}
 
 
 # ----------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def sparse_call(case: Case | PackedCase, backend: str) -> MapCall:
     return replace(
         call.changed("outputs", out_residual=None, tout_residual=None),
         cotangents=Cotangents(lse=call.cotangents.lse),
+        options=replace(call.options, deterministic=False),
         needs=(False, True, False, False, True, False, False, False),
     )
 
@@ -191,7 +192,7 @@ def arguments_of(call: MapCall) -> dict[str, tuple[Any, ...]]:
     options = call.options
     scalars = (
         *(options.softmax_scale, int(options.causal), options.backend, options.residuals),
-        options.max_seqlens,
+        *(options.max_seqlens, options.deterministic),
     )
     g_out, g_lse, *_ = call.cotangents
     moving = (*call.inputs, *call.tangents)

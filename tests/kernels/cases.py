@@ -58,6 +58,8 @@ _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
         "residuals": ("given", "absent"),
         "wanted": ("beta delta", "delta"),
     },
+    "backward": {"cotangents": ("out", "lse", "out lse")},
+    "finish_grad_q": {"cotangents": ("out", "lse", "out lse")},
     "backward_dq": {"cotangents": ("out", "lse", "out lse")},
     "backward_dkv": {"cotangents": ("out", "lse", "out lse")},
     "tangent_backward_dq": _TANGENTS

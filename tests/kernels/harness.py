@@ -9,6 +9,7 @@ from typing import Any
 import emulator
 import torch
 from buffers import Buffer, Layout, matrix_buffer
+from grad_q_sums import SUMS
 from reference import ROW_VECTORS, Problem
 from torch import Tensor
 
@@ -26,6 +27,8 @@ READS = {
     "forward_query_tangent": "q k v tq",
     "tangent_given_forward": "q k v tq tk tv out out_residual lse",
     "preprocess": "out out_residual tout tout_residual grad_out grad_tout grad_lse grad_mu",
+    "backward": "q k v grad_out lse delta",
+    "finish_grad_q": "k grad_lse grad_q_sums sbar_sums",
     "backward_dq": "q k v grad_out grad_lse lse delta",
     "backward_dkv": "q k v grad_out lse delta",
     "tangent_backward_dq": "q k v tq tk tv grad_out grad_tout grad_lse grad_mu lse mu beta delta",
@@ -37,6 +40,8 @@ WRITES = {
     "forward_query_tangent": "out out_residual lse tout tout_residual mu",
     "tangent_given_forward": "tout tout_residual mu",
     "preprocess": "beta delta",
+    "backward": "grad_k grad_v grad_q_sums sbar_sums",
+    "finish_grad_q": "grad_q",
     "backward_dq": "grad_q delta",
     "backward_dkv": "grad_k grad_v",
     "tangent_backward_dq": "grad_q grad_tq beta delta",
@@ -129,7 +134,7 @@ class Launch:
         batch, second, third = buffer.view.stride()[:3]
         if self._packed:
             batch = 0
-        if name in ROW_VECTORS:
+        if name in (*ROW_VECTORS, *SUMS):
             return self._machine.RowVector(buffer.address, batch, second)
         return self._machine.Tensor(buffer.address, batch, second, third)
 

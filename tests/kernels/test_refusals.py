@@ -11,8 +11,10 @@ from typing import Any
 
 import emulator
 import pytest
+import torch
 from buffers import Buffer
 from cases import FAMILIES, axes_of
+from grad_q_sums import SUMS
 from harness import READS, WRITES
 from reference import ROW_VECTORS
 from trial import Trial, trial
@@ -21,6 +23,7 @@ from jvp_attn.kernel_table import KERNELS
 
 # One of each family.
 HOPPER = [family.kernels[0].name for family in FAMILIES if family.arch == "sm90"]
+THAT_SUM = [name for name in HOPPER if KERNELS[name].step == "backward"]
 OF_QUERIES = [name for name in HOPPER if KERNELS[name].step == "forward_query_tangent"]
 
 Change = Callable[[Any], None]
@@ -45,11 +48,13 @@ def assert_refused(kernel: str, why: str, change: Change, attempt: Trial | None 
     """Of a launch whose parameters were changed."""
     attempt = attempt or trial_of(kernel)
     outputs = outputs_of(kernel, attempt)
+    before = {name: buffer.view.clone() for name, buffer in outputs.items()}
     launch = attempt.launch(outputs, tuple(outputs))
     change(launch.params)
     with pytest.raises(RuntimeError, match=f"kernel {kernel}: {why}"):
         launch.run(kernel)
-    assert all(buffer.view.isnan().all() for buffer in outputs.values())
+    for name, buffer in outputs.items():
+        torch.testing.assert_close(buffer.view, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 @over_kernels
@@ -106,7 +111,7 @@ def test_rows_beside_multiples_of_16_bytes(kernel: str, fault: str) -> None:
     given = {name: x for name, x in attempt.inputs.items() if name in READS[step].split()}
     given |= outputs_of(kernel, attempt)
     for name, buffer in given.items():
-        if name in ROW_VECTORS:
+        if name in (*ROW_VECTORS, *SUMS):
             continue
 
         def change(params: Any, name: str = name, buffer: Buffer = buffer) -> None:
@@ -125,12 +130,37 @@ def test_rows_beside_multiples_of_16_bytes(kernel: str, fault: str) -> None:
 @pytest.mark.parametrize("rows", [0, 2**30])
 def test_too_few_rows_and_too_many(kernel: str, rows: int) -> None:
     # Those that the kernel does not divide its work by.
-    name = "seqlen_q" if "dkv" in kernel else "seqlen_k"
+    of_keys = KERNELS[kernel].step in ("backward", "backward_dkv", "tangent_backward_dkv")
+    name = "seqlen_q" if of_keys else "seqlen_k"
 
     def change(params: Any) -> None:
         setattr(params, name, rows)
 
     assert_refused(kernel, f"a tensor has {rows} rows; it must have 1 to 1073741823$", change)
+
+
+@pytest.mark.parametrize("kernel", THAT_SUM)
+@pytest.mark.parametrize("name", SUMS)
+def test_no_place_for_the_sums_of_gq(kernel: str, name: str) -> None:
+    def change(params: Any) -> None:
+        setattr(params, name, emulator.load().RowVector(0, 0, 0))
+
+    assert_refused(kernel, "grad_q_sums and sbar_sums must be there, full of zeros$", change)
+
+
+@pytest.mark.parametrize("kernel", THAT_SUM)
+@pytest.mark.parametrize("fault", ["address", "batch", "head"])
+def test_sums_of_gq_beside_multiples_of_16_bytes(kernel: str, fault: str) -> None:
+    attempt = trial_of(kernel)
+
+    def change(params: Any) -> None:
+        sums = outputs_of(kernel, attempt)["grad_q_sums"]
+        place = {"address": sums.address, "batch": sums.view.stride(0), "head": sums.view.stride(1)}
+        place[fault] += 2
+        params.grad_q_sums = emulator.load().RowVector(*place.values())
+
+    why = "the heads of grad_q_sums must start at multiples of 16 bytes$"
+    assert_refused(kernel, why, change, attempt)
 
 
 @pytest.mark.parametrize("kernel", OF_QUERIES)

@@ -8,12 +8,21 @@ from zlib import crc32
 import torch
 from buffers import Buffer, buffer_of
 from cases import Case
+from grad_q_sums import SUMS, sums_of, zeros
 from harness import READS, WRITES, Launch, output_buffers, row_buffer_of
-from problems import data_of, dtype_of, huge, layouts_of, present_inputs, problem_of
-from reference import INPUTS, ROW_VECTORS, Problem, attention, never_seen
+from problems import (
+    data_of,
+    dtype_of,
+    huge,
+    layouts_of,
+    present_inputs,
+    problem_of,
+    random_of,
+)
+from reference import INPUTS, ROW_VECTORS, Problem, attention, never_seen, parts
 from torch import Tensor
 
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.kernel_table import KERNELS, kernel_name
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
@@ -41,16 +50,26 @@ class Trial:
     strict: bool
 
     def run(self, seed: int = 0) -> Tensors:
-        """The outputs of the case's kernel alone; all that it reads is exact."""
+        """The outputs of the case's kernel alone; all that it reads is exact.
+
+        Sums of gQ are seen through the kernel that finishes them.
+        """
         kernel = KERNELS[self.case["kernel"]]
+        kernels = [kernel.name]
         reads = [name for name in READS[kernel.step].split() if name not in INPUTS]
         if self.case.get("residuals") == "absent":
             reads = [name for name in reads if "residual" not in name]
-        given = {name: self._exact_buffer(name) for name in reads}
-        outputs = self.outputs_of([x for x in self._wanted(kernel.step) if x not in given])
+        given = {name: self._exact_buffer(name) for name in reads if name not in SUMS}
+        if SUMS[0] in reads:
+            given |= self._exact_sums()
+        wanted = self._wanted(kernel.step)
+        if SUMS[0] in wanted:
+            kernels.append(kernel_name("finish_grad_q", kernel.element))
+            wanted += WRITES["finish_grad_q"].split()
+        outputs = self.outputs_of([x for x in wanted if x not in given])
         outputs |= {n: x for n, x in given.items() if n in WRITES[kernel.step].split()}
-        self.launch(given | outputs, tuple(outputs)).run(kernel.name, seed=seed)
-        return {name: buffer.view for name, buffer in outputs.items()}
+        self.launch(given | outputs, tuple(outputs)).run(*kernels, seed=seed)
+        return {name: buffer.view for name, buffer in outputs.items() if name not in SUMS}
 
     def launch(self, buffers: dict[str, Buffer], outputs: tuple[str, ...]) -> Launch:
         """A launch of kernels on the inputs and on further buffers, some of them outputs."""
@@ -63,10 +82,12 @@ class Trial:
         )
 
     def outputs_of(self, names: list[str]) -> dict[str, Buffer]:
-        """Memory for outputs."""
-        shapes = {name: self._shape(name) for name in names}
-        layouts = layouts_of(self.case, [n for n in names if n not in ROW_VECTORS], expanded=False)
-        return output_buffers(shapes, dtype_of(self.case), layouts)
+        """Memory for outputs; sums of gQ are 0."""
+        shapes = {name: self._shape(name) for name in names if name not in SUMS}
+        layouts = layouts_of(self.case, [n for n in shapes if n not in ROW_VECTORS], expanded=False)
+        outputs = output_buffers(shapes, dtype_of(self.case), layouts)
+        sums = zeros(self.problem, self.shapes["q"])
+        return outputs | {name: sums[name] for name in names if name in SUMS}
 
     def _wanted(self, step: str) -> list[str]:
         names = self.case.get("wanted", WRITES[step]).split()
@@ -93,6 +114,29 @@ class Trial:
         (layout,) = layouts_of(self.case, [name], expanded=False).values()
         return buffer_of(rounded, layout)
 
+    def _exact_sums(self) -> dict[str, Buffer]:
+        """Those of an Sbar whose rows sum to more than they should: it is too large at k.
+
+        That is, at the mean of the first keys, up to 16 of them, that a row sees.
+        """
+        q, k = self.inputs["q"].view, self.inputs["k"].view
+        scale = self.problem.softmax_scale
+        products = self.exact["grad_q"] / (scale or 1)
+        totals = torch.zeros(self.shapes["grad_lse"], dtype=torch.float64)
+        if "grad_lse" in self.inputs:
+            totals += self.inputs["grad_lse"].view
+        excess = 0.01 * torch.randn(totals.shape, generator=random_of(self.case, "excess"))
+        group = q.shape[2] // k.shape[2]
+        for part in parts(self.problem, q, k):
+            visible = part.bias.isfinite()[..., :16].double()
+            count = visible.sum(-1, keepdim=True)
+            own = k[part.batch, part.keys][:16].double().transpose(0, 1)
+            mean = visible / count.clamp(min=1) @ own.repeat_interleave(group, 0)
+            more = excess[part.batch, :, part.queries] * (count[..., 0] > 0)
+            products[part.batch, part.queries] += (more[..., None] * mean).transpose(0, 1)
+            totals[part.batch, :, part.queries] += more
+        return sums_of(self.problem, products, totals)
+
     # ------------------------------------------------------------------------
     # Judgement
 
@@ -100,6 +144,8 @@ class Trial:
         """What is wrong with the outputs of kernels; nothing if they are right."""
         faults = []
         for name, actual in outputs.items():
+            if name in SUMS:
+                continue  # what is made of them is judged
             if name.endswith("_residual"):
                 faults += self._faults_of_residual(name, outputs)
             else:

@@ -54,6 +54,12 @@ std::vector<Kernel> broken_kernels() {
         FAULT(too_many_registers),
         FAULT(fewer_registers),
         FAULT(different_registers),
+        FAULT(stored_instead_of_added),
+        FAULT(stored_where_others_add),
+        FAULT(read_where_others_add),
+        FAULT(added_beyond_the_end),
+        FAULT(misaligned_sums),
+        FAULT(sums_in_flight),
     };
 }
 

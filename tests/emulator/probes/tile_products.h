@@ -5,9 +5,13 @@
 // multiply with V twice, from registers and by way of shared memory. Each thread also adds the
 // first elements of some keys, as a reader that is no product.
 //
+// Warps add up what they have of the first 8 columns of the product, lane by lane, in mu, and
+// threads their sums of the same keys in delta.
+//
 // params: q (batch, 128, 64), k (batch, keys, 64), v (batch, keys, 128), contiguous bfloat16; out
-// and tout (batch, 128, 128) float32; lse (batch, 256) float32; seqlen_k keys, a multiple of 64. A
-// block takes one of the batch, of as many as there are multiprocessors at most.
+// and tout (batch, 128, 128) float32; lse (batch, 256) float32; mu (batch, 128) and delta
+// (batch, 64) float32 zeros; seqlen_k keys, a multiple of 64. A block takes one of the batch, of as
+// many as there are multiprocessors at most.
 #pragma once
 
 #include "sm90/launch.cuh"
@@ -53,6 +57,12 @@ enum class Fault {
     too_many_registers,
     fewer_registers,
     different_registers,
+    stored_instead_of_added,
+    stored_where_others_add,
+    read_where_others_add,
+    added_beyond_the_end,
+    misaligned_sums,
+    sums_in_flight,
 };
 
 template <Fault kFault>
@@ -177,6 +187,7 @@ private:
 
             start_sums(from_registers, from_shared, weights, row, slot);
             wgmma_commit();
+            if (has(Fault::sums_in_flight)) add_up(p, from_registers, key_sum);
             if (has(Fault::accumulator_changed)) from_shared.value[3][1] += 1;
             if (has(Fault::factor_changed)) weights.word[1][2] = 0;
             if (has(Fault::released_too_early)) release(slot);
@@ -193,6 +204,25 @@ private:
         store(static_cast<float*>(p.out.data) + place * kValueDim, from_registers);
         store(static_cast<float*>(p.tout.data) + place * kValueDim, from_shared);
         global_store(p.lse.data + block_index() * 2 * kRows + 2 * row + thread, key_sum);
+        add_up(p, from_registers, key_sum);
+    }
+
+    DEVICE static void add_up(const AttentionParams& p, const Accumulator<kValueDim>& product,
+                              float key_sum) {
+        int first = block_index() * 128 + 4 * lane_index();
+        if (has(Fault::misaligned_sums)) first += 2;
+        if (has(Fault::added_beyond_the_end)) first += p.batch * 128;
+        global_add4(p.mu.data + first, product.value[0]);
+
+        float* const of_key = p.delta.data + block_index() * kKeys + thread_index() % kKeys;
+        const bool is_first = warpgroup_index() == 1 && thread_index() % 128 < kKeys;
+        if (has(Fault::stored_instead_of_added))
+            global_store(of_key, global_load(of_key) + key_sum);
+        else if (has(Fault::stored_where_others_add) && is_first)
+            global_store(of_key, key_sum);
+        else
+            global_add(of_key, key_sum);
+        if (has(Fault::read_where_others_add)) global_load(of_key);
     }
 
     DEVICE static void start_scores(Accumulator<kKeys>& scores, int row, int slot) {

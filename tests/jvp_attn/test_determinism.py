@@ -1,0 +1,135 @@
+"""deterministic=False reaches the backend, and the gradients are as exact as those with True."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from attention_cases import (
+    Case,
+    assert_exact_to_two_roundings,
+    outputs_and_gradients,
+    part,
+    projection,
+    without_tangents,
+)
+from emulated_backend import emulated_backend
+from kinds_of_data import Kind, in_dtype, over_data
+from packed_cases import PackedCase
+from torch import Tensor
+
+import jvp_attn
+from jvp_attn import backends, blockwise, results
+
+# ----------------------------------------------------------------------------
+# What the backend is told
+
+
+class Noting:
+    """The maps of the backend `blockwise`, which note whether they must be deterministic."""
+
+    def __init__(self) -> None:
+        self.noted: dict[str, bool] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        def noting(*arguments: Any) -> Any:
+            self.noted[name] = arguments[-1].deterministic
+            return getattr(blockwise, name)(*arguments)
+
+        return noting
+
+
+@contextmanager
+def noting_backend() -> Iterator[Noting]:
+    maps = Noting()
+    noting = backends._Backend(lambda: maps, without_data=results)
+    with mock.patch.dict(backends._BACKENDS, {"noting": noting}), jvp_attn.backend("noting"):
+        yield maps
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    starts = torch.tensor([0, q.shape[1]], dtype=torch.int32)
+    lengths = (q.shape[1], q.shape[1])
+    return jvp_attn.flash_attn_varlen_jvp(q[0], k[0], v[0], starts, starts, *lengths, **options)
+
+
+def with_tangent_of_q(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return jvp_attn.flash_attn_with_tangent(q, k, v, q.detach(), **options)[0]
+
+
+FUNCTIONS = {
+    "flash_attn_jvp": jvp_attn.flash_attn_jvp,
+    "flash_attn_varlen_jvp": packed,
+    "flash_attn_with_tangent": with_tangent_of_q,
+    "scaled_dot_product_attention": jvp_attn.scaled_dot_product_attention,
+}
+over_functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+
+
+def inputs() -> list[Tensor]:
+    return [torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3)]
+
+
+@over_functions
+def test_gradients_are_deterministic_unless_they_need_not_be(
+    function: Callable[..., Tensor],
+) -> None:
+    for options, deterministic in (({}, True), ({"deterministic": False}, False)):
+        with noting_backend() as maps:
+            function(*inputs(), **options).sum().backward()
+        assert maps.noted["backward"] == deterministic
+
+
+def test_a_compiled_call_hands_it_on() -> None:
+    with noting_backend() as maps:
+        attention = partial(jvp_attn.flash_attn_jvp, deterministic=False)
+        torch.compile(attention, fullgraph=True, backend="aot_eager")(*inputs()).sum().backward()
+    assert maps.noted["backward"] is False
+
+
+# ----------------------------------------------------------------------------
+# Gradients
+
+
+@contextmanager
+def not_deterministic() -> Iterator[None]:
+    """Within, attention that a test calls may sum in any order, as on Hopper."""
+    names = ("flash_attn_jvp", "flash_attn_varlen_jvp")
+    changed = {name: partial(getattr(jvp_attn, name), deterministic=False) for name in names}
+    with (
+        emulated_backend((9, 0)),
+        mock.patch("attention_cases.flash_attn_jvp", changed[names[0]]),
+        mock.patch("packed_cases.flash_attn_varlen_jvp", changed[names[1]]),
+    ):
+        yield
+
+
+CASES = {
+    "grouped heads, causal": Case(
+        1, 150, 200, heads=4, heads_k=2, head_dim=64, head_dim_v=40, causal=True
+    ),
+    "fewer keys than queries": Case(
+        1, 140, 80, heads=1, heads_k=1, head_dim=72, head_dim_v=96, causal=True
+    ),
+    "packed": PackedCase(
+        (70, 0, 133, 5), (80, 10, 0, 20), beyond=3, heads=2, heads_k=1, head_dim=128, head_dim_v=104
+    ),
+}
+
+
+@over_data
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_gradients_by_sums_in_any_order(case: Case | PackedCase, kind: Kind) -> None:
+    data = in_dtype(part(kind(case.data()), ("q", "k", "v")), torch.bfloat16)
+    through = projection(dtype=torch.bfloat16)
+    with not_deterministic():
+        ours, exact = (
+            outputs_and_gradients(f, x, evaluate=without_tangents, through=through)
+            for f, x in ((case.ours, data), (case.naive, in_dtype(data, torch.float64)))
+        )
+    assert_exact_to_two_roundings(ours, exact)
