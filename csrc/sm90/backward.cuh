@@ -28,9 +28,9 @@ struct Backward : KeyGradients<Element, HeadDim, Rows, Keys, Rows> {
 
     // While one warpgroup multiplies Sbar of a tile, another may store that of the next.
     static constexpr int kScoreTiles = 2;
-    // Behind the keys, as products want the ones to be.
     static constexpr int kFirstScores =
         (K::kStreamBytes + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+    // Behind the keys: products find them from there.
     static constexpr int kOnes = kFirstScores + kScoreTiles * ScoreTile::kBytes;
     static constexpr int kSharedBytes = kOnes + Ones::kBytes;
     static_assert(kSharedBytes <= kMaxSharedBytes);
@@ -46,7 +46,7 @@ struct Backward : KeyGradients<Element, HeadDim, Rows, Keys, Rows> {
         for (int i = thread_index(); i < Ones::kBytes / 16; i += K::kThreads)
             shared_store_words4(ones.base + 16 * i, {two_ones, two_ones, two_ones, two_ones});
         fence_proxy_async();
-        const typename K::Memory memory(shared_memory());
+        const typename K::Memory memory;
         K::run(params, memory,
                Warpgroup{{params.attention, memory}, shared_memory() + kFirstScores, ones});
     }
