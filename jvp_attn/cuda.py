@@ -167,9 +167,9 @@ class KernelMaps:
             return
         if self._capability_of(call.device) == HOPPER:
             kernels = tuple(self._on_hopper(kernel, call) for kernel in kernels)
-            if in_any_order and (faster := self._backward_that_sums(call)):
+            if in_any_order and (that_sum := self._backward_that_sums(call)):
                 call.give(**call.new_sums())
-                kernels = faster
+                kernels = that_sum
         params = call.params(self._extension)
         with self._stream_of(call.device) as stream:
             for kernel in kernels:

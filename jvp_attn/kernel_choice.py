@@ -71,8 +71,8 @@ def backward_that_sums(
 ) -> tuple[KernelEntry, ...] | None:
     """The kernels of `backward` on Hopper where its sums may come in an order that varies.
 
-    None where there are none. They are faster than those of `kernels_of`, need memory for the sums,
-    and ask of a problem what those of `on_hopper` ask.
+    None where there are none. They need 5 products instead of 7 and memory for the sums, and ask of
+    a problem what those of `on_hopper` ask.
 
     Args:
         dtype, head_dim, head_dim_v: as in `kernels_of`.

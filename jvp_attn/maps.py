@@ -46,7 +46,7 @@ class AttentionOptions:
         residuals: whether to return residuals, which only a backward pass needs.
         max_seqlens: for packed sequences, no less than the longest of queries and of keys.
         deterministic: whether gradients must have the same bits each time. If not, a backend may
-            be faster by sums in an order that varies.
+            sum in an order that varies.
     """
 
     softmax_scale: float

@@ -19,16 +19,20 @@ struct Backward : KeyGradients<Element, HeadDim, Rows, Keys, Rows> {
     using K = KeyGradients<Element, HeadDim, Rows, Keys, Rows>;
     using typename K::Block, typename K::Gradient, typename K::KeyTile, typename K::Weights;
     using ScoreTile = Tile<Keys, Rows>;
-    using Ones = Tile<8, 64>;
+    using Ones = Tile<Keys, 64>;
 
-    // Of gQ a warpgroup has 64 rows and 64 columns.
+    // Of gQ a warpgroup has 64 rows and 64 columns, and beside them the sums of the rows of Sbar.
+    using GradQ = Accumulator<72>;
     static constexpr int kRowParts = Rows / 64, kColumnParts = KeyTile::kPanels;
     static_assert(kRowParts * kColumnParts == K::kWarpgroups);
 
     // While one warpgroup multiplies Sbar of a tile, another may store that of the next.
     static constexpr int kScoreTiles = 2;
-    static constexpr int kScoreBytes = kScoreTiles * ScoreTile::kBytes;
-    static constexpr int kSharedBytes = kScoreBytes + Ones::kBytes + K::kStreamBytes;
+    static constexpr int kFirstScores =
+        (K::kStreamBytes + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+    // Behind the keys: products find them from there.
+    static constexpr int kOnes = kFirstScores + kScoreTiles * ScoreTile::kBytes;
+    static constexpr int kSharedBytes = kOnes + Ones::kBytes;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
     static std::string why_not(const AttentionParams& p) {
@@ -37,15 +41,14 @@ struct Backward : KeyGradients<Element, HeadDim, Rows, Keys, Rows> {
     }
 
     DEVICE static void run(const Params& params) {
-        const SharedAddress scores = shared_memory();
-        const Ones ones{scores + kScoreBytes};
-        if (thread_index() < Ones::kBytes / 16) {
-            const uint32_t two = pack<Element>(1, 1);
-            shared_store_words4(ones.base + 16 * thread_index(), {two, two, two, two});
-            fence_proxy_async();
-        }
-        const typename K::Memory memory(ones.base + Ones::kBytes);
-        K::run(params, memory, Warpgroup{{params.attention, memory}, scores, ones});
+        const Ones ones{shared_memory() + kOnes};
+        const uint32_t two_ones = pack<Element>(1, 1);
+        for (int i = thread_index(); i < Ones::kBytes / 16; i += K::kThreads)
+            shared_store_words4(ones.base + 16 * i, {two_ones, two_ones, two_ones, two_ones});
+        fence_proxy_async();
+        const typename K::Memory memory;
+        K::run(params, memory,
+               Warpgroup{{params.attention, memory}, shared_memory() + kFirstScores, ones});
     }
 
 private:
@@ -61,21 +64,19 @@ private:
                 this->find_sbar(sbar, rounded, grad_v, block, first_row);
                 const ScoreTile all = share(sbar);
 
-                Accumulator<64> grad_q;
-                Accumulator<8> totals;
+                GradQ grad_q;
                 pin(grad_q.value);
-                pin(totals.value);
                 pin(sbar.word);
                 pin(grad_k.value);
                 wgmma_fence();
-                multiply_shared(grad_q, totals, all.panel(row_part()));
+                multiply_left_transposed<Element>(grad_q, all.panel(row_part()),
+                                                  this->k().panel(column_part()), ones);
                 wgmma_commit();
                 multiply<Element>(grad_k, sbar, this->q());
                 wgmma_commit();
                 wgmma_wait<1>();
                 pin(grad_q.value);
-                pin(totals.value);
-                add(grad_q, totals, GradQSums(this->p, block.sequence, head),
+                add(grad_q, GradQSums(this->p, block.sequence, head),
                     first_row + 64 * row_part() + warp_row());
                 wgmma_wait<0>();
                 pin(grad_k.value);
@@ -105,32 +106,18 @@ private:
             return all;
         }
 
-        // Starts the products of 64 columns of Sbarᵀ with K, and with ones: of the sums over the
-        // keys each of the warpgroups that have these columns does a part.
-        DEVICE void multiply_shared(Accumulator<64>& grad_q, Accumulator<8>& totals,
-                                    const Tile<Keys, 64>& sbar) const {
-            multiply_left_transposed<Element>(grad_q, sbar, this->k().panel(column_part()));
-            constexpr int kSteps = Keys / 16 / kColumnParts;
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step)
-                wgmma<Element, Major::result, Major::contraction>(
-                    totals.value, sbar.rows(column_part() * kSteps + step), ones.columns(0, 0),
-                    step > 0);
-        }
-
         // The rows of a warp from `row` on.
-        DEVICE static void add(const Accumulator<64>& grad_q, const Accumulator<8>& totals,
-                               const GradQSums& sums, int row) {
+        DEVICE static void add(const GradQ& grad_q, const GradQSums& sums, int row) {
             const int first_block = 8 * column_part();
             float* const place = sums.block(row, first_block);
 #pragma unroll
-            for (int i = 0; i < grad_q.kBlocks; ++i)
+            for (int i = 0; i < 8; ++i)
                 if (i < sums.column_blocks - first_block)
                     global_add4(place + i * sums.kBlockFloats, grad_q.value[i]);
-            if (lane_index() % 4 != 0) return;
+            if (column_part() != 0 || lane_index() % 4 != 0) return;
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                global_add(sums.total(row + row_in_warp(half)), totals.at(0, half, 0));
+                global_add(sums.total(row + row_in_warp(half)), grad_q.at(8, half, 0));
         }
     };
 };

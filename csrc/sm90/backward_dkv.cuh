@@ -17,7 +17,7 @@ struct BackwardDkv : KeyGradients<Element, HeadDim, Rows, Keys, 1> {
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
     DEVICE static void run(const Params& params) {
-        const typename K::Memory memory(shared_memory());
+        const typename K::Memory memory;
         K::run(params, memory, Warpgroup{{params.attention, memory}});
     }
 

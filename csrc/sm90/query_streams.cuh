@@ -38,15 +38,15 @@ struct QueryStreams {
     static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
     static int64_t work(const AttentionParams& p) { return Block::count(p); }
 
-    // What is where in shared memory, from `start` on.
+    // What is where in shared memory.
     struct Memory {
         KeyRing keys;
         QueryRing queries;
         StatisticsRing statistics;
         SharedAddress keys_landed, queries_landed;  // mbarriers
 
-        DEVICE explicit Memory(SharedAddress start) {
-            keys.slots = start;
+        DEVICE Memory() {
+            keys.slots = shared_memory();
             queries.slots = keys.slots + KeyRing::kBytes;
             statistics.slots = queries.slots + QueryRing::kBytes;
             keys.barriers = statistics.slots + StatisticsRing::kBytes;
@@ -94,6 +94,7 @@ private:
             const Block block(p, turn.piece());
             if (!block.sees_queries()) continue;
             const Sequence& sequence = block.sequence;
+            // gQ is a product with all rows of K.
             keys.load_and_clear(keys_of(params, p.k, maps.k, sequence, block.head_k),
                                 block.first_key);
             keys.load(keys_of(params, p.v, maps.v, sequence, block.head_k), block.first_key);

@@ -49,9 +49,10 @@ struct Tile {
         return matrix_descriptor(base + row * kPanelRowBytes, 16, kSwizzleBytes) + (offset >> 4);
     }
 
-    // The rows 16 step to 16 step + 15: a factor whose rows the product sums over.
-    DEVICE uint64_t rows(int step) const {
-        return matrix_descriptor(base, kPanelBytes, kSwizzleBytes) +
+    // The rows 16 step to 16 step + 15: a factor whose rows the product sums over. From one panel
+    // to the next it is so many bytes.
+    DEVICE uint64_t rows(int step, int to_next_panel = kPanelBytes) const {
+        return matrix_descriptor(base, to_next_panel, kSwizzleBytes) +
                (step * 16 * kPanelRowBytes >> 4);
     }
 };
@@ -77,12 +78,15 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step), true);
 }
 
-// c = Aᵀ B, where A has 64 columns.
-template <class Element, int K, int D>
-DEVICE void multiply_left_transposed(Accumulator<D>& c, const Tile<K, 64>& a, const Tile<K, D>& b) {
+// c = Aᵀ B, where A has 64 columns, and B those of two tiles: 64 of the first, and 8 of the second,
+// which lies behind it in memory.
+template <class Element, int K>
+DEVICE void multiply_left_transposed(Accumulator<72>& c, const Tile<K, 64>& a, const Tile<K, 64>& b,
+                                     const Tile<K, 64>& b_beyond) {
 #pragma unroll
     for (int step = 0; step < K / 16; ++step)
-        wgmma<Element, Major::result, Major::result>(c.value, a.rows(step), b.rows(step), step > 0);
+        wgmma<Element, Major::result, Major::result>(
+            c.value, a.rows(step), b.rows(step, b_beyond.base - b.base), step > 0);
 }
 
 }  // namespace jvp_attn::sm90

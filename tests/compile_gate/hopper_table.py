@@ -19,7 +19,7 @@ BETWEEN_MARKERS = re.compile(r"(?<=hopper_table.py -->\n).*(?=<!-- end -->\n)", 
 
 HOPPER = [x for x in KERNELS.values() if x.arch == "sm90" and x.element == "bf16"]
 PANEL_COLUMNS = 64
-COLUMNS_OF_A_SUM = 8  # the fewest that a product has
+SHARED_COLUMNS = PANEL_COLUMNS + 8
 BYTES_A_CYCLE = 128  # that shared memory moves
 MULTIPLY_ADDS_A_CYCLE = 2048  # of 2-byte elements, on a multiprocessor
 
@@ -36,7 +36,7 @@ class Schedule:
         kept: 16-byte accesses of each thread to what it keeps in shared memory for itself.
         handed_over: matrices of float32 scores that a warpgroup writes and another reads.
         shared: products whose left factor, rounded scores, goes from all warpgroups to all through
-            shared memory; with the sums of its rows. Each has 64 rows and 64 columns of the result.
+            shared memory. Each has 64 rows and 64 columns of the result, and 8 of sums of the rows.
     """
 
     scores: int
@@ -63,35 +63,38 @@ SCHEDULES = {
 def tensor_core_cycles(kernel: KernelEntry) -> int:
     """For all the products of a tile."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
-    columns = (schedule.scores + schedule.results) * head_dim_of(kernel)
-    columns += schedule.shared * (panels_of(kernel) * PANEL_COLUMNS + COLUMNS_OF_A_SUM)
-    return columns * rows * keys // MULTIPLY_ADDS_A_CYCLE
+    multiply_adds = (schedule.scores + schedule.results) * rows * keys * head_dim_of(kernel)
+    multiply_adds += schedule.shared * warpgroups_of(kernel) * 64 * keys * SHARED_COLUMNS
+    return multiply_adds // MULTIPLY_ADDS_A_CYCLE
 
 
 def shared_memory_cycles(kernel: KernelEntry) -> int:
     """For factors, tiles that arrive, and what threads keep there or hand over."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
     row_bytes = 2 * head_dim_of(kernel)
-    in_panels = panels_of(kernel) * 2 * PANEL_COLUMNS
+    in_panels = -(-row_bytes // (2 * PANEL_COLUMNS)) * 2 * PANEL_COLUMNS
     # Each warpgroup has 64 rows, or 64 keys, and reads all of the tile that streams by.
-    keys_stay = "dkv" in kernel.step or kernel.step == "backward"
-    stays, streams = (keys, rows) if keys_stay else (rows, keys)
-    warpgroups = stays // 64
+    stays, streams = (keys, rows) if keys_stay(kernel) else (rows, keys)
+    warpgroups = warpgroups_of(kernel)
     left, right = stays * row_bytes, warpgroups * streams * row_bytes
     moved = schedule.scores * (left + right) + schedule.results * right
     moved += schedule.streamed * streams * in_panels
     moved += schedule.kept * 16 * 128 * warpgroups
     moved += schedule.handed_over * 2 * 4 * rows * keys
-    # Written; read by each warpgroup for its product, and once more for the sums; right factors.
-    scores = 2 * keys * (rows + warpgroups * 64 + rows)
-    moved += schedule.shared * (scores + 2 * keys * warpgroups * PANEL_COLUMNS)
-    moved += schedule.shared * 2 * keys * rows // 64 * COLUMNS_OF_A_SUM
+    # Written, and read by each warpgroup; and right factors.
+    moved += schedule.shared * 2 * keys * (rows + warpgroups * (64 + SHARED_COLUMNS))
     return moved // BYTES_A_CYCLE
 
 
-def panels_of(kernel: KernelEntry) -> int:
-    """Of 64 columns each."""
-    return -(-head_dim_of(kernel) // PANEL_COLUMNS)
+def keys_stay(kernel: KernelEntry) -> bool:
+    """Whether warpgroups have keys of their own, and rows stream by."""
+    return kernel.step == "backward" or "dkv" in kernel.step
+
+
+def warpgroups_of(kernel: KernelEntry) -> int:
+    """Those that multiply."""
+    rows, keys = tile_of(kernel)
+    return (keys if keys_stay(kernel) else rows) // 64
 
 
 def tile_of(kernel: KernelEntry) -> tuple[int, int]:

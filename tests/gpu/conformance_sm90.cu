@@ -41,10 +41,9 @@ const std::vector<jvp_attn::Kernel>& jvp_attn::all_kernels() {
         PRODUCTS(bf16, Bf16, 256),
         PRODUCTS(fp16, Fp16, 64),
         PRODUCTS(fp16, Fp16, 80),
-        kernel<Product<Bf16, 8, kRows, kColumns, false>>("product_bf16_8_rc_shared"),
-        kernel<Product<Fp16, 8, kRows, kColumns, false>>("product_fp16_8_rc_shared"),
         kernel<Product<Bf16, 64, kRows, kColumns, false>>("product_bf16_64_rc_shared"),
         kernel<Product<Bf16, 64, kRows, kRows, false>>("product_bf16_64_rr_shared"),
+        kernel<Product<Bf16, 72, kRows, kRows, false>>("product_bf16_72_rr_shared"),
         kernel<Product<Bf16, 64, kColumns, kColumns, true>>("product_bf16_64_cc_registers"),
     };
     return kernels;
