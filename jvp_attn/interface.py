@@ -304,7 +304,7 @@ def attention(
     *,
     softmax_scale: float | None,
     causal: Causal,
-    deterministic: bool,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as `flash_attn_jvp`, for either alignment of the causal mask."""
     check_attention(q, k, v)

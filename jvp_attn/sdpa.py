@@ -22,7 +22,6 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    deterministic: bool = True,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` with the derivatives of `flash_attn_jvp`.
 
@@ -45,7 +44,6 @@ def scaled_dot_product_attention(
         is_causal: row i sees key j where j ≤ i, aligned at the top left. Not with an attn_mask.
         scale: head_dim^−½ by default.
         enable_gqa: let the heads of query be any multiple of those of key, and of value.
-        deterministic: as in `flash_attn_jvp`; torch's function has no such argument.
 
     Returns:
         (..., heads, seqlen_q, head_dim_v), query's dtype.
@@ -72,7 +70,7 @@ def scaled_dot_product_attention(
         scores = (*query.shape[:-1], key.shape[-2])
         check_broadcast(attn_mask, scores[-rank:])
         attn_mask = attn_mask[(None,) * (query.ndim - attn_mask.ndim)]
-    out = _attention(query, key, value, attn_mask, scale, causal, deterministic)
+    out = _attention(query, key, value, attn_mask, scale, causal)
     return out if rank >= 4 else out.reshape(out.shape[4 - rank :])
 
 
@@ -83,7 +81,6 @@ def _attention(
     attn_mask: Tensor | None,
     scale: float | None,
     causal: Causal,
-    deterministic: bool,
 ) -> Tensor:
     """Attention of (*batch, heads, seqlen, head_dim), with the same batch of any rank in all."""
     batch = query.shape[:-3]
@@ -95,13 +92,11 @@ def _attention(
             d = shared[0]
             mask = attn_mask.squeeze(d)
             slices = zip(query.unbind(d), key.unbind(d), value.unbind(d), strict=True)
-            outs = [_attention(q, k, v, mask, scale, causal, deterministic) for q, k, v in slices]
+            outs = [_attention(q, k, v, mask, scale, causal) for q, k, v in slices]
             return torch.stack(outs, d)
         attn_mask = attn_mask.flatten(0, -4)
     q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (query, key, value))
-    out, _ = attention(
-        q, k, v, attn_mask, softmax_scale=scale, causal=causal, deterministic=deterministic
-    )
+    out, _ = attention(q, k, v, attn_mask, softmax_scale=scale, causal=causal)
     return out.transpose(1, 2).unflatten(0, batch)
 
 

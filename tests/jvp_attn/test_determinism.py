@@ -66,7 +66,6 @@ FUNCTIONS = {
     "flash_attn_jvp": jvp_attn.flash_attn_jvp,
     "flash_attn_varlen_jvp": packed,
     "flash_attn_with_tangent": with_tangent_of_q,
-    "scaled_dot_product_attention": jvp_attn.scaled_dot_product_attention,
 }
 over_functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 
