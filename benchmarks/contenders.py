@@ -42,7 +42,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def ours_in_any_order(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    if torch.cuda.get_device_capability(q.device) != (9, 0) or q.shape[3] > 128:
+    if torch.cuda.get_device_capability(q.device) != (9, 0) or not 64 < q.shape[3] <= 128:
         raise NotImplementedError("its backward is deterministic anyhow")
     with jvp_attn.backend("cuda"):
         return jvp_attn.flash_attn_jvp(q, k, v, causal=causal, deterministic=False)

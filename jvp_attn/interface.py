@@ -93,7 +93,7 @@ def flash_attn_jvp(
             no tangent is part of may be one kernel instead of two, which sums the gradient of q in
             an order that varies, in float32 memory of the shape of q, the rows of each sequence
             rounded up to a multiple of 128. So far that is on compute capability 9.0 alone,
-            without attn_mask, for head dims up to 128 that are multiples of 8 and tensors whose
+            without attn_mask, for head dims from 72 to 128, multiples of 8, and tensors whose
             rows start at multiples of 16 bytes; all else is deterministic anyhow, and so is all
             under `torch.use_deterministic_algorithms(True)`.
         return_lse: also return lse.

@@ -40,7 +40,7 @@ forward               forward         Forward            -     -      192x128 12
 forward_tangent       forward_tangent ForwardTangent     true  -      128x128 128x112 128x80  -
 forward_query_tangent forward_tangent ForwardTangent     false -      128x128 128x112 128x80  -
 tangent_given_forward tangent         TangentGivenLse    -     -      -       -       -       128x48
-backward              backward        Backward           -     -      128x128 64x128  64x128  -
+backward              backward        Backward           -     -      -       64x128  64x128  -
 backward_dq           backward_dq     BackwardDq         false -      128x128 128x128 128x128 -
 backward_dkv          backward_dkv    BackwardDkv        -     -      96x128  64x128  64x128  -
 tangent_backward_dq   backward_dq     BackwardDq         true  -      128x80  128x64  128x48  -

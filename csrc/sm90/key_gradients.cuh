@@ -18,9 +18,6 @@ struct KeyGradients : QueryStreams<HeadDim, Rows, Keys, RowStep> {
     using Weights = Packed<Element, Rows>;
     using Gradient = Accumulator<HeadDim>;
 
-    // Next to the scores of 128 queries there are no registers for weights that are not rounded.
-    static constexpr bool kKeepsWeights = Rows < 128;
-
     // The 64 keys of a warpgroup, and where it is in the rings.
     struct Warpgroup {
         const AttentionParams& p;
@@ -90,11 +87,9 @@ struct KeyGradients : QueryStreams<HeadDim, Rows, Keys, RowStep> {
                 const Numbers known = statistics(i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float low = kKeepsWeights ? weights.at(i, half, 0) : rounded.low(i, half);
-                    const float high =
-                        kKeepsWeights ? weights.at(i, half, 1) : rounded.high(i, half);
-                    sbar.set(i, half, product(low, x.at(i, half, 0) - known.value[0][2]),
-                             product(high, x.at(i, half, 1) - known.value[0][3]));
+                    sbar.set(i, half,
+                             product(weights.at(i, half, 0), x.at(i, half, 0) - known.value[0][2]),
+                             product(weights.at(i, half, 1), x.at(i, half, 1) - known.value[0][3]));
                 }
             }
         }

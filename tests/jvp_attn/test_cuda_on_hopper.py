@@ -149,12 +149,12 @@ def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
 # ----------------------------------------------------------------------------
 # The backward whose sums may come in an order that varies
 
-ONE_PASS = ["preprocess_bf16", "backward_bf16_d64_sm90", "finish_grad_q_bf16"]
-TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d64_sm90", "backward_dkv_bf16_d64_sm90"]
-ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d64", "backward_dkv_bf16_d64"]
+ONE_PASS = ["preprocess_bf16", "backward_bf16_d128_sm90", "finish_grad_q_bf16"]
+TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128_sm90", "backward_dkv_bf16_d128_sm90"]
+ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
 
 
-def backward_call(head_dim: int = 64, *, deterministic: bool = False, **changes: Any) -> MapCall:
+def backward_call(head_dim: int = 128, *, deterministic: bool = False, **changes: Any) -> MapCall:
     case = Case(head_dim=head_dim, head_dim_v=head_dim, dtype=torch.bfloat16, **changes)
     call = call_of(case)
     return replace(call, options=replace(call.options, deterministic=deterministic))
@@ -180,7 +180,7 @@ def test_on_other_devices_it_is_deterministic_anyhow(capability: tuple[int, int]
     assert launched_backward(backward_call(), capability) == ON_OTHER_DEVICES
 
 
-@pytest.mark.parametrize("missing", ["backward_bf16_d64_sm90", "finish_grad_q_bf16"])
+@pytest.mark.parametrize("missing", ["backward_bf16_d128_sm90", "finish_grad_q_bf16"])
 def test_a_build_without_the_sums_does_without_them(missing: str) -> None:
     names = [name for name in KERNELS if name != missing]
     assert launched_backward(backward_call(), names=names) == TWO_KERNELS
@@ -202,11 +202,12 @@ def test_without_the_gradient_of_the_queries_there_is_nothing_to_sum() -> None:
 def test_what_kernels_for_hopper_do_not_serve_is_deterministic_anyhow() -> None:
     masked = [name if "preprocess" in name else f"{name}_masked" for name in ON_OTHER_DEVICES]
     assert launched_backward(backward_call(mask="boolean")) == masked
-    expanded = tensor((1, 1, 1, 64)).expand(backward_call().cotangents.out.shape)
+    expanded = tensor((1, 1, 1, 128)).expand(backward_call().cotangents.out.shape)
     call = backward_call().changed("cotangents", out=expanded)
     assert launched_backward(call) == ON_OTHER_DEVICES
-    dq_and_dkv = ["preprocess_bf16", "backward_dq_bf16_d256", "backward_dkv_bf16_d256"]
-    assert launched_backward(backward_call(256)) == dq_and_dkv
+    for head_dim, kernel in ((256, "bf16_d256"), (64, "bf16_d64_sm90")):
+        dq_and_dkv = ["preprocess_bf16", f"backward_dq_{kernel}", f"backward_dkv_{kernel}"]
+        assert launched_backward(backward_call(head_dim)) == dq_and_dkv
 
 
 def test_the_backward_through_a_tangent_does_not_change() -> None:
@@ -215,8 +216,8 @@ def test_the_backward_through_a_tangent_does_not_change() -> None:
     backward_call().tangent_backward(maps)
     assert recorder.names == [
         "preprocess_bf16",
-        "tangent_backward_dq_bf16_d64_sm90",
-        "tangent_backward_dkv_bf16_d64_sm90",
+        "tangent_backward_dq_bf16_d128_sm90",
+        "tangent_backward_dkv_bf16_d128_sm90",
     ]
 
 
@@ -245,7 +246,7 @@ def strides_of_sums(call: MapCall) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("seqlen", "rows"), [(1, 128), (128, 128), (129, 256)])
-@pytest.mark.parametrize("head_dim", [8, 72])
+@pytest.mark.parametrize("head_dim", [72, 104])
 def test_there_are_zeros_for_whole_tiles_of_sums(seqlen: int, rows: int, head_dim: int) -> None:
     assert strides_of_sums(backward_call(head_dim, seqlen_q=seqlen, heads=4)) == {
         "grad_q_sums": (4 * rows * head_dim, rows * head_dim),
@@ -255,10 +256,10 @@ def test_there_are_zeros_for_whole_tiles_of_sums(seqlen: int, rows: int, head_di
 
 def test_each_packed_sequence_has_whole_tiles_of_sums() -> None:
     # 203 rows and three sequences, each of which begins at another multiple of 128.
-    dims = {"head_dim": 64, "head_dim_v": 64, "dtype": torch.bfloat16}
+    dims = {"head_dim": 72, "head_dim_v": 72, "dtype": torch.bfloat16}
     call = call_of(PackedCase((130, 0, 70), (9, 5, 7), beyond=3, **dims))
     call = replace(call, options=replace(call.options, deterministic=False))
-    assert strides_of_sums(call) == {"grad_q_sums": (0, 512 * 64), "sbar_sums": (0, 512)}
+    assert strides_of_sums(call) == {"grad_q_sums": (0, 512 * 72), "sbar_sums": (0, 512)}
 
 
 # ----------------------------------------------------------------------------
