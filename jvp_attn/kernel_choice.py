@@ -43,14 +43,8 @@ def kernels_of(
     """
     element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
     for steps in _WAYS[map_name]:
-        names = [
-            kernel_name(step, element)
-            if step in OF_ROWS
-            else kernel_name(step, element, padded, masked)
-            for step in steps
-        ]
-        if all(name in KERNELS for name in names):
-            return tuple(KERNELS[name] for name in names)
+        if kernels := _kernels_of_steps(steps, element, padded, masked):
+            return kernels
     return None
 
 
@@ -78,11 +72,22 @@ def backward_that_sums(
         dtype, head_dim, head_dim_v: as in `kernels_of`.
     """
     element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
+    return _kernels_of_steps(_BACKWARD_THAT_SUMS, element, padded, arch="sm90")
+
+
+def _kernels_of_steps(
+    steps: tuple[str, ...],
+    element: str,
+    head_dim: int | None,
+    masked: bool = False,
+    arch: str = "sm80",
+) -> tuple[KernelEntry, ...] | None:
+    """A kernel for each step, named as `kernel_name` does; None where one is missing."""
     names = [
         kernel_name(step, element)
         if step in OF_ROWS
-        else kernel_name(step, element, padded, arch="sm90")
-        for step in _BACKWARD_THAT_SUMS
+        else kernel_name(step, element, head_dim, masked, arch)
+        for step in steps
     ]
     if all(name in KERNELS for name in names):
         return tuple(KERNELS[name] for name in names)
