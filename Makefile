@@ -70,6 +70,6 @@ cpu_index = nvidia-smi >/dev/null 2>&1 || \
 
 # The extensions are built apart from the installation, so that only what changed is compiled.
 # Where one is left out nothing is remembered: the next make looks for its compiler again.
-build/extensions: $(VENV)/ready setup.py jvp_attn/kernel_table.py $(shell find csrc -type f)
+build/extensions: $(VENV)/ready setup.py jvp_attn/backends/kernel_table.py $(shell find csrc -type f)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@! ls jvp_attn/_C.*.so jvp_attn/_cpu.*.so >/dev/null 2>&1 || { mkdir -p build && touch $@; }

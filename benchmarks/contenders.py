@@ -41,7 +41,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return jvp_attn.flash_attn_jvp(q, k, v, causal=causal)
 
 
-def ours_in_any_order(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def ours_nondeterministic(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if torch.cuda.get_device_capability(q.device) != (9, 0) or not 64 < q.shape[3] <= 128:
         raise NotImplementedError("its backward is deterministic anyhow")
     with jvp_attn.backend("cuda"):
@@ -74,7 +74,7 @@ def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor
 PRIMAL = ("forward", "backward")
 CONTENDERS: dict[str, tuple[Attention, tuple[str, ...]]] = {
     "jvp_attn": (ours, tuple(OPERATIONS)),
-    "jvp_attn (any order)": (ours_in_any_order, ("backward",)),
+    "jvp_attn (any order)": (ours_nondeterministic, ("backward",)),
     "torch SDPA (MATH)": (partial(torch_sdpa, SDPBackend.MATH), tuple(OPERATIONS)),
     "torch SDPA (flash)": (partial(torch_sdpa, SDPBackend.FLASH_ATTENTION), PRIMAL),
     "torch SDPA (efficient)": (partial(torch_sdpa, SDPBackend.EFFICIENT_ATTENTION), PRIMAL),

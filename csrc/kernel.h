@@ -10,7 +10,7 @@
 namespace jvp_attn {
 
 struct Kernel {
-    const char* name;  // as in jvp_attn/kernel_table.py
+    const char* name;  // as in jvp_attn/backends/kernel_table.py
     int threads;       // per block
     std::size_t shared_bytes;
     // Enqueues the kernel on a CUDA stream of the current device. Returns an error, empty if none.

@@ -57,8 +57,8 @@ inline void bind_params(pybind11::module_& module) {
     JVP_ATTN_FIELD(tv);
     JVP_ATTN_FIELD(out);
     JVP_ATTN_FIELD(tout);
-    JVP_ATTN_FIELD(out_residual);
-    JVP_ATTN_FIELD(tout_residual);
+    JVP_ATTN_FIELD(out_lo);
+    JVP_ATTN_FIELD(tout_lo);
     JVP_ATTN_FIELD(lse);
     JVP_ATTN_FIELD(mu);
     JVP_ATTN_FIELD(grad_out);
@@ -73,8 +73,8 @@ inline void bind_params(pybind11::module_& module) {
     JVP_ATTN_FIELD(grad_tq);
     JVP_ATTN_FIELD(grad_tk);
     JVP_ATTN_FIELD(grad_tv);
-    JVP_ATTN_FIELD(grad_q_sums);
-    JVP_ATTN_FIELD(sbar_sums);
+    JVP_ATTN_FIELD(dq_accum);
+    JVP_ATTN_FIELD(ds_row_sums);
     JVP_ATTN_FIELD(mask);
     JVP_ATTN_FIELD(batch);
     JVP_ATTN_FIELD(heads);

@@ -1,9 +1,9 @@
 // What every attention kernel is given: one plain struct, passed by value.
 //
-// The names are those of jvp_attn/maps.py. A null pointer means that a tensor is absent: an absent
+// The names are those of jvp_attn/types.py. A null pointer means that a tensor is absent: an absent
 // input is zero, and an absent output is not written. The kernels of compute capability 8.0 leave
 // out what an absent input would be multiplied with; those of 9.0 multiply zeros, which takes as
-// long as with any other input, but for forward_query_tangent, which is for absent tk and tv.
+// long as with any other input, but for forward_jvp_q, which is for absent tk and tv.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ struct AttentionParams {
     Tensor tq, tk, tv;
     Tensor out, tout;
     // What rounding to the elements' dtype took away from out and tout, in that dtype again.
-    Tensor out_residual, tout_residual;
+    Tensor out_lo, tout_lo;
     RowVector lse, mu;  // natural logarithm; -inf and 0 for a row that sees no key
 
     Tensor grad_out, grad_tout;
@@ -62,8 +62,9 @@ struct AttentionParams {
     RowVector beta, delta;  // from the preprocess kernel; the kernel of grad_q sharpens them
     Tensor grad_q, grad_k, grad_v;
     Tensor grad_tq, grad_tk, grad_tv;
-    // What several blocks add up for grad_q, zeros before; csrc/grad_q_sums.cuh says what is where.
-    RowVector grad_q_sums, sbar_sums;
+    // What several blocks add up for grad_q, zeros before; csrc/common/dq_accum.cuh says what is
+    // where.
+    RowVector dq_accum, ds_row_sums;
 
     Mask mask;
     const int32_t* cu_seqlens_q = nullptr;  // (batch + 1) where each sequence starts and ends

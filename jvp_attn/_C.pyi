@@ -49,8 +49,8 @@ class AttentionParams:
     tv: Tensor
     out: Tensor
     tout: Tensor
-    out_residual: Tensor
-    tout_residual: Tensor
+    out_lo: Tensor
+    tout_lo: Tensor
     lse: RowVector
     mu: RowVector
     grad_out: Tensor
@@ -65,8 +65,8 @@ class AttentionParams:
     grad_tq: Tensor
     grad_tk: Tensor
     grad_tv: Tensor
-    grad_q_sums: RowVector
-    sbar_sums: RowVector
+    dq_accum: RowVector
+    ds_row_sums: RowVector
     mask: Mask
     cu_seqlens_q: int
     cu_seqlens_k: int

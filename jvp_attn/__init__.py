@@ -2,22 +2,22 @@
 
 from importlib.metadata import version
 
-from jvp_attn.backends import available_backends, backend, current_backend
-from jvp_attn.functions import (
+from jvp_attn.autograd.functions import (
     FlashAttention,
     FlashAttentionBackward,
-    FlashAttentionTangent,
-    FlashAttentionTangentBackward,
+    FlashAttentionJvp,
+    FlashAttentionJvpBackward,
 )
+from jvp_attn.backends.select import available_backends, backend, current_backend
 from jvp_attn.interface import (
     flash_attn_jvp,
     flash_attn_varlen_jvp,
     flash_attn_with_tangent,
 )
-from jvp_attn.maps import AttentionOptions, Causal
 from jvp_attn.merge import merge_attention
-from jvp_attn.replacement import replace_sdpa
+from jvp_attn.patching.replace_sdpa import replace_sdpa
 from jvp_attn.sdpa import scaled_dot_product_attention
+from jvp_attn.types import AttentionOptions, Causal
 
 __version__ = version("jvp-attn")
 
@@ -26,8 +26,8 @@ __all__ = [
     "Causal",
     "FlashAttention",
     "FlashAttentionBackward",
-    "FlashAttentionTangent",
-    "FlashAttentionTangentBackward",
+    "FlashAttentionJvp",
+    "FlashAttentionJvpBackward",
     "available_backends",
     "backend",
     "current_backend",

@@ -30,9 +30,9 @@ class AttentionParams:
     tv: Tensor
     out: Tensor
     tout: Tensor
-    out_residual: Tensor
-    tout_residual: Tensor
-    lse_residual: RowVector
+    out_lo: Tensor
+    tout_lo: Tensor
+    lse_lo: RowVector
     lse: RowVector
     mu: RowVector
     grad_out: Tensor

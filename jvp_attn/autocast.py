@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from jvp_attn.maps import Inputs
+from jvp_attn.types import Inputs
 
 Map = TypeVar("Map", bound=Callable[..., Any])
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jvp_attn import kernel_report
-from jvp_attn.backends import available_backends, current_backend
+from jvp_attn.backends import kernel_report
+from jvp_attn.backends.select import available_backends, current_backend
 from jvp_attn.validation import DTYPES
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from jvp_attn.backends import resolve_backend
-from jvp_attn.differentiation import (
+from jvp_attn.autograd.dispatch import (
     attention_with_tangent,
     backward_may_follow,
     differentiable_attention,
 )
-from jvp_attn.maps import AttentionOptions, Causal, Inputs, Tangents
+from jvp_attn.backends.select import resolve_backend
+from jvp_attn.types import AttentionOptions, Causal, Inputs, Tangents
 from jvp_attn.validation import (
     check_attention,
     check_mask,
@@ -204,7 +204,7 @@ def flash_attn_varlen_jvp(
             softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[2]),
             causal=resolve_alignment(causal),
             backend=resolve_backend(*inputs[:2]),
-            residuals=backward_may_follow(q, k, v),
+            return_lo=backward_may_follow(q, k, v),
             max_seqlens=(max_seqlen_q, max_seqlen_k),
             deterministic=deterministic,
         ),
@@ -289,7 +289,7 @@ def flash_attn_with_tangent(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=resolve_alignment(causal),
         backend=resolve_backend(q, k),
-        residuals=backward_may_follow(*inputs, *tangents),
+        return_lo=backward_may_follow(*inputs, *tangents),
         deterministic=deterministic,
     )
     out, lse, tout, mu = attention_with_tangent(inputs, tangents, options)
@@ -313,7 +313,7 @@ def attention(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=causal,
         backend=resolve_backend(q, k),
-        residuals=backward_may_follow(*inputs),
+        return_lo=backward_may_follow(*inputs),
         deterministic=deterministic,
     )
     return differentiable_attention(inputs, options)

@@ -8,8 +8,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from jvp_attn.autocast import has_autocast
 from jvp_attn.interface import attention
-from jvp_attn.maps import Causal
 from jvp_attn.sdpa_validation import check_arguments, check_broadcast, check_dtypes
+from jvp_attn.types import Causal
 
 
 def scaled_dot_product_attention(

@@ -8,7 +8,7 @@ from reprlib import repr
 import torch
 from torch import Tensor
 
-from jvp_attn.maps import AttentionOptions, Causal, Inputs, Tangents
+from jvp_attn.types import AttentionOptions, Causal, Inputs, Tangents
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,14 +1,13 @@
-// The backward of attention and of its tangent, in the centred form: with gO, gT the cotangents of
+// The backward of attention and of its tangent, in the centred form: with dO, dtO the cotangents of
 // O, tO and Tc = T - mu,
 //
-//     A = gO Vᵀ + gT tVᵀ    Bc = gT Vᵀ - beta    beta = gT·O - g_mu    delta = gO·O + gT·tO - g_lse
-//     Tbar = P Bc           Sbar = P (A + Bc Tc - delta)
-//     gq = s (Sbar K + Tbar tK)    gk = s (Sbarᵀ Q + Tbarᵀ tQ)    gv = Pᵀ gO + (P Tc)ᵀ gT
-//     gtq = s Tbar K               gtk = s Tbarᵀ Q                gtv = Pᵀ gT
+//     A = dO Vᵀ + dtO tVᵀ    Bc = dtO Vᵀ - beta    beta = dtO·O - g_mu    delta = dO·O + dtO·tO -
+//     g_lse dT = P Bc           dS = P (A + Bc Tc - delta) dq = s (dS K + dT tK)    dk = s (dSᵀ Q +
+//     dTᵀ tQ)    dv = Pᵀ dO + (P Tc)ᵀ dtO dtq = s dT K               dtk = s dTᵀ Q dtv = Pᵀ dtO
 //
-// Rows of Sbar and Tbar sum to g_lse and g_mu, but only as exactly as delta and beta are known: by
+// Rows of dS and dT sum to g_lse and g_mu, but only as exactly as delta and beta are known: by
 // as much as O was rounded, e and f, they are too large, and that multiplies what all keys have in
-// common into gq and gtq. Each row corrects it at its heaviest key k: gq -= s (e k + f tk), gtq -=
+// common into dq and dtq. Each row corrects it at its heaviest key k: dq -= s (e k + f tk), dtq -=
 // s f k.
 //
 // A thread takes some keys of one head at a time, and they meet the queries of all heads that share
@@ -189,7 +188,7 @@ private:
                 std::fill_n(cotangents + i * width_v_, width_v_, Value(0));
     }
 
-    // S, T, A, B of a row become P, P Tc, Sbar, Tbar: 0 for hidden keys, whatever these hold.
+    // S, T, A, B of a row become P, P Tc, dS, dT: 0 for hidden keys, whatever these hold.
     void differentiate_softmax(const QueryStatistics<Value>& row, int i, int columns) {
         Value *const s = s_ + i * kScoreStride, *const t = t_ + i * kScoreStride;
         Value *const a = a_ + i * kScoreStride, *const b = b_ + i * kScoreStride;
@@ -197,7 +196,7 @@ private:
         for (int j = 0; j < columns; j += kLanes<Value>) {
             const Vector<Value> score = load(s + j);
             const auto hidden = score == -kInfinity<Value>;
-            const Vector<Value> p = exp_of_nonpositive<Value>((score - row.lse) - row.lse_residual);
+            const Vector<Value> p = exp_of_nonpositive<Value>((score - row.lse) - row.lse_lo);
             Vector<Value> x = load(a + j);
             if (has_b_) {
                 const Vector<Value> bc = load(b + j) - row.beta;
@@ -226,17 +225,17 @@ private:
         if (!has_gq && !has_gtq) return;
 
         shared_.wait_for_turn(sequence, head, row, first_key);
-        const Matrix gq = shared_.sums_of_gq(sequence, head);
-        const Matrix gtq = shared_.sums_of_gtq(sequence, head);
+        const Matrix dq = shared_.sums_of_gq(sequence, head);
+        const Matrix dtq = shared_.sums_of_gtq(sequence, head);
         for (int i = 0; i < rows; ++i) {
             count(shared_.statistics_of(sequence, head)[row + i], i, first_key, keys);
-            if (has_gq) add(gq, row + i, p_.softmax_scale, gq_ + i * width_);
-            if (has_gtq) add(gtq, row + i, p_.softmax_scale, gtq_ + i * width_);
+            if (has_gq) add(dq, row + i, p_.softmax_scale, gq_ + i * width_);
+            if (has_gtq) add(dtq, row + i, p_.softmax_scale, gtq_ + i * width_);
         }
         if (first_key + keys >= sequence.visible_keys(row + rows - 1)) {
             for (int i = row; i < row + rows; ++i)
-                correct(sequence, head / group(), shared_.statistics_of(sequence, head)[i], i, gq,
-                        gtq);
+                correct(sequence, head / group(), shared_.statistics_of(sequence, head)[i], i, dq,
+                        dtq);
             shared_.round(sequence, head, row, rows);
         }
         shared_.end_turn(sequence, head, row, first_key);
@@ -251,8 +250,8 @@ private:
     void count(QueryStatistics<Value>& row, int i, int first_key, int keys) const {
         const Value* const weights = s_ + i * kScoreStride;
         const int padded = round_up_to_panel<Value>(keys);
-        row.sbar += sum(a_ + i * kScoreStride, padded);
-        if (has_b_) row.tbar += sum(b_ + i * kScoreStride, padded);
+        row.ds += sum(a_ + i * kScoreStride, padded);
+        if (has_b_) row.dt += sum(b_ + i * kScoreStride, padded);
         const Value weight = largest(weights, padded);
         if (!(weight > row.largest_weight)) return;
         row.largest_weight = weight;
@@ -261,18 +260,18 @@ private:
 
     // Take off what too large row sums have added to gradients of a row that is complete.
     void correct(const Sequence& sequence, int head_k, const QueryStatistics<Value>& row, int i,
-                 const Matrix& gq, const Matrix& gtq) const {
+                 const Matrix& dq, const Matrix& dtq) const {
         if (row.largest_weight == 0) return;
-        const double e = p_.softmax_scale * (row.sbar - row.g_lse);
-        const double f = p_.softmax_scale * (row.tbar - row.g_mu);
+        const double e = p_.softmax_scale * (row.ds - row.g_lse);
+        const double f = p_.softmax_scale * (row.dt - row.g_mu);
         Value key[256];
         read_row(sequence.keys_of(p_.k, p_.element, head_k), row.heaviest_key, p_.head_dim, key);
-        if (p_.grad_q.data) add(gq, i, -e, key);
+        if (p_.grad_q.data) add(dq, i, -e, key);
         if (!has_b_) return;
-        if (p_.grad_tq.data) add(gtq, i, -f, key);
+        if (p_.grad_tq.data) add(dtq, i, -f, key);
         if (!p_.grad_q.data || !p_.tk.data) return;
         read_row(sequence.keys_of(p_.tk, p_.element, head_k), row.heaviest_key, p_.head_dim, key);
-        add(gq, i, -f, key);
+        add(dq, i, -f, key);
     }
 
     void add_to_keys(int rows, int keys) {

@@ -56,9 +56,9 @@ void bind_params(py::module_& module) {
     JVP_ATTN_FIELD(tv);
     JVP_ATTN_FIELD(out);
     JVP_ATTN_FIELD(tout);
-    JVP_ATTN_FIELD(out_residual);
-    JVP_ATTN_FIELD(tout_residual);
-    JVP_ATTN_FIELD(lse_residual);
+    JVP_ATTN_FIELD(out_lo);
+    JVP_ATTN_FIELD(tout_lo);
+    JVP_ATTN_FIELD(lse_lo);
     JVP_ATTN_FIELD(lse);
     JVP_ATTN_FIELD(mu);
     JVP_ATTN_FIELD(grad_out);

@@ -248,10 +248,10 @@ private:
     void finish(const Sequence& sequence) {
         const Matrix out = sequence.queries_of(p_.out, p_.element, head_);
         const Matrix tout = sequence.queries_of(p_.tout, p_.element, head_);
-        const Matrix residual = sequence.queries_of(p_.out_residual, p_.element, head_);
-        const Matrix tresidual = sequence.queries_of(p_.tout_residual, p_.element, head_);
+        const Matrix residual = sequence.queries_of(p_.out_lo, p_.element, head_);
+        const Matrix tresidual = sequence.queries_of(p_.tout_lo, p_.element, head_);
         Value* const lse = sequence.template rows_of<Value>(p_.lse, head_);
-        Value* const lse_residual = sequence.template rows_of<Value>(p_.lse_residual, head_);
+        Value* const lse_lo = sequence.template rows_of<Value>(p_.lse_lo, head_);
         Value* const mu = sequence.template rows_of<Value>(p_.mu, head_);
         for (int i = 0; i < rows_; ++i) {
             const RowSums<Value>& sums = sums_[i];
@@ -262,7 +262,7 @@ private:
             const Value mean = sums.tangents * factor;
             const double exact = sums.maximum + std::log(static_cast<double>(sums.weights));
             lse[row] = is_dead ? -kInfinity<Value> : static_cast<Value>(exact);
-            if (lse_residual) lse_residual[row] = is_dead ? 0 : exact - lse[row];
+            if (lse_lo) lse_lo[row] = is_dead ? 0 : exact - lse[row];
             for (int j = 0; j < p_.head_dim_v; ++j) o[j] = o[j] * factor + sums.poison;
             if (tout) {
                 mu[row] = sums.centre + mean;

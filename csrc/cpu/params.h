@@ -1,6 +1,6 @@
 // What every attention map on a CPU is given: one plain struct. The names are those of
-// jvp_attn/maps.py. A null pointer means that a tensor is absent: an absent input is zero and costs
-// nothing, an absent output is not computed.
+// jvp_attn/types.py. A null pointer means that a tensor is absent: an absent input is zero and
+// costs nothing, an absent output is not computed.
 #pragma once
 
 #include <cstdint>
@@ -47,9 +47,9 @@ struct AttentionParams {
     Tensor tq, tk, tv;
     Tensor out, tout;
     // What rounding took away from out and tout, where their elements are half precision ...
-    Tensor out_residual, tout_residual;
+    Tensor out_lo, tout_lo;
     // ... and from lse, where they are float32.
-    RowVector lse_residual;
+    RowVector lse_lo;
     RowVector lse, mu;  // natural logarithm; -inf and 0 for a row that sees no key
 
     Tensor grad_out, grad_tout;

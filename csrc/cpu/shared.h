@@ -12,13 +12,13 @@ namespace jvp_attn::cpu::JVP_ATTN_ISA {
 // What a query has besides its vectors.
 template <class Value>
 struct QueryStatistics {
-    Value lse, lse_residual, mu;
+    Value lse, lse_lo, mu;
     Value g_lse, g_mu;
-    Value beta;   // gT·O - g_mu
-    Value delta;  // gO·O + gT·tO - g_lse
+    Value beta;   // dtO·O - g_mu
+    Value delta;  // dO·O + dtO·tO - g_lse
 
-    // Of the keys so far: sums of Sbar and Tbar, the largest weight and whose it is.
-    Value sbar = 0, tbar = 0;
+    // Of the keys so far: sums of dS and dT, the largest weight and whose it is.
+    Value ds = 0, dt = 0;
     Value largest_weight = 0;
     int heaviest_key = 0;
 };
@@ -134,11 +134,11 @@ public:
         const auto row_vector = [&](const RowVector& x) {
             return sequence.template rows_of<Value>(x, block.head);
         };
-        const Matrix out = matrix(p_.out), residual = matrix(p_.out_residual);
-        const Matrix tout = matrix(p_.tout), tresidual = matrix(p_.tout_residual);
+        const Matrix out = matrix(p_.out), residual = matrix(p_.out_lo);
+        const Matrix tout = matrix(p_.tout), tresidual = matrix(p_.tout_lo);
         const Matrix g_out = matrix(p_.grad_out), g_tout = matrix(p_.grad_tout);
         const Value *const lse = row_vector(p_.lse), *const mu = row_vector(p_.mu);
-        const Value* const lse_residual = row_vector(p_.lse_residual);
+        const Value* const lse_lo = row_vector(p_.lse_lo);
         const Value *const g_lse = row_vector(p_.grad_lse), *const g_mu = row_vector(p_.grad_mu);
         QueryStatistics<Value>* const rows = tasks_.shared.statistics_of(sequence, block.head);
         for (int i = block.first; i < block.first + block.rows; ++i) {
@@ -148,7 +148,7 @@ public:
             row.lse = is_dead ? kInfinity<Value> : lse[i];
             row.g_lse = is_dead || !g_lse ? 0 : g_lse[i];
             row.g_mu = is_dead || !g_mu ? 0 : g_mu[i];
-            row.lse_residual = lse_residual ? lse_residual[i] : 0;
+            row.lse_lo = lse_lo ? lse_lo[i] : 0;
             row.mu = mu ? mu[i] : 0;
             row.beta = dot(g_tout, out, residual, i) - row.g_mu;
             row.delta = dot(g_out, out, residual, i) + dot(g_tout, tout, tresidual, i) - row.g_lse;

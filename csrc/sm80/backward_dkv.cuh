@@ -1,22 +1,22 @@
-// The gradients of K and V; with kFull, through the output's tangent as well, and those of tK, tV.
+// The gradients of K and V; with kJvp, through the output's tangent as well, and those of tK, tV.
 //
-//     P, Tc, Bc, Sbar, Tbar as in backward_dq.cuh
-//     gV = Pᵀ gO + (P∘Tc)ᵀ gT      gtV = Pᵀ gT
-//     gK = s (Sbarᵀ Q + Tbarᵀ tQ)  gtK = s Tbarᵀ Q
+//     P, Tc, Bc, dS, dT as in backward_dq.cuh
+//     dV = Pᵀ dO + (P∘Tc)ᵀ dtO      gtV = Pᵀ dtO
+//     dK = s (dSᵀ Q + dTᵀ tQ)  gtK = s dTᵀ Q
 //
 // A block has some keys of one head; tiles of queries stream by, those of every query head that
 // shares the keys. All is transposed: a warp's 16 rows are keys, its columns queries. Two warps
 // share 16 keys, because the registers of one cannot hold all gradients. The value warp computes P
-// and Tc, hands them over in shared memory, and adds to gV and gtV; the key warp meanwhile computes
-// Bc and gO Vᵀ + gT tVᵀ − delta, and then adds to gK and gtK.
+// and Tc, hands them over in shared memory, and adds to dV and gtV; the key warp meanwhile computes
+// Bc and dO Vᵀ + dtO tVᵀ − delta, and then adds to dK and gtK.
 #pragma once
 
-#include "problem.cuh"
+#include "common/seqlen.cuh"
 #include "sm80/tile.cuh"
 
 namespace jvp_attn {
 
-template <class Element, int HeadDim, int Rows, int Keys, bool kFull, bool kMasked>
+template <class Element, int HeadDim, int Rows, int Keys, bool kJvp, bool kMasked>
 struct BackwardDkv {
     using RowTile = Tile<Rows, HeadDim>;
     using KeyTile = Tile<Keys, HeadDim>;
@@ -27,9 +27,9 @@ struct BackwardDkv {
     static constexpr int kPairs = Keys / 16;  // of a value warp and a key warp
     static constexpr int kThreads = 2 * kPairs * 32;
 
-    static constexpr int kTensors = kFull ? 4 : 2;
+    static constexpr int kTensors = kJvp ? 4 : 2;
     static constexpr int kScoresBytes = 16 * Rows * 4;
-    static constexpr int kExchangeBytes = kPairs * (kFull ? 2 : 1) * kScoresBytes;
+    static constexpr int kExchangeBytes = kPairs * (kJvp ? 2 : 1) * kScoresBytes;
     static constexpr int kStatisticBytes = Rows * 4;
     static constexpr int kSharedBytes = kTensors * (KeyTile::kBytes + RowTile::kBytes) +
                                         kExchangeBytes + kTensors * kStatisticBytes;
@@ -52,7 +52,7 @@ private:
     struct Block {
         const AttentionParams& p;
         int head_k;
-        Sequence sequence;
+        SeqlenInfo sequence;
         int first_key;
         bool has_tq, has_tk, has_tv, has_go, has_gt;
 
@@ -69,11 +69,11 @@ private:
               head_k(block_index() / ceil_div(p.seqlen_k, Keys) % p.heads_k),
               sequence(p, block_index() / ceil_div(p.seqlen_k, Keys) / p.heads_k),
               first_key(block_index() % ceil_div(p.seqlen_k, Keys) * Keys),
-              has_tq(kFull && p.tq.data),
-              has_tk(kFull && p.tk.data),
-              has_tv(kFull && p.tv.data && p.grad_tout.data),
+              has_tq(kJvp && p.tq.data),
+              has_tk(kJvp && p.tk.data),
+              has_tv(kJvp && p.tv.data && p.grad_tout.data),
               has_go(p.grad_out.data),
-              has_gt(kFull && p.grad_tout.data),
+              has_gt(kJvp && p.grad_tout.data),
               first_head(head_k * (p.heads / p.heads_k)),
               last_head(first_head + p.heads / p.heads_k - 1),
               first_row(sequence.first_query_of(first_key)) {
@@ -90,7 +90,7 @@ private:
             exchange = take(kExchangeBytes);
             lse = take(kStatisticBytes);
             delta = take(kStatisticBytes);
-            if (kFull) {
+            if (kJvp) {
                 mu = take(kStatisticBytes);
                 beta = take(kStatisticBytes);
                 tk_tile.base = take(KeyTile::kBytes);
@@ -126,7 +126,7 @@ private:
 
         // Where a pair's value warp puts P (which = 0) and Tc (which = 1).
         DEVICE SharedAddress place_of(int which, int i) const {
-            return exchange + (pair() * (kFull ? 2 : 1) + which) * kScoresBytes +
+            return exchange + (pair() * (kJvp ? 2 : 1) + which) * kScoresBytes +
                    (i * 32 + lane_index()) * 16;
         }
 
@@ -148,7 +148,7 @@ private:
 
         DEVICE void store(const Tensor& target, const Gradient& gradient, int columns) const {
             if (!target.data) return;
-            store_rows<Element>(sequence.key_rows_of(target, head_k, columns), Matrix{},
+            store_rows<Element>(sequence.key_rows_of(target, head_k, columns), GmemView{},
                                 first_key + key_in_block(), gradient);
         }
     };
@@ -157,7 +157,7 @@ private:
     struct QueryLoader {
         const Block& block;
         int head, row;  // of the tile to load next
-        Matrix q, go, tq, gt;
+        GmemView q, go, tq, gt;
 
         DEVICE explicit QueryLoader(const Block& b) : block(b), row(b.first_row) {
             enter(block.first_head);
@@ -203,8 +203,8 @@ private:
             };
             load(block.lse, p.lse);
             load(block.delta, p.delta);
-            if (kFull) load(block.mu, p.mu);
-            if (kFull) load(block.beta, p.beta);
+            if (kJvp) load(block.mu, p.mu);
+            if (kJvp) load(block.beta, p.beta);
         }
     };
 
@@ -249,7 +249,7 @@ private:
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     const float log2_sum = log2_of_sum(block.of_query(block.lse, i, side));
-                    const float mu = kFull ? block.of_query(block.mu, i, side) : 0;
+                    const float mu = kJvp ? block.of_query(block.mu, i, side) : 0;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         scores.at(i, half, side) = fast_exp2(scores.at(i, half, side) - log2_sum);
@@ -258,14 +258,14 @@ private:
                     }
                 }
             block.hand_over(0, scores);
-            if (kFull) block.hand_over(1, tangents);
+            if (kJvp) block.hand_over(1, tangents);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float low = scores.at(i, half, 0), high = scores.at(i, half, 1);
                     weights.set(i, half, low, high);
-                    if (kFull)
+                    if (kJvp)
                         weighted.set(i, half, low * tangents.at(i, half, 0),
                                      high * tangents.at(i, half, 1));
                 }
@@ -281,7 +281,7 @@ private:
 
         DEVICE void store(const Block& block) {
             block.store(block.p.grad_v, grad_v, block.p.head_dim_v);
-            if (kFull) block.store(block.p.grad_tv, grad_tv, block.p.head_dim_v);
+            if (kJvp) block.store(block.p.grad_tv, grad_tv, block.p.head_dim_v);
         }
 
         // Adds the mask to scores; those of hidden keys become -inf, their tangents 0.
@@ -312,7 +312,7 @@ private:
 
     struct KeyWarp {
         Gradient grad_k, grad_tk;
-        Scores x, bc;  // gO Vᵀ + gT tVᵀ − delta and gT Vᵀ − beta, transposed
+        Scores x, bc;  // dO Vᵀ + dtO tVᵀ − delta and dtO Vᵀ − beta, transposed
         bool hides_keys;
 
         DEVICE void compute(const Block& block, int, int first_row) {
@@ -331,7 +331,7 @@ private:
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     const float delta = block.of_query(block.delta, i, side);
-                    const float beta = kFull ? block.of_query(block.beta, i, side) : 0;
+                    const float beta = kJvp ? block.of_query(block.beta, i, side) : 0;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         x.at(i, half, side) -= delta;
@@ -343,38 +343,38 @@ private:
         DEVICE void accumulate(const Block& block) {
             Scores weights, tangents;
             block.take_over(0, weights);
-            if (kFull) block.take_over(1, tangents);
+            if (kJvp) block.take_over(1, tangents);
             if (hides_keys) {
                 x.silence_unweighted(weights);
                 bc.silence_unweighted(weights);
             }
-            Weights sbar, tbar;
+            Weights ds, dt;
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float low = weights.at(i, half, 0), high = weights.at(i, half, 1);
                     float x_low = x.at(i, half, 0), x_high = x.at(i, half, 1);
-                    if (kFull) {
+                    if (kJvp) {
                         const float bc_low = bc.at(i, half, 0), bc_high = bc.at(i, half, 1);
-                        tbar.set(i, half, low * bc_low, high * bc_high);
+                        dt.set(i, half, low * bc_low, high * bc_high);
                         x_low += bc_low * tangents.at(i, half, 0);
                         x_high += bc_high * tangents.at(i, half, 1);
                     }
-                    sbar.set(i, half, low * x_low, high * x_high);
+                    ds.set(i, half, low * x_low, high * x_high);
                 }
-            if (kFull && block.p.grad_tk.data)
-                multiply<Element>(grad_k, sbar, grad_tk, tbar, block.q_tile);
+            if (kJvp && block.p.grad_tk.data)
+                multiply<Element>(grad_k, ds, grad_tk, dt, block.q_tile);
             else
-                multiply<Element>(grad_k, sbar, block.q_tile);
-            if (block.has_tq) multiply<Element>(grad_k, tbar, block.tq_tile);
+                multiply<Element>(grad_k, ds, block.q_tile);
+            if (block.has_tq) multiply<Element>(grad_k, dt, block.tq_tile);
         }
 
         DEVICE void store(const Block& block) {
             grad_k.scale(block.p.softmax_scale);
             grad_tk.scale(block.p.softmax_scale);
             block.store(block.p.grad_k, grad_k, block.p.head_dim);
-            if (kFull) block.store(block.p.grad_tk, grad_tk, block.p.head_dim);
+            if (kJvp) block.store(block.p.grad_tk, grad_tk, block.p.head_dim);
         }
     };
 };

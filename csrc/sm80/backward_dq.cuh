@@ -1,25 +1,25 @@
-// The gradient of Q; with kFull, through the output's tangent as well, and that of tQ.
+// The gradient of Q; with kJvp, through the output's tangent as well, and that of tQ.
 //
-//     P = exp(S − lse)     Tc = T − mu     Bc = gT Vᵀ − beta     X = gO Vᵀ + gT tVᵀ + Bc∘Tc − delta
-//     Sbar = P∘X           Tbar = P∘Bc     gQ = s (Sbar K + Tbar tK)             gtQ = s Tbar K
+//     P = exp(S − lse)     Tc = T − mu     Bc = dtO Vᵀ − beta     X = dO Vᵀ + dtO tVᵀ + Bc∘Tc −
+//     delta dS = P∘X           dT = P∘Bc     dQ = s (dS K + dT tK)             gtQ = s dT K
 //
 // A block has some rows of one head, as in forward.cuh. beta and delta come from preprocess.cuh;
 // backward_dkv.cuh gets them back sharpened.
 #pragma once
 
+#include "common/softmax.cuh"
 #include "sm80/tile.cuh"
-#include "softmax.cuh"
 
 namespace jvp_attn {
 
-template <class Element, int HeadDim, int Rows, int Keys, bool kFull, bool kMasked>
+template <class Element, int HeadDim, int Rows, int Keys, bool kJvp, bool kMasked>
 struct BackwardDq {
     using RowTile = Tile<Rows, HeadDim>;
     using KeyTile = Tile<Keys, HeadDim>;
 
     static constexpr int kThreads = Rows / 16 * 32;
     static constexpr int kSharedBytes =
-        (kFull ? 4 : 2) * RowTile::kBytes + (kFull ? 4 : 2) * KeyTile::kBytes;
+        (kJvp ? 4 : 2) * RowTile::kBytes + (kJvp ? 4 : 2) * KeyTile::kBytes;
 
     static int64_t blocks(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
@@ -27,12 +27,12 @@ struct BackwardDq {
         const RowBlock<Rows> block(p);
         if (block.is_empty()) return;
 
-        const Matrix k = block.keys_of(p.k, p.head_dim);
-        const Matrix v = block.keys_of(p.v, p.head_dim_v);
-        const Matrix tk = block.keys_of(p.tk, p.head_dim);
-        const Matrix tv = block.keys_of(p.tv, p.head_dim_v);
-        const bool has_tq = kFull && p.tq.data, has_tk = kFull && p.tk.data;
-        const bool has_go = p.grad_out.data, has_gt = kFull && p.grad_tout.data;
+        const GmemView k = block.keys_of(p.k, p.head_dim);
+        const GmemView v = block.keys_of(p.v, p.head_dim_v);
+        const GmemView tk = block.keys_of(p.tk, p.head_dim);
+        const GmemView tv = block.keys_of(p.tv, p.head_dim_v);
+        const bool has_tq = kJvp && p.tq.data, has_tk = kJvp && p.tk.data;
+        const bool has_go = p.grad_out.data, has_gt = kJvp && p.grad_tout.data;
         const bool has_tv = has_gt && p.tv.data;
 
         const SharedAddress memory = shared_memory();
@@ -59,8 +59,8 @@ struct BackwardDq {
         };
 
         // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = block.seen_by_none();
-        const int clear = kMasked ? 0 : block.seen_by_all();
+        const int end = block.key_end();
+        const int clear = kMasked ? 0 : block.unmasked_key_end();
         const int row = 16 * warp_index();  // within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
                                                     block.first_row + row);
@@ -68,7 +68,7 @@ struct BackwardDq {
         const Statistics rows(p, block, block.first_row + row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
-        RowTotals sbar_totals, tbar_totals;
+        RowTotals ds_totals, dt_totals;
 
         if (end > 0) {
             load_rows(q_tile, p.q, p.head_dim);
@@ -95,14 +95,14 @@ struct BackwardDq {
             exponentiate(scores, rows.log2_sum);
             const Accumulator<Keys>& weights = scores;
 
-            // x becomes Bc, then Tbar is known; then Bc∘Tc, then X, then Sbar is known.
+            // x becomes Bc, then dT is known; then Bc∘Tc, then X, then dS is known.
             Accumulator<Keys> x;
-            Packed<Element, Keys> sbar, tbar;
+            Packed<Element, Keys> ds, dt;
             if (has_gt) multiply_transposed<Element>(x, gt_tile, row, v_tile);
-            if (kFull) {
+            if (kJvp) {
                 x.subtract_from_rows(rows.beta);
                 if (hides_keys) x.silence_unweighted(weights);
-                tbar_totals.add_product(tbar, weights, x);
+                dt_totals.add_product(dt, weights, x);
 #pragma unroll
                 for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -113,19 +113,19 @@ struct BackwardDq {
             if (has_tv) multiply_transposed<Element>(x, gt_tile, row, tv_tile);
             x.subtract_from_rows(rows.delta);
             if (hides_keys) x.silence_unweighted(weights);
-            sbar_totals.add_product(sbar, weights, x);
+            ds_totals.add_product(ds, weights, x);
 
             block_barrier();  // no warp needs V any more
             if (first_key + Keys < end) load_values(first_key + Keys);
-            add_products(grad_q, grad_tq, sbar, tbar, k_tile, tk_tile, has_tk);
+            add_products(grad_q, grad_tq, ds, dt, k_tile, tk_tile, has_tk);
             block_barrier();  // no warp needs K any more
             if (first_key + Keys < end) load_keys(first_key + Keys);
         }
 
-        rows.sharpen(block, p.delta, rows.delta, sbar_totals, rows.grad_lse);
-        if (kFull) rows.sharpen(block, p.beta, rows.beta, tbar_totals, rows.grad_mu);
+        rows.correct_delta(block, p.delta, rows.delta, ds_totals, rows.grad_lse);
+        if (kJvp) rows.correct_delta(block, p.beta, rows.beta, dt_totals, rows.grad_mu);
 
-        // Along a row Sbar sums to g_lse and Tbar to g_mu. Rounded they do not, and the mean of K
+        // Along a row dS sums to g_lse and dT to g_mu. Rounded they do not, and the mean of K
         // and tK would leak into the gradients. What is too much is taken back from keys that the
         // row sees: from all in the first tile where it sees any.
         bool balanced[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
@@ -134,39 +134,39 @@ struct BackwardDq {
             load_keys(first_key);
             copy_async_wait<0>();
             block_barrier();
-            Packed<Element, Keys> sbar, tbar;
+            Packed<Element, Keys> ds, dt;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 Packed<Element, Keys> seen;
                 const float count = visible_in_tile(seen, visible, half, first_key);
                 const bool balance = !balanced[half] && count > 0;
-                const float sbar_excess = sbar_totals.rounded(half) - rows.grad_lse[half];
-                const float tbar_excess = tbar_totals.rounded(half) - rows.grad_mu[half];
-                const float sbar_share = balance ? -sbar_excess / count : 0;
-                const float tbar_share = balance ? -tbar_excess / count : 0;
+                const float ds_excess = ds_totals.rounded(half) - rows.grad_lse[half];
+                const float dt_excess = dt_totals.rounded(half) - rows.grad_mu[half];
+                const float ds_share = balance ? -ds_excess / count : 0;
+                const float dt_share = balance ? -dt_excess / count : 0;
 #pragma unroll
-                for (int i = 0; i < sbar.kBlocks; ++i) {
+                for (int i = 0; i < ds.kBlocks; ++i) {
                     const float low = seen.low(i, half), high = seen.high(i, half);
-                    sbar.set(i, half, sbar_share * low, sbar_share * high);
-                    tbar.set(i, half, tbar_share * low, tbar_share * high);
+                    ds.set(i, half, ds_share * low, ds_share * high);
+                    dt.set(i, half, dt_share * low, dt_share * high);
                 }
                 balanced[half] |= balance;
             }
-            add_products(grad_q, grad_tq, sbar, tbar, k_tile, tk_tile, has_tk);
+            add_products(grad_q, grad_tq, ds, dt, k_tile, tk_tile, has_tk);
             if (!block_any(!balanced[0] || !balanced[1])) break;
         }
 
         const auto store = [&](const Tensor& target, Accumulator<HeadDim>& rows_of_target) {
             rows_of_target.scale(scale);
-            store_rows<Element>(block.rows_of(target, p.head_dim), Matrix{}, block.first_row + row,
-                                rows_of_target);
+            store_rows<Element>(block.rows_of(target, p.head_dim), GmemView{},
+                                block.first_row + row, rows_of_target);
         };
         store(p.grad_q, grad_q);
-        if (kFull && p.grad_tq.data) store(p.grad_tq, grad_tq);
+        if (kJvp && p.grad_tq.data) store(p.grad_tq, grad_tq);
     }
 
 private:
-    // What the rows of Sbar and Tbar sum to, before and after rounding.
+    // What the rows of dS and dT sum to, before and after rounding.
     struct RowTotals {
         float exact_share[2] = {0, 0};  // of this thread
         RowSums rounded_sums;
@@ -209,7 +209,7 @@ private:
                 log2_sum[half] = log2_of_sum(value(p.lse));
                 delta[half] = value(p.delta);
                 grad_lse[half] = value(p.grad_lse);
-                if (!kFull) continue;
+                if (!kJvp) continue;
                 mu[half] = value(p.mu);
                 beta[half] = value(p.beta);
                 grad_mu[half] = value(p.grad_mu);
@@ -218,11 +218,11 @@ private:
 
         DEVICE bool sees_no_key(int half) const { return log2_sum[half] == kInfinity; }
 
-        // delta and beta carry the rounding of P inside O and tO. Here the rows of Sbar and Tbar
+        // delta and beta carry the rounding of P inside O and tO. Here the rows of dS and dT
         // tell by how much: they would sum to the cotangents of lse and mu.
-        DEVICE void sharpen(const RowBlock<Rows>& block, const RowVector& target,
-                            const float (&value)[2], const RowTotals& totals,
-                            const float (&cotangent)[2]) const {
+        DEVICE void correct_delta(const RowBlock<Rows>& block, const RowVector& target,
+                                  const float (&value)[2], const RowTotals& totals,
+                                  const float (&cotangent)[2]) const {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float sharp = value[half] + totals.exact(half) - cotangent[half];
@@ -233,14 +233,14 @@ private:
     };
 
     DEVICE static void add_products(Accumulator<HeadDim>& grad_q, Accumulator<HeadDim>& grad_tq,
-                                    const Packed<Element, Keys>& sbar,
-                                    const Packed<Element, Keys>& tbar, const KeyTile& k_tile,
+                                    const Packed<Element, Keys>& ds,
+                                    const Packed<Element, Keys>& dt, const KeyTile& k_tile,
                                     const KeyTile& tk_tile, bool has_tk) {
-        if (kFull)
-            multiply<Element>(grad_q, sbar, grad_tq, tbar, k_tile);
+        if (kJvp)
+            multiply<Element>(grad_q, ds, grad_tq, dt, k_tile);
         else
-            multiply<Element>(grad_q, sbar, k_tile);
-        if (has_tk) multiply<Element>(grad_q, tbar, tk_tile);
+            multiply<Element>(grad_q, ds, k_tile);
+        if (has_tk) multiply<Element>(grad_q, dt, tk_tile);
     }
 
     // 1 for each key of the tile that a row sees, else 0; returns how many there are.

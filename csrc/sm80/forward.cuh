@@ -7,8 +7,8 @@
 // scores are computed from K the tile of V arrives, while V is used the next tile of K does.
 #pragma once
 
+#include "common/softmax.cuh"
 #include "sm80/tile.cuh"
-#include "softmax.cuh"
 
 namespace jvp_attn {
 
@@ -27,10 +27,10 @@ struct Forward {
         const RowBlock<Rows> block(p);
         if (block.is_empty()) return;
 
-        const Matrix k = block.keys_of(p.k, p.head_dim);
-        const Matrix v = block.keys_of(p.v, p.head_dim_v);
-        const Matrix tk = block.keys_of(p.tk, p.head_dim);
-        const Matrix tv = block.keys_of(p.tv, p.head_dim_v);
+        const GmemView k = block.keys_of(p.k, p.head_dim);
+        const GmemView v = block.keys_of(p.v, p.head_dim_v);
+        const GmemView tk = block.keys_of(p.tk, p.head_dim);
+        const GmemView tv = block.keys_of(p.tv, p.head_dim_v);
         const bool has_tq = kTangent && p.tq.data, has_tk = kTangent && p.tk.data;
         const bool has_tv = kTangent && p.tv.data, has_t = has_tq || has_tk;
 
@@ -53,8 +53,8 @@ struct Forward {
         };
 
         // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = block.seen_by_none();
-        const int clear = kMasked ? 0 : block.seen_by_all();
+        const int end = block.key_end();
+        const int clear = kMasked ? 0 : block.unmasked_key_end();
         const int row = 16 * warp_index();  // within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
                                                     block.first_row + row);
@@ -135,7 +135,7 @@ private:
         }
         out.scale_rows(normalisation);
         store_rows<Element>(block.rows_of(p.out, p.head_dim_v),
-                            block.rows_of(p.out_residual, p.head_dim_v), first_row, out);
+                            block.rows_of(p.out_lo, p.head_dim_v), first_row, out);
         if (!kTangent) return;
         tout.scale_rows(normalisation);
 #pragma unroll
@@ -143,7 +143,7 @@ private:
 #pragma unroll
             for (int e = 0; e < 4; ++e) tout.value[i][e] -= rounded_mean[e / 2] * out.value[i][e];
         store_rows<Element>(block.rows_of(p.tout, p.head_dim_v),
-                            block.rows_of(p.tout_residual, p.head_dim_v), first_row, tout);
+                            block.rows_of(p.tout_lo, p.head_dim_v), first_row, tout);
     }
 };
 

@@ -1,12 +1,12 @@
 // What the backward kernels need to know of each row beforehand.
 //
-//     beta = gT·O − g_mu      delta = gO·O + gT·tO − g_lse
+//     beta = dtO·O − g_mu      delta = dO·O + dtO·tO − g_lse
 //
-// With what rounding took away from O and tO added again: rows of the backward's Sbar must sum to
+// With what rounding took away from O and tO added again: rows of the backward's dS must sum to
 // zero, or the mean of K leaks into the gradient of Q. A warp takes one row after the other.
 #pragma once
 
-#include "problem.cuh"
+#include "common/seqlen.cuh"
 
 namespace jvp_attn {
 
@@ -24,24 +24,24 @@ struct Preprocess {
     DEVICE static void run(const AttentionParams& p) {
         const int row_blocks = ceil_div(p.seqlen_q, kRows);
         const int head = block_index() / row_blocks % p.heads;
-        const Sequence sequence(p, block_index() / row_blocks / p.heads);
+        const SeqlenInfo sequence(p, block_index() / row_blocks / p.heads);
         const int first_row = block_index() % row_blocks * kRows;
 
         const auto matrix = [&](const Tensor& x) {
             return sequence.queries_of(x, head, p.head_dim_v);
         };
-        const Matrix out = matrix(p.out), out_residual = matrix(p.out_residual);
-        const Matrix tout = matrix(p.tout), tout_residual = matrix(p.tout_residual);
-        const Matrix grad_out = matrix(p.grad_out), grad_tout = matrix(p.grad_tout);
+        const GmemView out = matrix(p.out), out_lo = matrix(p.out_lo);
+        const GmemView tout = matrix(p.tout), tout_lo = matrix(p.tout_lo);
+        const GmemView grad_out = matrix(p.grad_out), grad_tout = matrix(p.grad_tout);
 
         const int end = min(first_row + kRows, sequence.queries);
         for (int row = first_row + warp_index(); row < end; row += kWarps) {
             float beta = 0, delta = 0;
             for (int column = 2 * lane_index(); column < p.head_dim_v; column += 64) {
                 const Pair o = sum(load_pair<Element>(out, row, column),
-                                   load_pair<Element>(out_residual, row, column));
+                                   load_pair<Element>(out_lo, row, column));
                 const Pair to = sum(load_pair<Element>(tout, row, column),
-                                    load_pair<Element>(tout_residual, row, column));
+                                    load_pair<Element>(tout_lo, row, column));
                 const Pair go = load_pair<Element>(grad_out, row, column);
                 const Pair gt = load_pair<Element>(grad_tout, row, column);
                 beta += dot(gt, o);

@@ -7,13 +7,13 @@
 // The stages are those of forward.cuh.
 #pragma once
 
+#include "common/softmax.cuh"
 #include "sm80/tile.cuh"
-#include "softmax.cuh"
 
 namespace jvp_attn {
 
 template <class Element, int HeadDim, int Rows, int Keys, bool kMasked>
-struct TangentGivenForward {
+struct TangentOnly {
     using RowTile = Tile<Rows, HeadDim>;
     using KeyTile = Tile<Keys, HeadDim>;
 
@@ -26,10 +26,10 @@ struct TangentGivenForward {
         const RowBlock<Rows> block(p);
         if (block.is_empty()) return;
 
-        const Matrix k = block.keys_of(p.k, p.head_dim);
-        const Matrix v = block.keys_of(p.v, p.head_dim_v);
-        const Matrix tk = block.keys_of(p.tk, p.head_dim);
-        const Matrix tv = block.keys_of(p.tv, p.head_dim_v);
+        const GmemView k = block.keys_of(p.k, p.head_dim);
+        const GmemView v = block.keys_of(p.v, p.head_dim_v);
+        const GmemView tk = block.keys_of(p.tk, p.head_dim);
+        const GmemView tv = block.keys_of(p.tv, p.head_dim_v);
         const bool has_tq = p.tq.data, has_tk = p.tk.data, has_tv = p.tv.data;
         const bool has_t = has_tq || has_tk;
 
@@ -51,8 +51,8 @@ struct TangentGivenForward {
             copy_async_commit();
         };
 
-        const int end = block.seen_by_none();
-        const int clear = kMasked ? 0 : block.seen_by_all();
+        const int end = block.key_end();
+        const int clear = kMasked ? 0 : block.unmasked_key_end();
         const int row = 16 * warp_index();  // within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
                                                     block.first_row + row);
@@ -109,10 +109,10 @@ struct TangentGivenForward {
 private:
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const TangentWeights& tangent_weights, Accumulator<HeadDim>& tout) {
-        const Matrix out = block.rows_of(p.out, p.head_dim_v);
-        const Matrix residual = block.rows_of(p.out_residual, p.head_dim_v);
-        const Matrix target = block.rows_of(p.tout, p.head_dim_v);
-        const Matrix target_residual = block.rows_of(p.tout_residual, p.head_dim_v);
+        const GmemView out = block.rows_of(p.out, p.head_dim_v);
+        const GmemView residual = block.rows_of(p.out_lo, p.head_dim_v);
+        const GmemView target = block.rows_of(p.tout, p.head_dim_v);
+        const GmemView target_residual = block.rows_of(p.tout_lo, p.head_dim_v);
         float* const mu = block.statistic(p.mu);
         float rounded_mean[2];
 #pragma unroll

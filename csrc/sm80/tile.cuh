@@ -1,7 +1,7 @@
 // Tiles of elements in shared memory: filled from global memory, multiplied by the tensor cores.
 #pragma once
 
-#include "matrix.cuh"
+#include "common/gmem.cuh"
 
 namespace jvp_attn {
 
@@ -56,7 +56,7 @@ private:
 // Loading
 
 // Eight elements of a row from any address, zeros beyond the matrix.
-DEVICE Words4 gather_chunk(const Matrix& matrix, int row, int column) {
+DEVICE Words4 gather_chunk(const GmemView& matrix, int row, int column) {
     uint32_t element[8] = {};
     if (row < matrix.rows) {
 #pragma unroll
@@ -73,7 +73,7 @@ DEVICE Words4 gather_chunk(const Matrix& matrix, int row, int column) {
 // Fills a tile with the rows from `first_row` on, zeros beyond the matrix. All threads of the block
 // take part; the tile can be read after `copy_async_wait` and a barrier.
 template <int Threads, int Rows, int Columns>
-DEVICE void load_tile(const Tile<Rows, Columns>& tile, const Matrix& matrix, int first_row) {
+DEVICE void load_tile(const Tile<Rows, Columns>& tile, const GmemView& matrix, int first_row) {
     using T = Tile<Rows, Columns>;
     // In each round the threads take a group of chunks of so many rows, a multiple of 8: from round
     // to round both addresses of a thread move by the same distance.

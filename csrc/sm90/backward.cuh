@@ -1,32 +1,32 @@
 // The gradients of Q, K and V, through the output alone: what backward_dkv.cuh computes, and in the
 // same pass
 //
-//     gQ = s Sbar K
+//     dQ = s dS K
 //
-// Rounded, Sbar of a tile of queries goes through shared memory, where every warpgroup finds that
-// of all keys of the block. Each then multiplies a part of gQ, and adds it to what other blocks of
-// keys have found, in an order that nobody knows. ../sm80/finish_grad_q.cuh makes gQ of the sums.
+// Rounded, dS of a tile of queries goes through shared memory, where every warpgroup finds that
+// of all keys of the block. Each then multiplies a part of dQ, and adds it to what other blocks of
+// keys have found, in an order that nobody knows. ../sm80/bwd_postprocess.cuh makes dQ of the sums.
 #pragma once
 
-#include "grad_q_sums.cuh"
-#include "sm90/key_gradients.cuh"
+#include "common/dq_accum.cuh"
+#include "sm90/bwd_mainloop.cuh"
 #include "sm90/store.cuh"
 
 namespace jvp_attn::sm90 {
 
 template <class Element, int HeadDim, int Rows, int Keys>
-struct Backward : KeyGradients<Element, HeadDim, Rows, Keys, Rows> {
-    using K = KeyGradients<Element, HeadDim, Rows, Keys, Rows>;
+struct Backward : BwdMainloop<Element, HeadDim, Rows, Keys, Rows> {
+    using K = BwdMainloop<Element, HeadDim, Rows, Keys, Rows>;
     using typename K::Block, typename K::Gradient, typename K::KeyTile, typename K::Weights;
     using ScoreTile = Tile<Keys, Rows>;
     using Ones = Tile<Keys, 64>;
 
-    // Of gQ a warpgroup has 64 rows and 64 columns, and beside them the sums of the rows of Sbar.
+    // Of dQ a warpgroup has 64 rows and 64 columns, and beside them the sums of the rows of dS.
     using GradQ = Accumulator<72>;
     static constexpr int kRowParts = Rows / 64, kColumnParts = KeyTile::kPanels;
     static_assert(kRowParts * kColumnParts == K::kWarpgroups);
 
-    // While one warpgroup multiplies Sbar of a tile, another may store that of the next.
+    // While one warpgroup multiplies dS of a tile, another may store that of the next.
     static constexpr int kScoreTiles = 2;
     static constexpr int kFirstScores =
         (K::kStreamBytes + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
@@ -57,57 +57,57 @@ private:
         Ones ones;
         int score_tile = 0;
 
-        DEVICE void operator()(int piece) {
-            this->differentiate(piece, [&](Gradient& grad_k, Gradient& grad_v, const Block& block,
-                                           int head, int first_row) {
-                Weights sbar, rounded;
-                this->find_sbar(sbar, rounded, grad_v, block, first_row);
-                const ScoreTile all = share(sbar);
+        DEVICE void operator()(int work_tile) {
+            this->differentiate(work_tile, [&](Gradient& grad_k, Gradient& grad_v,
+                                               const Block& block, int head, int first_row) {
+                Weights ds, rounded;
+                this->find_sbar(ds, rounded, grad_v, block, first_row);
+                const ScoreTile all = share(ds);
 
                 GradQ grad_q;
-                pin(grad_q.value);
-                pin(sbar.word);
-                pin(grad_k.value);
+                warpgroup_fence_operand(grad_q.value);
+                warpgroup_fence_operand(ds.word);
+                warpgroup_fence_operand(grad_k.value);
                 wgmma_fence();
                 multiply_left_transposed<Element>(grad_q, all.panel(row_part()),
                                                   this->k().panel(column_part()), ones);
                 wgmma_commit();
-                multiply<Element>(grad_k, sbar, this->q());
+                multiply<Element>(grad_k, ds, this->q());
                 wgmma_commit();
                 wgmma_wait<1>();
-                pin(grad_q.value);
-                add(grad_q, GradQSums(this->p, block.sequence, head),
+                warpgroup_fence_operand(grad_q.value);
+                add(grad_q, DqAccum(this->p, block.sequence, head),
                     first_row + 64 * row_part() + warp_row());
                 wgmma_wait<0>();
-                pin(grad_k.value);
-                pin(grad_v.value);
-                pin(rounded.word);
-                pin(sbar.word);
+                warpgroup_fence_operand(grad_k.value);
+                warpgroup_fence_operand(grad_v.value);
+                warpgroup_fence_operand(rounded.word);
+                warpgroup_fence_operand(ds.word);
                 this->leave_tile();
             });
         }
 
     private:
-        // Which part of gQ is the warpgroup's.
+        // Which part of dQ is the warpgroup's.
         DEVICE static int row_part() { return (warpgroup_index() - 1) % kRowParts; }
         DEVICE static int column_part() { return (warpgroup_index() - 1) / kRowParts; }
 
         // Of the warp, within its warpgroup.
         DEVICE static int warp_row() { return opaque(warp_index()) % 4 * 16; }
 
-        // Stores Sbar of the keys of this warpgroup, and waits for that of all others.
-        DEVICE ScoreTile share(const Weights& sbar) {
+        // Stores dS of the keys of this warpgroup, and waits for that of all others.
+        DEVICE ScoreTile share(const Weights& ds) {
             const ScoreTile all{scores + score_tile * ScoreTile::kBytes};
             score_tile ^= 1;
             const Stage<Keys, Rows> stage{all, this->row() + warp_row()};
-            stage.template put<Element>(sbar);
+            stage.template put<Element>(ds);
             fence_proxy_async();
             named_barrier_sync(1, K::kConsumerThreads);
             return all;
         }
 
         // The rows of a warp from `row` on.
-        DEVICE static void add(const GradQ& grad_q, const GradQSums& sums, int row) {
+        DEVICE static void add(const GradQ& grad_q, const DqAccum& sums, int row) {
             const int first_block = 8 * column_part();
             float* const place = sums.block(row, first_block);
 #pragma unroll

@@ -1,4 +1,4 @@
-// The gradient of Q; with kFull, through the output's tangent as well, and that of tQ: the
+// The gradient of Q; with kJvp, through the output's tangent as well, and that of tQ: the
 // equations of ../sm80/backward_dq.cuh.
 //
 // A block has some rows of one head, and each of its warpgroups 64 of them; tiles of K, tK, V and
@@ -16,7 +16,7 @@
 
 namespace jvp_attn::sm90 {
 
-template <class Element, int HeadDim, int Rows, int Keys, bool kFull>
+template <class Element, int HeadDim, int Rows, int Keys, bool kJvp>
 struct BackwardDq {
     using RowTile = Tile<Rows, HeadDim>;
     using KeyTile = Tile<Keys, HeadDim>;
@@ -28,10 +28,10 @@ struct BackwardDq {
     static constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
 
-    // In slots of one tile: Q, gO, tQ, gT; and K, tK, V, tV, as many slots as there is memory for.
-    static constexpr int kRowTiles = kFull ? 4 : 2;
+    // In slots of one tile: Q, dO, tQ, dtO; and K, tK, V, tV, as many slots as there is memory for.
+    static constexpr int kRowTiles = kJvp ? 4 : 2;
     using RowRing = Ring<kRowTiles, RowTile::kBytes>;
-    static constexpr int kOwnBytes = 4 * 16 * kConsumerThreads;  // 4 numbers for each of `Own`
+    static constexpr int kOwnBytes = 4 * 16 * kConsumerThreads;  // 4 numbers for each of `SmemSlot`
     static constexpr int kBarrierBytes = 512;
     static constexpr int kSlots =
         (kMaxSharedBytes - RowRing::kBytes - kOwnBytes - kBarrierBytes) / KeyTile::kBytes;
@@ -47,14 +47,16 @@ struct BackwardDq {
         if (thread_index() == 0) memory.init();
         block_barrier();
         if (warpgroup_index() == 0) {
-            release_registers<24>();
+            warpgroup_reg_dealloc<24>();
             if (warp_index() == 0)
-                load(params, {memory.rows, memory.landed}, {memory.keys, memory.landed});
+                load(params, {memory.rows, memory.tail_barrier},
+                     {memory.keys, memory.tail_barrier});
         } else {
-            claim_registers<240>();
+            warpgroup_reg_alloc<240>();
             Warpgroup warpgroup{params.attention, memory};
 #pragma unroll 1
-            for (Turn turn(params); turn; turn.next()) warpgroup.differentiate(turn.piece());
+            for (TileScheduler turn(params); turn; turn.next())
+                warpgroup.differentiate(turn.work_tile());
         }
     }
 
@@ -64,7 +66,7 @@ private:
         RowRing rows;
         KeyRing keys;
         SharedAddress own;
-        SharedAddress landed;  // an mbarrier
+        SharedAddress tail_barrier;  // an mbarrier
 
         DEVICE Memory() {
             rows.slots = shared_memory();
@@ -72,20 +74,20 @@ private:
             own = keys.slots + KeyRing::kBytes;
             rows.barriers = own + kOwnBytes;
             keys.barriers = rows.barriers + RowRing::kBarrierBytes;
-            landed = keys.barriers + KeyRing::kBarrierBytes;
+            tail_barrier = keys.barriers + KeyRing::kBarrierBytes;
         }
 
         DEVICE void init() const {
             rows.init(1, kConsumerThreads / kWarpgroupThreads);
             keys.init(1, kConsumerThreads / kWarpgroupThreads);
-            mbarrier_init(landed, 1);
+            mbarrier_init(tail_barrier, 1);
             fence_mbarrier_init();
         }
     };
 
     // The first key of the last tile that any row of a block sees.
     DEVICE static int last_tile(const RowBlock<Rows>& block) {
-        return (ceil_div(block.seen_by_none(), Keys) - 1) * Keys;
+        return (ceil_div(block.key_end(), Keys) - 1) * Keys;
     }
 
     DEVICE static void load(const Params& params, Loader<RowTile, kRowTiles> rows,
@@ -93,16 +95,16 @@ private:
         const AttentionParams& p = params.attention;
         const TensorMaps& maps = params.maps;
 #pragma unroll 1
-        for (Turn turn(params); turn; turn.next()) {
-            const auto block = row_block<Rows>(p, turn.piece());
-            if (block.is_empty() || block.seen_by_none() == 0) continue;
+        for (TileScheduler turn(params); turn; turn.next()) {
+            const auto block = row_block<Rows>(p, turn.work_tile());
+            if (block.is_empty() || block.key_end() == 0) continue;
             const auto load_rows = [&](const Tensor& x, const TensorMap& map) {
                 rows.load(queries_of(params, x, map, block.sequence, block.head), block.first_row);
             };
             load_rows(p.q, maps.q);
             load_rows(p.grad_out, maps.grad_out);
-            if (kFull) load_rows(p.tq, maps.tq);
-            if (kFull) load_rows(p.grad_tout, maps.grad_tout);
+            if (kJvp) load_rows(p.tq, maps.tq);
+            if (kJvp) load_rows(p.grad_tout, maps.grad_tout);
 
             const auto source = [&](const Tensor& x, const TensorMap& map) {
                 return keys_of(params, x, map, block.sequence, block.head_k);
@@ -110,9 +112,9 @@ private:
 #pragma unroll 1
             for (int key = last_tile(block); key >= 0; key -= Keys) {
                 keys.load_and_clear(source(p.k, maps.k), key);
-                if (kFull) keys.load_and_clear(source(p.tk, maps.tk), key);
+                if (kJvp) keys.load_and_clear(source(p.tk, maps.tk), key);
                 keys.load(source(p.v, maps.v), key);
-                if (kFull) keys.load(source(p.tv, maps.tv), key);
+                if (kJvp) keys.load(source(p.tv, maps.tv), key);
             }
         }
     }
@@ -123,8 +125,8 @@ private:
     };
 
     // What a thread keeps in shared memory for itself: log2_sum and mu; beta and delta; what the
-    // rows of Sbar and of Tbar sum to, before and after rounding.
-    enum class Own { weights = 0, cotangents = 1, sbar_totals = 2, tbar_totals = 3 };
+    // rows of dS and of dT sum to, before and after rounding.
+    enum class SmemSlot { weights = 0, cotangents = 1, ds_totals = 2, dt_totals = 3 };
 
     // What a warpgroup does with its rows of a block of rows.
     struct Warpgroup {
@@ -135,8 +137,8 @@ private:
         int row_phase = 0;
         Place at = {};
 
-        DEVICE void differentiate(int piece) {
-            const auto block = row_block<Rows>(p, piece);
+        DEVICE void differentiate(int work_tile) {
+            const auto block = row_block<Rows>(p, work_tile);
             if (block.is_empty()) return;
             remember_rows(block);
 
@@ -144,28 +146,29 @@ private:
             const int last = last_tile(block);
             if (last >= 0) {
                 for (int i = 0; i < kRowTiles; ++i) memory.rows.wait_full({i, row_phase});
-                const Horizon horizon{block.sequence, block.first_row + warp_row()};
-                const int clear = block.seen_by_all();
+                const CausalMask horizon{block.sequence, block.first_row + warp_row()};
+                const int clear = block.unmasked_key_end();
                 Place k, tk;
                 int first_key = last;
 #pragma unroll 1
                 while (true) {
                     k = next();
-                    if (kFull) tk = next();
+                    if (kJvp) tk = next();
                     add(grad_q, grad_tq, k, tk, horizon, first_key, clear);
                     if (first_key == 0) break;
                     first_key -= Keys;
                     release(memory.keys, k);
-                    if (kFull) release(memory.keys, tk);
+                    if (kJvp) release(memory.keys, tk);
                 }
-                balance(grad_q, grad_tq, tile(k), tile(tk), row_block<Rows>(p, opaque(piece)));
+                correct_row_sum_bias(grad_q, grad_tq, tile(k), tile(tk),
+                                     row_block<Rows>(p, opaque(work_tile)));
                 release(memory.keys, k);
-                if (kFull) release(memory.keys, tk);
+                if (kJvp) release(memory.keys, tk);
                 for (int i = 0; i < kRowTiles; ++i)
                     release(memory.rows, Position<kRowTiles>{i, row_phase});
                 row_phase ^= 1;
             }
-            finish(row_block<Rows>(p, opaque(piece)), grad_q, grad_tq);
+            finish(row_block<Rows>(p, opaque(work_tile)), grad_q, grad_tq);
         }
 
     private:
@@ -191,18 +194,18 @@ private:
             if (thread_index() % kWarpgroupThreads == 0) ring.release(place);
         }
 
-        DEVICE SharedAddress place_of(Own what) const {
+        DEVICE SharedAddress place_of(SmemSlot what) const {
             const int thread = thread_index() - kWarpgroupThreads;
             return memory.own + (static_cast<int>(what) * kConsumerThreads + thread) * 16;
         }
 
-        DEVICE void remember(Own what, const Numbers& numbers) const {
+        DEVICE void store_smem(SmemSlot what, const Numbers& numbers) const {
             Words4 words;
             memcpy(&words, &numbers, sizeof words);
             shared_store_words4(place_of(what), words);
         }
 
-        DEVICE Numbers recall(Own what) const {
+        DEVICE Numbers load_smem(SmemSlot what) const {
             const Words4 words = shared_load_words4(place_of(what));
             Numbers numbers;
             memcpy(&numbers, &words, sizeof words);
@@ -210,19 +213,19 @@ private:
         }
 
         DEVICE void remember_rows(const RowBlock<Rows>& block) const {
-            const RowStatistics<kFull> rows(p, block, block.first_row + warp_row());
-            remember(Own::weights,
-                     {{rows.log2_sum[0], rows.log2_sum[1]}, {rows.mu[0], rows.mu[1]}});
-            remember(Own::cotangents,
-                     {{rows.beta[0], rows.beta[1]}, {rows.delta[0], rows.delta[1]}});
-            remember(Own::sbar_totals, {});
-            remember(Own::tbar_totals, {});
+            const RowStatistics<kJvp> rows(p, block, block.first_row + warp_row());
+            store_smem(SmemSlot::weights,
+                       {{rows.log2_sum[0], rows.log2_sum[1]}, {rows.mu[0], rows.mu[1]}});
+            store_smem(SmemSlot::cotangents,
+                       {{rows.beta[0], rows.beta[1]}, {rows.delta[0], rows.delta[1]}});
+            store_smem(SmemSlot::ds_totals, {});
+            store_smem(SmemSlot::dt_totals, {});
         }
 
         // Rounds the product of weights and x, and adds up its rows.
         DEVICE void multiply_weights(Weights& product, const Scores& weights, const Scores& x,
-                                     Own totals) const {
-            Numbers total = recall(totals);
+                                     SmemSlot totals) const {
+            Numbers total = load_smem(totals);
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -233,20 +236,20 @@ private:
                     total.first[half] += low + high;
                     total.second[half] += product.low(i, half) + product.high(i, half);
                 }
-            remember(totals, total);
+            store_smem(totals, total);
         }
 
         // Scores become weights; those of hidden keys are 0.
-        DEVICE void exponentiate(Scores& scores, const Horizon& horizon, int first_key,
+        DEVICE void exponentiate(Scores& scores, const CausalMask& horizon, int first_key,
                                  bool hides_keys) const {
-            const Numbers rows = recall(Own::weights);
+            const Numbers rows = load_smem(SmemSlot::weights);
             const float scale = p.softmax_scale * kLog2E;
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     scores.value[i][e] = scores.value[i][e] * scale - rows.first[e / 2];
-            if (hides_keys) horizon.replace_hidden(scores, first_key, -kInfinity);
+            if (hides_keys) horizon.apply(scores, first_key, -kInfinity);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
@@ -255,41 +258,41 @@ private:
 
         // A tile of keys. V and tV are the next in the ring.
         DEVICE void add(Gradient& grad_q, Gradient& grad_tq, const Place& k, const Place& tk,
-                        const Horizon& horizon, int first_key, int clear) {
+                        const CausalMask& horizon, int first_key, int clear) {
             const RowTile q = row_tile(0), go = row_tile(1), tq = row_tile(2), gt = row_tile(3);
             const float scale = p.softmax_scale;
 
             Scores weights, tangents, x;
-            pin(weights.value);
-            pin(tangents.value);
+            warpgroup_fence_operand(weights.value);
+            warpgroup_fence_operand(tangents.value);
             wgmma_fence();
             multiply_transposed<Element>(weights, q, row(), tile(k), false);
             wgmma_commit();
-            if (kFull) {
+            if (kJvp) {
                 multiply_transposed<Element>(tangents, tq, row(), tile(k), false);
                 multiply_transposed<Element>(tangents, q, row(), tile(tk), true);
                 wgmma_commit();
             }
-            wgmma_wait<kFull ? 1 : 0>();
-            pin(weights.value);
+            wgmma_wait<kJvp ? 1 : 0>();
+            warpgroup_fence_operand(weights.value);
             exponentiate(weights, horizon, first_key, first_key + Keys > clear);
 
             const Place v = next();
             Place tv;
-            if (kFull) tv = next();
-            Weights sbar, tbar;
-            if (kFull) {
-                pin(x.value);
+            if (kJvp) tv = next();
+            Weights ds, dt;
+            if (kJvp) {
+                warpgroup_fence_operand(x.value);
                 wgmma_fence();
                 multiply_transposed<Element>(x, gt, row(), tile(v), false);
                 wgmma_commit();
                 wgmma_wait<0>();
-                pin(tangents.value);
-                pin(x.value);
-                x.subtract_from_rows(recall(Own::cotangents).first);
+                warpgroup_fence_operand(tangents.value);
+                warpgroup_fence_operand(x.value);
+                x.subtract_from_rows(load_smem(SmemSlot::cotangents).first);
                 x.silence_unweighted(weights);
-                multiply_weights(tbar, weights, x, Own::tbar_totals);
-                const Numbers rows = recall(Own::weights);
+                multiply_weights(dt, weights, x, SmemSlot::dt_totals);
+                const Numbers rows = load_smem(SmemSlot::weights);
 #pragma unroll
                 for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -298,50 +301,50 @@ private:
                         x.value[i][e] = weights.value[i][e] == 0 ? 0 : x.value[i][e] * centred;
                     }
             }
-            pin(x.value);
+            warpgroup_fence_operand(x.value);
             wgmma_fence();
-            multiply_transposed<Element>(x, go, row(), tile(v), kFull);
-            if (kFull) multiply_transposed<Element>(x, gt, row(), tile(tv), true);
+            multiply_transposed<Element>(x, go, row(), tile(v), kJvp);
+            if (kJvp) multiply_transposed<Element>(x, gt, row(), tile(tv), true);
             wgmma_commit();
-            if (kFull) {
-                pin(tbar.word);
-                pin(grad_q.value);
-                pin(grad_tq.value);
+            if (kJvp) {
+                warpgroup_fence_operand(dt.word);
+                warpgroup_fence_operand(grad_q.value);
+                warpgroup_fence_operand(grad_tq.value);
                 wgmma_fence();
-                multiply<Element>(grad_tq, tbar, tile(k));
-                multiply<Element>(grad_q, tbar, tile(tk));
+                multiply<Element>(grad_tq, dt, tile(k));
+                multiply<Element>(grad_q, dt, tile(tk));
                 wgmma_commit();
             }
-            wgmma_wait<kFull ? 1 : 0>();
-            pin(x.value);
+            wgmma_wait<kJvp ? 1 : 0>();
+            warpgroup_fence_operand(x.value);
             release(memory.keys, v);
-            if (kFull) release(memory.keys, tv);
+            if (kJvp) release(memory.keys, tv);
 
-            x.subtract_from_rows(recall(Own::cotangents).second);
+            x.subtract_from_rows(load_smem(SmemSlot::cotangents).second);
             x.silence_unweighted(weights);
-            multiply_weights(sbar, weights, x, Own::sbar_totals);
-            pin(sbar.word);
-            if (!kFull) pin(grad_q.value);
+            multiply_weights(ds, weights, x, SmemSlot::ds_totals);
+            warpgroup_fence_operand(ds.word);
+            if (!kJvp) warpgroup_fence_operand(grad_q.value);
             wgmma_fence();
-            multiply<Element>(grad_q, sbar, tile(k));
+            multiply<Element>(grad_q, ds, tile(k));
             wgmma_commit();
             wgmma_wait<0>();
-            pin(grad_q.value);
-            pin(sbar.word);
-            if (kFull) pin(grad_tq.value);
-            if (kFull) pin(tbar.word);
+            warpgroup_fence_operand(grad_q.value);
+            warpgroup_fence_operand(ds.word);
+            if (kJvp) warpgroup_fence_operand(grad_tq.value);
+            if (kJvp) warpgroup_fence_operand(dt.word);
         }
 
-        // Along a row Sbar sums to g_lse and Tbar to g_mu. Rounded they do not, and the mean of K
+        // Along a row dS sums to g_lse and dT to g_mu. Rounded they do not, and the mean of K
         // and tK would leak into the gradients. What is too much is taken back from the keys that
         // the row sees of the first tile: if it sees any, it sees some of those.
-        DEVICE void balance(Gradient& grad_q, Gradient& grad_tq, const KeyTile& k,
-                            const KeyTile& tk, const RowBlock<Rows>& block) const {
+        DEVICE void correct_row_sum_bias(Gradient& grad_q, Gradient& grad_tq, const KeyTile& k,
+                                         const KeyTile& tk, const RowBlock<Rows>& block) const {
             const int first_row = block.first_row + warp_row();
-            const Horizon horizon{block.sequence, first_row};
-            const Numbers sbar_totals = recall(Own::sbar_totals);
-            const Numbers tbar_totals = recall(Own::tbar_totals);
-            Weights sbar, tbar;
+            const CausalMask horizon{block.sequence, first_row};
+            const Numbers ds_totals = load_smem(SmemSlot::ds_totals);
+            const Numbers dt_totals = load_smem(SmemSlot::dt_totals);
+            Weights ds, dt;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int query = first_row + row_in_warp(half);
@@ -351,43 +354,45 @@ private:
                         quad_sum(totals.second[half]) - value_of_row(block, cotangent, query);
                     return visible > 0 ? -excess / visible : 0;
                 };
-                const float sbar_share = share_of(sbar_totals, p.grad_lse);
-                const float tbar_share = kFull ? share_of(tbar_totals, p.grad_mu) : 0;
+                const float ds_share = share_of(ds_totals, p.grad_lse);
+                const float dt_share = kJvp ? share_of(dt_totals, p.grad_mu) : 0;
 #pragma unroll
-                for (int i = 0; i < sbar.kBlocks; ++i) {
+                for (int i = 0; i < ds.kBlocks; ++i) {
                     const bool low = column_of(i, 0) < visible, high = column_of(i, 1) < visible;
-                    sbar.set(i, half, low ? sbar_share : 0, high ? sbar_share : 0);
-                    tbar.set(i, half, low ? tbar_share : 0, high ? tbar_share : 0);
+                    ds.set(i, half, low ? ds_share : 0, high ? ds_share : 0);
+                    dt.set(i, half, low ? dt_share : 0, high ? dt_share : 0);
                 }
             }
-            pin(sbar.word);
-            pin(tbar.word);
-            pin(grad_q.value);
-            pin(grad_tq.value);
+            warpgroup_fence_operand(ds.word);
+            warpgroup_fence_operand(dt.word);
+            warpgroup_fence_operand(grad_q.value);
+            warpgroup_fence_operand(grad_tq.value);
             wgmma_fence();
-            multiply<Element>(grad_q, sbar, k);
-            if (kFull) multiply<Element>(grad_tq, tbar, k);
-            if (kFull) multiply<Element>(grad_q, tbar, tk);
+            multiply<Element>(grad_q, ds, k);
+            if (kJvp) multiply<Element>(grad_tq, dt, k);
+            if (kJvp) multiply<Element>(grad_q, dt, tk);
             wgmma_commit();
             wgmma_wait<0>();
-            pin(grad_q.value);
-            pin(grad_tq.value);
-            pin(sbar.word);
-            pin(tbar.word);
+            warpgroup_fence_operand(grad_q.value);
+            warpgroup_fence_operand(grad_tq.value);
+            warpgroup_fence_operand(ds.word);
+            warpgroup_fence_operand(dt.word);
         }
 
         DEVICE void finish(const RowBlock<Rows>& block, Gradient& grad_q, Gradient& grad_tq) const {
             const int first_row = block.first_row + warp_row();
-            sharpen(p, block, first_row, p.delta, recall(Own::sbar_totals).first, p.grad_lse);
-            if (kFull)
-                sharpen(p, block, first_row, p.beta, recall(Own::tbar_totals).first, p.grad_mu);
+            correct_delta(p, block, first_row, p.delta, load_smem(SmemSlot::ds_totals).first,
+                          p.grad_lse);
+            if (kJvp)
+                correct_delta(p, block, first_row, p.beta, load_smem(SmemSlot::dt_totals).first,
+                              p.grad_mu);
             const auto store = [&](const Tensor& target, Gradient& gradient) {
                 gradient.scale(p.softmax_scale);
-                store_rows<Element>(block.rows_of(target, p.head_dim), Matrix{}, first_row,
+                store_rows<Element>(block.rows_of(target, p.head_dim), GmemView{}, first_row,
                                     gradient);
             };
             store(p.grad_q, grad_q);
-            if (kFull && p.grad_tq.data) store(p.grad_tq, grad_tq);
+            if (kJvp && p.grad_tq.data) store(p.grad_tq, grad_tq);
         }
     };
 };

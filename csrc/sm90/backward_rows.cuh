@@ -2,7 +2,7 @@
 // know it in a way of their own, in ../sm80/backward_dq.cuh: with this one, some of them spill.
 #pragma once
 
-#include "problem.cuh"
+#include "common/seqlen.cuh"
 
 namespace jvp_attn::sm90 {
 
@@ -15,7 +15,7 @@ DEVICE float value_of_row(const RowBlock<Rows>& block, const RowVector& x, int r
 }
 
 // What is known beforehand.
-template <bool kFull>
+template <bool kJvp>
 struct RowStatistics {
     float log2_sum[2];  // +inf in a row that sees no key
     float mu[2] = {0, 0}, beta[2] = {0, 0}, delta[2];
@@ -27,19 +27,19 @@ struct RowStatistics {
             const int row = first_row + row_in_warp(half);
             log2_sum[half] = log2_of_sum(value_of_row(block, p.lse, row, -kInfinity));
             delta[half] = value_of_row(block, p.delta, row);
-            if (kFull) mu[half] = value_of_row(block, p.mu, row);
-            if (kFull) beta[half] = value_of_row(block, p.beta, row);
+            if (kJvp) mu[half] = value_of_row(block, p.mu, row);
+            if (kJvp) beta[half] = value_of_row(block, p.beta, row);
         }
     }
 };
 
-// delta and beta carry the rounding of P inside O and tO. What the rows of Sbar and Tbar sum to
+// delta and beta carry the rounding of P inside O and tO. What the rows of dS and dT sum to
 // tells by how much: it would be the cotangents of lse and mu. A thread gives its share of the
 // sums.
 template <int Rows>
-DEVICE void sharpen(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
-                    const RowVector& statistic, const float (&shares)[2],
-                    const RowVector& cotangent) {
+DEVICE void correct_delta(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
+                          const RowVector& statistic, const float (&shares)[2],
+                          const RowVector& cotangent) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first_row + row_in_warp(half);

@@ -2,14 +2,14 @@
 // are queries.
 #pragma once
 
-#include "problem.cuh"
-#include "sm90/machine_sm90.cuh"
+#include "common/seqlen.cuh"
+#include "sm90/ptx.cuh"
 
 namespace jvp_attn::sm90 {
 
 template <int Keys>
 struct KeyBlock {
-    Sequence sequence;
+    SeqlenInfo sequence;
     int head_k;
     int first_key;
     int first_row;              // of the queries that see any of the keys
@@ -22,10 +22,10 @@ struct KeyBlock {
 
     // Successive pieces share a head, and so its queries in the cache; of a causal head that with
     // the most queries comes first.
-    DEVICE KeyBlock(const AttentionParams& p, int piece)
-        : sequence(p, piece / ceil_div(p.seqlen_k, Keys) / p.heads_k),
-          head_k(piece / ceil_div(p.seqlen_k, Keys) % p.heads_k),
-          first_key(piece % ceil_div(p.seqlen_k, Keys) * Keys),
+    DEVICE KeyBlock(const AttentionParams& p, int work_tile)
+        : sequence(p, work_tile / ceil_div(p.seqlen_k, Keys) / p.heads_k),
+          head_k(work_tile / ceil_div(p.seqlen_k, Keys) % p.heads_k),
+          first_key(work_tile % ceil_div(p.seqlen_k, Keys) * Keys),
           first_row(sequence.first_query_of(first_key)),
           first_head(head_k * (p.heads / p.heads_k)),
           last_head(first_head + p.heads / p.heads_k - 1) {}
@@ -76,7 +76,8 @@ struct KeyBlock {
     DEVICE void store(const Tensor& target, int columns, int key,
                       const Accumulator<Columns>& gradient) const {
         if (!target.data) return;
-        store_rows<Element>(sequence.key_rows_of(target, head_k, columns), Matrix{}, key, gradient);
+        store_rows<Element>(sequence.key_rows_of(target, head_k, columns), GmemView{}, key,
+                            gradient);
     }
 };
 
@@ -91,7 +92,7 @@ DEVICE Numbers load_numbers(SharedAddress address) {
 
 // The statistics x and y of the queries `row` and `row` + 1; beyond the last query they are those
 // of one that sees no key. lse is stored as its weights need it.
-DEVICE void store_numbers(SharedAddress address, const Sequence& sequence, int head, int row,
+DEVICE void store_numbers(SharedAddress address, const SeqlenInfo& sequence, int head, int row,
                           const RowVector& x, const RowVector& y, bool x_is_lse) {
     Numbers numbers;
 #pragma unroll

@@ -3,8 +3,8 @@
 // A kernel class K has kThreads, kSharedBytes, kRowBox and kKeyBox, which are the rows of a box of
 // queries and of keys, why_not(params), which says why it cannot compute a problem, work(params),
 // which says how many pieces of work there are, and run(params), which is what each thread does.
-// The grid has at most as many blocks as the device has multiprocessors, and each takes one piece
-// of work after the other.
+// The grid has at most as many blocks as the device has multiprocessors, and each takes one
+// work_tile of work after the other.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // What the kernels of compute capability 9.0 cannot do, and those of 8.0 can; host code.
 //
-// jvp_attn/kernel_call.py chooses between them by the same rules. Here nothing is chosen: what
-// cannot be done is an error.
+// jvp_attn/backends/kernel_call.py chooses between them by the same rules. Here nothing is chosen:
+// what cannot be done is an error.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace jvp_attn::sm90 {
 
 // Rows of an absent tensor are zeros: they are taken from another one, far beyond its end, where
-// the copy engine reads nothing.
+// the TMA reads nothing.
 constexpr int kBeyond = 1 << 30;
 
 // How many rows, heads and batches the tensors of queries have in memory, or those of keys.
@@ -73,8 +73,8 @@ inline std::string why_not(const AttentionParams& p, int max_head_dim) {
         {"tv", p.tv, keys},
         {"out", p.out, queries},
         {"tout", p.tout, queries},
-        {"out_residual", p.out_residual, queries},
-        {"tout_residual", p.tout_residual, queries},
+        {"out_lo", p.out_lo, queries},
+        {"tout_lo", p.tout_lo, queries},
         {"grad_out", p.grad_out, queries},
         {"grad_tout", p.grad_tout, queries},
         {"grad_q", p.grad_q, queries},
@@ -91,14 +91,13 @@ inline std::string why_not(const AttentionParams& p, int max_head_dim) {
     return "";
 }
 
-// Why there is no place to add up gQ in; empty if there is one. Four numbers are added at a time.
+// Why there is no place to add up dQ in; empty if there is one. Four numbers are added at a time.
 inline std::string why_no_sums(const AttentionParams& p) {
-    if (!p.grad_q_sums.data || !p.sbar_sums.data)
-        return "grad_q_sums and sbar_sums must be there, full of zeros";
-    const auto start = reinterpret_cast<std::uintptr_t>(p.grad_q_sums.data);
-    if (start % 16 != 0 || p.grad_q_sums.batch_stride % 4 != 0 ||
-        p.grad_q_sums.head_stride % 4 != 0)
-        return "the heads of grad_q_sums must start at multiples of 16 bytes";
+    if (!p.dq_accum.data || !p.ds_row_sums.data)
+        return "dq_accum and ds_row_sums must be there, full of zeros";
+    const auto start = reinterpret_cast<std::uintptr_t>(p.dq_accum.data);
+    if (start % 16 != 0 || p.dq_accum.batch_stride % 4 != 0 || p.dq_accum.head_stride % 4 != 0)
+        return "the heads of dq_accum must start at multiples of 16 bytes";
     return "";
 }
 

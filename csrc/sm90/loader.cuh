@@ -1,15 +1,15 @@
-// The warp of a block that keeps the copy engine busy.
+// The warp of a block that keeps the TMA busy.
 #pragma once
 
+#include "common/seqlen.cuh"
 #include "params.h"
-#include "problem.cuh"
 #include "sm90/limits.h"
 #include "sm90/params.cuh"
 #include "sm90/ring.cuh"
 
 namespace jvp_attn::sm90 {
 
-// Where the copy engine finds the rows of one head of one sequence.
+// Where the TMA finds the rows of one head of one sequence.
 struct Source {
     const TensorMap& map;
     int first_row, head, batch;
@@ -17,14 +17,14 @@ struct Source {
 };
 
 DEVICE Source queries_of(const Params& params, const Tensor& x, const TensorMap& map,
-                         const Sequence& sequence, int head) {
+                         const SeqlenInfo& sequence, int head) {
     const bool packed = params.attention.cu_seqlens_q;
     return {x.data ? map : params.maps.q, x.data ? static_cast<int>(sequence.first_query) : kBeyond,
             head, packed ? 0 : sequence.batch, packed ? sequence.queries : kBeyond};
 }
 
 DEVICE Source keys_of(const Params& params, const Tensor& x, const TensorMap& map,
-                      const Sequence& sequence, int head) {
+                      const SeqlenInfo& sequence, int head) {
     const bool packed = params.attention.cu_seqlens_k;
     const bool padded = params.attention.seqused_k;
     return {x.data ? map : params.maps.k, x.data ? static_cast<int>(sequence.first_key) : kBeyond,
@@ -38,8 +38,8 @@ DEVICE void load_tile(const Tile<Rows, Columns>& tile, const Source& source, int
                       SharedAddress full) {
 #pragma unroll
     for (int panel = 0; panel < tile.kPanels; ++panel)
-        load_box(tile.base + panel * tile.kPanelBytes, source.map, full, panel * kPanelColumns,
-                 source.first_row + row, source.head, source.batch);
+        tma_load_4d(tile.base + panel * tile.kPanelBytes, source.map, full, panel * kPanelColumns,
+                    source.first_row + row, source.head, source.batch);
 }
 
 // A warp fills the rows of a tile from `row` on with zeros.
@@ -54,7 +54,7 @@ DEVICE void clear_rows(const Tile<Rows, Columns>& tile, int row) {
 template <class Tile, int Slots>
 struct Loader {
     const Ring<Slots, Tile::kBytes>& ring;
-    SharedAddress landed;  // an mbarrier of its own
+    SharedAddress tail_barrier;  // an mbarrier of its own
     Position<Slots> at = {};
     int landed_phase = 0;
 
@@ -65,13 +65,13 @@ struct Loader {
         at.advance();
     }
 
-    // The same with zeros from the end of the source on. The copy engine itself ends with the
+    // The same with zeros from the end of the source on. The TMA itself ends with the
     // tensor only: beyond a sequence there may be another one, or padding, with anything in it.
     DEVICE void load_and_clear(const Source& source, int row) {
         if (row + Tile::kRows <= source.end) return load(source, row);
         ring.wait_empty(at);
-        fill(source, row, landed);
-        mbarrier_wait(landed, landed_phase);
+        fill(source, row, tail_barrier);
+        mbarrier_wait(tail_barrier, landed_phase);
         landed_phase ^= 1;
         clear_rows(Tile{ring.slot(at)}, source.end - row);
         fence_proxy_async();

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "params.h"
-#include "sm90/machine_sm90.cuh"
+#include "sm90/ptx.cuh"
 
 namespace jvp_attn::sm90 {
 
-// The inputs as the copy engine sees them, under their names in AttentionParams; that of an absent
+// The inputs as the TMA sees them, under their names in AttentionParams; that of an absent
 // tensor describes nothing.
 struct TensorMaps {
     TensorMap q, k, v;

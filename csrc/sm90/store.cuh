@@ -2,7 +2,7 @@
 // start at multiples of 16 bytes, and have a multiple of 8 columns.
 #pragma once
 
-#include "matrix.cuh"
+#include "common/gmem.cuh"
 #include "sm90/tile.cuh"
 
 namespace jvp_attn::sm90 {
@@ -58,7 +58,7 @@ struct Stage {
     }
 
     // Zeros beyond the source.
-    DEVICE void copy_from(const Matrix& source, int first_source_row) const {
+    DEVICE void copy_from(const GmemView& source, int first_source_row) const {
         constexpr int kChunks = Columns / 8;
 #pragma unroll
         for (int i = opaque(lane_index()); i < 16 * kChunks; i += 32) {
@@ -71,7 +71,7 @@ struct Stage {
         }
     }
 
-    DEVICE void copy_to(const Matrix& target, int first_target_row) const {
+    DEVICE void copy_to(const GmemView& target, int first_target_row) const {
         constexpr int kChunks = Columns / 8;
 #pragma unroll
         for (int i = opaque(lane_index()); i < 16 * kChunks; i += 32) {
@@ -91,7 +91,7 @@ private:
 
 // Rounds and stores the 16 rows of a warp; and what rounding took away, if there is a place for it.
 template <class Element, int Rows, int Columns>
-DEVICE void store_rows(const Matrix& target, const Matrix& residual, int first_row,
+DEVICE void store_rows(const GmemView& target, const GmemView& residual, int first_row,
                        Accumulator<Columns>& rows, const Stage<Rows, Columns>& stage) {
     stage.template put<Element>(rows);
     warp_barrier();
@@ -107,7 +107,8 @@ DEVICE void store_rows(const Matrix& target, const Matrix& residual, int first_r
 // rows -= factor∘source, where the source may be absent.
 template <class Element, int Rows, int Columns>
 DEVICE void subtract_rows(Accumulator<Columns>& rows, const float (&factor)[2],
-                          const Matrix& source, int first_row, const Stage<Rows, Columns>& stage) {
+                          const GmemView& source, int first_row,
+                          const Stage<Rows, Columns>& stage) {
     if (!source.exists()) return;
     stage.copy_from(source, first_row);
     warp_barrier();

@@ -5,25 +5,25 @@
 // weights while their tangents are computed.
 #pragma once
 
+#include "sm90/fwd_pipeline.cuh"
 #include "sm90/store.cuh"
-#include "sm90/streams.cuh"
 #include "sm90/weights.cuh"
 
 namespace jvp_attn::sm90 {
 
 template <class Element, int HeadDim, int Rows, int Keys>
-struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
-    using S = Streams<HeadDim, Rows, Keys, 2>;
+struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
+    using S = FwdPipeline<HeadDim, Rows, Keys, 2>;
     using typename S::KeyLoader, typename S::KeyReader, typename S::KeySlot, typename S::KeyTile;
     using typename S::RowLoader, typename S::RowReader, typename S::RowTile;
 
-    DEVICE static void run(const Params& params) { S::template run<TangentGivenLse>(params); }
+    DEVICE static void run(const Params& params) { S::template run<TangentOnly>(params); }
 
     DEVICE static void load(const Params& params, const RowBlock<Rows>& block, RowLoader& rows,
                             KeyLoader& keys) {
         const AttentionParams& p = params.attention;
         const TensorMaps& maps = params.maps;
-        const Sequence& sequence = block.sequence;
+        const SeqlenInfo& sequence = block.sequence;
         rows.load(queries_of(params, p.q, maps.q, sequence, block.head), block.first_row);
         rows.load(queries_of(params, p.tq, maps.tq, sequence, block.head), block.first_row);
 
@@ -31,7 +31,7 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
         const auto source = [&](const Tensor& x, const TensorMap& map) {
             return keys_of(params, x, map, sequence, block.head_k);
         };
-        const int end = block.seen_by_none();
+        const int end = block.key_end();
 #pragma unroll 1
         for (int first_key = 0; first_key < end; first_key += Keys) {
             keys.load(source(p.k, maps.k), first_key);
@@ -44,10 +44,10 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
     DEVICE static void attend(const AttentionParams& p, const RowBlock<Rows>& block,
                               RowReader& rows, KeyReader& keys) {
         // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = block.seen_by_none();
-        const int clear = block.seen_by_all();
+        const int end = block.key_end();
+        const int clear = block.unmasked_key_end();
         const int row = S::warpgroup_row(), warp_row = S::warp_row();
-        const Horizon horizon{block.sequence, block.first_row + warp_row};
+        const CausalMask horizon{block.sequence, block.first_row + warp_row};
         const float scale = p.softmax_scale, log2_scale = scale * kLog2E;
 
         const float* const lse = block.statistic(p.lse);
@@ -69,8 +69,8 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
             Accumulator<Keys> tangents;
             start_tangents(tangents, q, tq, row, k, tk);
             wgmma_wait<0>();
-            pin(tangents.value);
-            horizon.replace_hidden(tangents, 0, 0);
+            warpgroup_fence_operand(tangents.value);
+            horizon.apply(tangents, 0, 0);
             tangent_weights.set_reference(tangents, horizon, scale);
         }
         Accumulator<HeadDim> tout;
@@ -81,15 +81,15 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
             const KeySlot tk_slot = keys.at;
             const KeyTile tk = keys.next();
             Accumulator<Keys> scores, tangents;
-            pin(scores.value);
+            warpgroup_fence_operand(scores.value);
             wgmma_fence();
             multiply_transposed<Element>(scores, q, row, k, false);
             wgmma_commit();
             start_tangents(tangents, q, tq, row, k, tk);
             wgmma_wait<1>();
-            pin(scores.value);
+            warpgroup_fence_operand(scores.value);
 
-            if (first_key + Keys > clear) horizon.replace_hidden(scores, first_key, -kInfinity);
+            if (first_key + Keys > clear) horizon.apply(scores, first_key, -kInfinity);
             scores.scale(log2_scale);
             exponentiate(scores, log2_sum);
             Packed<Element, Keys> weights;
@@ -99,7 +99,7 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
             const KeyTile tv = keys.next();
             start_values(tout, weights, tv);
             wgmma_wait<1>();
-            pin(tangents.value);
+            warpgroup_fence_operand(tangents.value);
             keys.release(k_slot);
             keys.release(tk_slot);
 
@@ -107,14 +107,14 @@ struct TangentGivenLse : Streams<HeadDim, Rows, Keys, 2> {
             tangent_weights.update(weighted, scores, tangents, scale);
             const KeySlot v_slot = keys.at;
             const KeyTile v = keys.next();
-            pin(weighted.word);
+            warpgroup_fence_operand(weighted.word);
             wgmma_fence();
             multiply<Element>(tout, weighted, v);
             wgmma_commit();
             wgmma_wait<0>();
-            pin(tout.value);
-            pin(weights.word);
-            pin(weighted.word);
+            warpgroup_fence_operand(tout.value);
+            warpgroup_fence_operand(weights.word);
+            warpgroup_fence_operand(weighted.word);
             keys.release(tv_slot);
             keys.release(v_slot);
         }
@@ -127,7 +127,7 @@ private:
     DEVICE static void start_tangents(Accumulator<Keys>& tangents, const RowTile& q,
                                       const RowTile& tq, int row, const KeyTile& k,
                                       const KeyTile& tk) {
-        pin(tangents.value);
+        warpgroup_fence_operand(tangents.value);
         wgmma_fence();
         multiply_transposed<Element>(tangents, tq, row, k, false);
         multiply_transposed<Element>(tangents, q, row, tk, true);
@@ -136,8 +136,8 @@ private:
 
     DEVICE static void start_values(Accumulator<HeadDim>& tout, Packed<Element, Keys>& weights,
                                     const KeyTile& tv) {
-        pin(tout.value);
-        pin(weights.word);
+        warpgroup_fence_operand(tout.value);
+        warpgroup_fence_operand(weights.word);
         wgmma_fence();
         multiply<Element>(tout, weights, tv);
         wgmma_commit();
@@ -158,10 +158,10 @@ private:
         }
         subtract_rows<Element>(tout, rounded_mean, block.rows_of(p.out, p.head_dim_v), first_row,
                                stage);
-        subtract_rows<Element>(tout, rounded_mean, block.rows_of(p.out_residual, p.head_dim_v),
-                               first_row, stage);
+        subtract_rows<Element>(tout, rounded_mean, block.rows_of(p.out_lo, p.head_dim_v), first_row,
+                               stage);
         store_rows<Element>(block.rows_of(p.tout, p.head_dim_v),
-                            block.rows_of(p.tout_residual, p.head_dim_v), first_row, tout, stage);
+                            block.rows_of(p.tout_lo, p.head_dim_v), first_row, tout, stage);
     }
 };
 

@@ -57,7 +57,7 @@ inline std::string find_tensor_map(TensorMap& map, const TensorMapKey& key) {
     return "";
 }
 
-// A dimension of 1 may have any stride: the copy engine is given one that it takes.
+// A dimension of 1 may have any stride: the TMA is given one that it takes.
 inline uint64_t stride_in_bytes(uint64_t size, int64_t stride) {
     return size == 1 ? 16 : static_cast<uint64_t>(2 * stride);
 }

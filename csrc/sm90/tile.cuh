@@ -1,4 +1,4 @@
-// Tiles of elements in shared memory: filled by the copy engine, multiplied by a warpgroup.
+// Tiles of elements in shared memory: filled by the TMA, multiplied by a warpgroup.
 //
 // A tile consists of panels of 64 columns. A row of a panel is 128 bytes, eight chunks of 16, which
 // change places such that one chunk of 8 successive rows comes from 8 different groups of banks:
@@ -6,8 +6,8 @@
 // swizzle.
 #pragma once
 
-#include "fragments.cuh"
-#include "sm90/machine_sm90.cuh"
+#include "common/fragment.cuh"
+#include "sm90/ptx.cuh"
 
 namespace jvp_attn::sm90 {
 

@@ -5,24 +5,24 @@
 // and subtracts the maximum.
 #pragma once
 
-#include "softmax.cuh"
+#include "common/softmax.cuh"
 
 namespace jvp_attn::sm90 {
 
 // Which keys the queries of a warp see.
-struct Horizon {
-    const Sequence& sequence;
+struct CausalMask {
+    const SeqlenInfo& sequence;
     int first_query;
 
-    // How many keys, counted from the first, a query of this thread sees. To remember it would cost
-    // registers in loops that rarely ask.
+    // How many keys, counted from the first, a query of this thread sees. To store_smem it would
+    // cost registers in loops that rarely ask.
     DEVICE int end(int half) const {
         return sequence.visible_keys(first_query + opaque(lane_index()) / 4 + 8 * half);
     }
 
     // Replaces what belongs to hidden keys, of the keys from `first_key` on.
     template <int Keys>
-    DEVICE void replace_hidden(Accumulator<Keys>& x, int first_key, float value) const {
+    DEVICE void apply(Accumulator<Keys>& x, int first_key, float value) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             // Compared with what is known at compile time.
@@ -98,7 +98,7 @@ struct TangentWeights {
 
     // Tangents are those of the first tile, 0 where a key is hidden, and lack the softmax scale.
     template <int Keys>
-    DEVICE void set_reference(const Accumulator<Keys>& tangents, const Horizon& horizon,
+    DEVICE void set_reference(const Accumulator<Keys>& tangents, const CausalMask& horizon,
                               float scale) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

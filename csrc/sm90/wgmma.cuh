@@ -1,5 +1,5 @@
 // wgmma: a warpgroup multiplies 64 x 16 by 16 x N elements, in the background. Part of
-// machine_sm90.cuh.
+// ptx.cuh.
 //
 // The instruction names all N / 2 registers of its accumulator: each N that a kernel uses has its
 // line at the end.
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "sm90/machine_sm90.cuh"
+#include "sm90/ptx.cuh"
 
 // The registers of an accumulator of N columns, as the instruction lists them ...
 #define JVP_ATTN_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"

@@ -2,8 +2,8 @@
 
     python tests/compile_gate/compile_gate.py [--arch sm_80] [--kernels PATTERN] [--out FOLDER]
 
-Compiles each kernel of jvp_attn/kernel_table.py by itself, reads ptxas' report and the machine
-code, prints a table and exits with 1 where a kernel breaks a limit: spills and stack beyond the
+Compiles each kernel of jvp_attn/backends/kernel_table.py by itself, reads ptxas' report and the
+machine code, prints a table and exits with 1 where a kernel breaks a limit: spills and stack beyond the
 table's, tensor cores or asynchronous copies unused, more shared memory than a block can have. The
 kernels that are for compute capability 9.0 alone compile for sm_90a alone. With --out it writes
 kernel-registers-<arch>.json. Needs nvcc and nvdisasm (PyPI: nvidia-cuda-nvdisasm), no GPU.
@@ -28,9 +28,13 @@ from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
 
-from compiler_report import Instructions, PtxasReport, read_disassembly, read_ptxas
-
-from jvp_attn.kernel_table import KERNELS, KernelEntry
+from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
+from tests.compile_gate.compiler_report import (
+    Instructions,
+    PtxasReport,
+    read_disassembly,
+    read_ptxas,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
@@ -47,7 +51,7 @@ REQUIRED = {
     },
     "sm90": {
         "hgmma": "the tensor cores are not used by warpgroups",
-        "utmaldg": "the copy engine is not used",
+        "utmaldg": "the TMA is not used",
         "usetmaxreg": "warpgroups do not share registers as they need them",
     },
 }

@@ -30,7 +30,7 @@ class Instructions:
     # Loads and stores of local memory: spilled registers, or arrays indexed at run time.
     local: int = 0
     hgmma: int = 0  # tensor core products of a warpgroup
-    utmaldg: int = 0  # copies by the bulk copy engine
+    utmaldg: int = 0  # copies by the bulk TMA
     usetmaxreg: int = 0  # warpgroups that hand over registers
     # The same of the innermost loops with products of warpgroups, all together.
     loop_total: int = 0

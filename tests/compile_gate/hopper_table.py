@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from jvp_attn.kernel_table import KERNELS, KernelEntry
+from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PAGE = BENCHMARKS / "hopper.md"
@@ -49,14 +49,14 @@ class Schedule:
 
 SCHEDULES = {
     "forward": Schedule(1, 1, 2),
-    "forward_tangent": Schedule(3, 3, 4),
-    "forward_query_tangent": Schedule(2, 2, 2),
-    "tangent_given_forward": Schedule(3, 2, 4),
+    "forward_jvp": Schedule(3, 3, 4),
+    "forward_jvp_q": Schedule(2, 2, 2),
+    "tangent_only": Schedule(3, 2, 4),
     "backward": Schedule(2, 2, 2, shared=1),
     "backward_dq": Schedule(2, 1, 2, kept=4),
     "backward_dkv": Schedule(2, 2, 2),
-    "tangent_backward_dq": Schedule(6, 3, 4, kept=8),
-    "tangent_backward_dkv": Schedule(6, 6, 4, handed_over=2),
+    "jvp_backward_dq": Schedule(6, 3, 4, kept=8),
+    "jvp_backward_dkv": Schedule(6, 6, 4, handed_over=2),
 }
 
 

@@ -3,7 +3,7 @@
 // ptxas reports it as global memory.
 #pragma once
 
-#include "launch.cuh"
+#include "sm80/launch.cuh"
 
 #undef JVP_ATTN_KERNEL
 #define JVP_ATTN_KERNEL(NAME, ...)                                                             \

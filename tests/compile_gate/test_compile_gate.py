@@ -9,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from compile_gate import (
+
+from jvp_attn.backends import kernel_table
+from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
+from tests.compile_gate.compile_gate import (
     MAX_SHARED_BYTES,
     SETUP,
     Compiled,
@@ -19,17 +22,14 @@ from compile_gate import (
     compile_all,
     faults,
 )
-from compiler_report import Instructions, PtxasReport
-
-from jvp_attn import kernel_table
-from jvp_attn.kernel_table import KERNELS, KernelEntry
+from tests.compile_gate.compiler_report import Instructions, PtxasReport
 
 GATE = Path(__file__).with_name("compile_gate.py")
 
 needs_nvcc = pytest.mark.skipif(SETUP.find_toolkit() is None, reason="nvcc is not installed")
 
-TANGENT = KERNELS["forward_tangent_bf16_d128"]
-HOPPER = KERNELS["forward_tangent_bf16_d128_sm90"]
+TANGENT = KERNELS["forward_jvp_bf16_d128"]
+HOPPER = KERNELS["forward_jvp_bf16_d128_sm90"]
 PREPROCESS = KERNELS["preprocess_bf16"]
 REGISTERS = PtxasReport(250, 0, 0, 0, 65537, ())
 GOOD = Compiled(REGISTERS, Instructions(7800, hmma=256, ldgsts=40, mufu=32))
@@ -78,7 +78,7 @@ def test_each_regression_is_a_fault(changes: dict[str, object], fault: str) -> N
     ("changes", "fault"),
     [
         ({"hgmma": 0}, "no instruction HGMMA: the tensor cores are not used by warpgroups"),
-        ({"utmaldg": 0}, "no instruction UTMALDG: the copy engine is not used"),
+        ({"utmaldg": 0}, "no instruction UTMALDG: the TMA is not used"),
         (
             {"usetmaxreg": 0},
             "no instruction USETMAXREG: warpgroups do not share registers as they need them",

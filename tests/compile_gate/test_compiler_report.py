@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from compiler_report import Instructions, PtxasReport, read_disassembly, read_ptxas
+
+from tests.compile_gate.compiler_report import (
+    Instructions,
+    PtxasReport,
+    read_disassembly,
+    read_ptxas,
+)
 
 CLEAN = """\
 ptxas info    : 4097 bytes gmem

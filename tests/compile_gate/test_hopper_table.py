@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from hopper_table import (
+
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.compile_gate.hopper_table import (
     HOPPER,
     PAGE,
     REPORT,
@@ -14,8 +16,6 @@ from hopper_table import (
     tensor_core_cycles,
     with_table,
 )
-
-from jvp_attn.kernel_table import KERNELS
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -51,10 +51,10 @@ def test_a_product_of_scores_that_are_shared_has_whole_panels() -> None:
     [
         # Two warpgroups of 64 rows read 16 KiB of Q or tQ each and 20 KiB of keys each, three
         # times; twice 20 KiB of values three times; and 4 tiles of 20 KiB arrive.
-        ("forward_tangent_bf16_d128_sm90", 6, 128 * 80, 3 * (32 + 40) + 3 * 40 + 4 * 20),
+        ("forward_jvp_bf16_d128_sm90", 6, 128 * 80, 3 * (32 + 40) + 3 * 40 + 4 * 20),
         # One warpgroup of 64 keys each: 8 KiB of keys and 12 KiB of queries six times; 12 KiB six
         # times; 4 tiles of 12 KiB; and two matrices of 24 KiB, written and read.
-        ("tangent_backward_dkv_bf16_d64_sm90", 12, 96 * 64, 6 * 20 + 6 * 12 + 4 * 12 + 4 * 24),
+        ("jvp_backward_dkv_bf16_d64_sm90", 12, 96 * 64, 6 * 20 + 6 * 12 + 4 * 12 + 4 * 24),
     ],
 )
 def test_cycles_of_a_tile(name: str, products: int, tile: int, moved: int) -> None:

@@ -233,9 +233,9 @@ private:
         p.out = out.tensor(), p.tout = tout.tensor();
         p.lse = lse.vector(), p.mu = mu.vector();
         if constexpr (sizeof(Value) == 2) {
-            p.out_residual = out_residual.tensor(), p.tout_residual = tout_residual.tensor();
+            p.out_lo = out_lo.tensor(), p.tout_lo = tout_lo.tensor();
         } else if constexpr (sizeof(Value) == 4) {
-            p.lse_residual = lse_residual.vector();
+            p.lse_lo = lse_lo.vector();
         }
         p.grad_out = grad_out.tensor(), p.grad_tout = grad_tout.tensor();
         p.grad_lse = grad_lse.vector(), p.grad_mu = grad_mu.vector();
@@ -332,9 +332,9 @@ private:
     R q = queries(problem_.head_dim), tq = q, grad_q = q, grad_tq = q;
     R k = keys(problem_.head_dim), tk = k, grad_k = k, grad_tk = k;
     R v = keys(problem_.head_dim_v), tv = v, grad_v = v, grad_tv = v;
-    R out = queries(problem_.head_dim_v), tout = out, out_residual = out, tout_residual = out;
+    R out = queries(problem_.head_dim_v), tout = out, out_lo = out, tout_lo = out;
     R grad_out = out, grad_tout = out;
-    V lse = rows(), mu = lse, lse_residual = lse, grad_lse = lse, grad_mu = lse;
+    V lse = rows(), mu = lse, lse_lo = lse, grad_lse = lse, grad_mu = lse;
     std::vector<Sum> mask_, tmask_, grad_mask_, grad_tmask_;
     std::vector<int32_t> ends_q_{0}, ends_k_{0};
 };

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from data_parallel_cases import (
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.distributed.data_parallel_cases import (
     DERIVATIVES,
     PARALLEL,
     RANKS,
@@ -23,9 +26,7 @@ from data_parallel_cases import (
     point_and_direction,
     without_tangents,
 )
-from ranks import run_on_ranks
-from torch import Tensor, nn
-from torch.func import functional_call
+from tests.distributed.ranks import run_on_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -1,4 +1,4 @@
-// The boxes of tensors that the copy engine is loading into the shared memory of a block.
+// The boxes of tensors that the TMA is loading into the shared memory of a block.
 //
 // Each lands all at once, at a moment and in an order drawn from the seed; its source is read then.
 #pragma once

@@ -1,4 +1,4 @@
-// What the copy engine is told of a tensor, by the rules of the CUDA driver's
+// What the TMA is told of a tensor, by the rules of the CUDA driver's
 // cuTensorMapEncodeTiled.
 #pragma once
 
@@ -8,7 +8,7 @@
 namespace jvp_attn {
 
 // (column, row, head, batch) 2-byte elements and a box of 64 columns by some rows, as
-// csrc/sm90/machine_sm90.cuh describes. All zeros: no tensor.
+// csrc/sm90/ptx.cuh describes. All zeros: no tensor.
 struct alignas(64) TensorMap {
     static constexpr int kBoxColumns = 64;
     static constexpr int kRowBytes = 2 * kBoxColumns;

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import emulator_build
 import numpy as np
+
+from tests.emulator import emulator_build
 
 
 @cache

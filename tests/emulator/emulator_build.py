@@ -147,7 +147,7 @@ def _write_module_manifest(
         folder,
         Variant(variant.name, (*variant.flags, f"-DJVP_ATTN_MODULE={name}")),
         # Precompiled, what all kernels include first takes half as long.
-        f"build launch.cuh.gch: compile {ROOT / 'csrc' / 'launch.cuh'}",
+        f"build launch.cuh.gch: compile {ROOT / 'csrc' / 'sm80' / 'launch.cuh'}",
         "  language = c++-header",
         *(f"build {source.stem}.o: compile {source} | launch.cuh.gch" for source in sources),
         f"build {file.name}: link {' '.join(objects)} {machine}",

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 
-import emulator
-import emulator_build
 import numpy as np
-from probe_kernels import VARIANTS, aligned
 
-KERNELS = ("forward_fp16_d64", "forward_tangent_fp16_d64", "forward_tangent_fp16_d64_sm90")
+from tests.emulator import emulator, emulator_build
+from tests.emulator.probe_kernels import VARIANTS, aligned
+
+KERNELS = ("forward_fp16_d64", "forward_jvp_fp16_d64", "forward_jvp_fp16_d64_sm90")
 ROWS, KEYS, HEAD_DIM = 70, 130, 40  # tiles that are not full, a head dim that is padded
 
 

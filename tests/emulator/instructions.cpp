@@ -1,9 +1,9 @@
-// The instructions of emulated_machine.h, each in terms of the emulated machine.
+// The instructions of emulated_ptx.h, each in terms of the emulated machine.
 #include <cstring>
 #include <string>
 #include <utility>
 
-#include "machine.cuh"
+#include "common/ptx.cuh"
 #include "machine.h"
 #include "matrices.h"
 

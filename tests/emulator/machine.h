@@ -113,7 +113,7 @@ private:
     int ended_threads_ = 0;
     std::string error_;
     uint64_t steps_ = 0;
-    uint64_t background_mask_ = 0;  // at one in so many switches the copy engine does something
+    uint64_t background_mask_ = 0;  // at one in so many switches the TMA does something
     int elected_lane_ = 0;
 };
 

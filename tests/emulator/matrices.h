@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <span>
 
-#include "machine.cuh"
+#include "common/ptx.cuh"
 
 namespace jvp_attn::emulator {
 

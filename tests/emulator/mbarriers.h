@@ -1,4 +1,4 @@
-// Barriers in shared memory, for threads that arrive and bytes that the copy engine brings.
+// Barriers in shared memory, for threads that arrive and bytes that the TMA brings.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +67,7 @@ public:
     // Checks that the thread may use what is there.
     Mbarrier& at(const Actor& actor, SharedAddress address, SharedMemory& shared);
 
-    // The same for the copy engine, which sees no mbarrier before it was shown to it.
+    // The same for the TMA, which sees no mbarrier before it was shown to it.
     void show(int thread);
     Mbarrier& at_in_background(const Actor& actor, SharedAddress address, SharedMemory& shared);
 

@@ -9,10 +9,10 @@ import os
 from functools import cache
 from types import ModuleType
 
-import emulator
-import emulator_build
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from tests.emulator import emulator, emulator_build
 
 VARIANTS = {
     variant.name: variant

@@ -14,7 +14,7 @@ constexpr int kPatternBytes = 1024;  // 8 of them
 constexpr int kChunkBytes = 16;
 constexpr int kChunkElements = 8;
 
-// The fields of a descriptor in the PTX ISA, "Matrix Descriptor Format" of wgmma; in bytes.
+// The fields of a descriptor in the PTX ISA, "GmemView Descriptor Format" of wgmma; in bytes.
 struct Descriptor {
     explicit Descriptor(uint64_t bits)
         : start(field(bits, 0)),

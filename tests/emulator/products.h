@@ -8,7 +8,7 @@
 
 #include "report.h"
 #include "shared_memory.h"
-#include "sm90/machine_sm90.cuh"
+#include "sm90/ptx.cuh"
 
 namespace jvp_attn::emulator {
 

@@ -1,4 +1,4 @@
-// The instructions of emulated_sm90.h, each in terms of the emulated machine.
+// The instructions of emulated_ptx_sm90.h, each in terms of the emulated machine.
 #include <array>
 #include <cstring>
 #include <span>
@@ -6,7 +6,7 @@
 
 #include "machine.h"
 #include "matrices.h"
-#include "sm90/machine_sm90.cuh"
+#include "sm90/ptx.cuh"
 
 namespace jvp_attn {
 
@@ -82,8 +82,9 @@ void commit_products_of_warp(std::span<void* const> threads) {
 
 constexpr Collective kElectOne = {"elect_one", false, do_nothing};
 constexpr Collective kWarpBarrier = {"warp_barrier", false, order_accesses_of_warp};
-constexpr Collective kClaimRegisters = {"claim_registers", false, ask_for_registers_of_warp};
-constexpr Collective kReleaseRegisters = {"release_registers", false, ask_for_registers_of_warp};
+constexpr Collective kClaimRegisters = {"warpgroup_reg_alloc", false, ask_for_registers_of_warp};
+constexpr Collective kReleaseRegisters = {"warpgroup_reg_dealloc", false,
+                                          ask_for_registers_of_warp};
 constexpr Collective kBarrierSync = {"named_barrier_sync", false, arrive_at_barrier_of_warp};
 constexpr Collective kBarrierArrive = {"named_barrier_arrive", false, arrive_at_barrier_of_warp};
 constexpr Collective kStoreMatrices = {"store_matrices", false, store_matrices_of_warp};
@@ -168,9 +169,9 @@ void global_add4(float* address, const float (&x)[4], Place where) {
 
 void fence_proxy_async() { machine.order.fence(current.thread); }
 
-void load_box(SharedAddress target, const TensorMap& map, SharedAddress address, int column,
-              int row, int head, int batch, Place where) {
-    const Actor actor = self("load_box", where);
+void tma_load_4d(SharedAddress target, const TensorMap& map, SharedAddress address, int column,
+                 int row, int head, int batch, Place where) {
+    const Actor actor = self("tma_load_4d", where);
     machine.count_step(actor);
     Mbarrier& barrier = machine.mbarriers.at_in_background(actor, address, machine.shared);
     machine.box_loads.issue(actor, target, map, barrier, {column, row, head, batch}, machine.order,
@@ -232,7 +233,7 @@ void wgmma_wait(int pending, const Place& where) {
 void check_idle(const void* registers, const Place& where) {
     machine.warpgroup_of(current.thread)
         .registers(current.thread)
-        .check_idle(self("pin", where), registers);
+        .check_idle(self("warpgroup_fence_operand", where), registers);
 }
 
 }  // namespace emulator

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from probe_kernels import load, rows, run_row_sums, sums
+
+from tests.emulator.probe_kernels import load, rows, run_row_sums, sums
 
 HERE = r"\(tests/emulator/probes/row_sums\.h:\d+\)"
 ANY_ADDRESS = r"shared_memory\(\) \+ \d+"

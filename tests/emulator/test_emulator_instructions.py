@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from probe_kernels import run_instruction
+
+from tests.emulator.probe_kernels import run_instruction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 each_element = pytest.mark.parametrize("element", DTYPES)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from probe_kernels import load, run_tile_products, whole_numbers
+
+from tests.emulator.probe_kernels import load, run_tile_products, whole_numbers
 
 BATCH, KEYS = 2, 320
 
 SHARED = r"shared_memory\(\) \+ \d+"
-HERE = r"\((tests/emulator/probes/tile_products\.h|csrc/fragments\.cuh):\d+\)"
+HERE = r"\((tests/emulator/probes/tile_products\.h|csrc/common/fragment\.cuh):\d+\)"
 THREADS = r"threads? [\d, -]+"
 LAST_WORD = rf"{SHARED}, which thread \d+'s \w+ {HERE} (wrote|read) with no"
 NOT_WAITED = rf"{LAST_WORD} wait for it between"
-STILL_COPYING = (
-    rf"touches what thread \d+'s load_box {HERE} is still copying: its mbarrier does not count it"
-)
+STILL_COPYING = rf"touches what thread \d+'s tma_load_4d {HERE} is still copying: its mbarrier does not count it"
 MBARRIER = rf"the mbarrier at {SHARED}, in phase [01] with \d+ of \d+ arrivals"
 
 # By fault, the instruction that fails and what the report says of it.
@@ -26,7 +25,7 @@ REPORTS = {
         r"fence_proxy_async of (?P=writer) between",
     ),
     "missing_proxy_fence_after_read": (
-        "load_box",
+        "tma_load_4d",
         rf"writes {SHARED}, which (?P<reader>thread \d+)'s shared_load_words4 {HERE} read with no "
         r"fence_proxy_async of (?P=reader) between",
     ),
@@ -40,25 +39,25 @@ REPORTS = {
         rf"reads {LAST_WORD} barrier between|there is no mbarrier at {SHARED}",
     ),
     "missing_init_fence": (
-        "load_box",
+        "tma_load_4d",
         rf"uses {MBARRIER} and 16384 bytes missing, with no fence_mbarrier_init by thread 0",
     ),
     "no_mbarrier": ("mbarrier_wait", rf"there is no mbarrier at {SHARED}"),
-    "constant_phase": ("(load_box|wgmma)", f"{STILL_COPYING}|(reads|writes) {LAST_WORD}"),
+    "constant_phase": ("(tma_load_4d|wgmma)", f"{STILL_COPYING}|(reads|writes) {LAST_WORD}"),
     "expects_too_little": ("wgmma", f"{STILL_COPYING}|reads {NOT_WAITED}"),
     "too_many_arrivals": (
-        r"(load_box|wgmma|mbarrier_arrive|\w+)",
+        r"(tma_load_4d|wgmma|mbarrier_arrive|\w+)",
         rf"{STILL_COPYING}|(reads|writes) {LAST_WORD}|arrives at {MBARRIER}.*: all arrivals",
     ),
     "missing_wait_for_empty": (
-        "(mbarrier_arrive_expect|load_box)",
+        "(mbarrier_arrive_expect|tma_load_4d)",
         rf"arrives at {MBARRIER}.*: all arrivals of the phase|(touches|writes) .*",
     ),
-    "released_too_early": ("load_box", f"writes {NOT_WAITED}"),
-    "misaligned_box": ("load_box", f"{SHARED} is not aligned to 1024 bytes"),
-    "box_of_no_tensor": ("load_box", "the tensor map is of no tensor"),
+    "released_too_early": ("tma_load_4d", f"writes {NOT_WAITED}"),
+    "misaligned_box": ("tma_load_4d", f"{SHARED} is not aligned to 1024 bytes"),
+    "box_of_no_tensor": ("tma_load_4d", "the tensor map is of no tensor"),
     "unfinished_box": (
-        "(load_box|mbarrier_arrive_expect)",
+        "(tma_load_4d|mbarrier_arrive_expect)",
         rf"the block ends(, and nobody has waited for what is counted by| with) {MBARRIER}",
     ),
     "missing_wgmma_fence": ("wgmma", "there is no wgmma_fence since the last wgmma_wait"),
@@ -66,7 +65,10 @@ REPORTS = {
     "missing_wgmma_commit": ("pack", "its operand comes from an accumulator that a wgmma still"),
     "unfinished_product": ("wgmma", "the thread ends before the wgmma_wait"),
     "accumulator_changed": ("wgmma", "its accumulator was changed before the wgmma_wait"),
-    "accumulator_pinned": ("pin", rf"pins registers that thread \d+'s wgmma {HERE} works on"),
+    "accumulator_pinned": (
+        "warpgroup_fence_operand",
+        rf"pins registers that thread \d+'s wgmma {HERE} works on",
+    ),
     "factor_changed": ("wgmma", "its factor in registers was changed before the wgmma_wait"),
     "factor_changed_after_fence": (
         "wgmma",
@@ -82,9 +84,9 @@ REPORTS = {
         rf"must be the same for all threads of the warpgroup, but it differs from thread \d+'s "
         rf"wgmma {HERE}",
     ),
-    "fewer_registers": ("claim_registers", "160 registers are fewer than the 168"),
+    "fewer_registers": ("warpgroup_reg_alloc", "160 registers are fewer than the 168"),
     "different_registers": (
-        "claim_registers",
+        "warpgroup_reg_alloc",
         r"(232|240) registers, but warp \d+ of the warpgroup has asked for (232|240)",
     ),
     "stored_instead_of_added": (
@@ -124,7 +126,7 @@ DEADLOCKS = {
         "started: they have 4 4 4 0: threads 128-223, 256-351$"
     ),
     "too_many_registers": (
-        rf"waiting at claim_registers {HERE} for registers, of which 16 a thread of a warp are "
+        rf"waiting at warpgroup_reg_alloc {HERE} for registers, of which 16 a thread of a warp are "
         f"free: {THREADS}"
     ),
 }

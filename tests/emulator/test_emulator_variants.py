@@ -16,7 +16,7 @@ PROBES = [
 
 # A launch with unknown buffers, so that nobody but AddressSanitizer sees the read past their end.
 OUT_OF_BOUNDS = """\
-from probe_kernels import rows, run_row_sums
+from tests.emulator.probe_kernels import rows, run_row_sums
 run_row_sums("global_read_out_of_range", rows(1, 32), checked=False)
 """
 

@@ -14,11 +14,12 @@ from runpy import run_path
 from types import ModuleType
 from typing import Any
 
-import emulator
 import numpy as np
 import pybind11
 import torch
-from probe_kernels import aligned
+
+from tests.emulator import emulator
+from tests.emulator.probe_kernels import aligned
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

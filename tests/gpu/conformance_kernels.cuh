@@ -1,4 +1,4 @@
-// Kernels that show what the instructions of csrc/machine.cuh do which are of no use alone:
+// Kernels that show what the instructions of csrc/common/ptx.cuh do which are of no use alone:
 // who a thread is, how threads meet, and how they share memory. Those of one instruction each are
 // in tests/emulator/probes/instructions.h, also from an array in params.q to an array in
 // params.out.

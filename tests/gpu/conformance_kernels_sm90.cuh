@@ -1,4 +1,4 @@
-// Kernels that show what the instructions of csrc/sm90/machine_sm90.cuh do, most of them from an
+// Kernels that show what the instructions of csrc/sm90/ptx.cuh do, most of them from an
 // array in params.q to an array in params.out.
 #pragma once
 
@@ -49,9 +49,9 @@ struct Identities : Threads<256> {
 struct ShareRegisters : Threads<384> {
     DEVICE static void run(const Params& params) {
         if (warpgroup_index() == 1)
-            release_registers<24>();
+            warpgroup_reg_dealloc<24>();
         else
-            claim_registers<240>();
+            warpgroup_reg_alloc<240>();
         global_store(output<float>(params) + thread_index(), float(warpgroup_index()));
     }
 };
@@ -139,7 +139,7 @@ struct AddToGlobal : Threads<256> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// The bulk copy engine
+// The bulk TMA
 
 // For each of seqlen_k boxes of q, that start at the (column, row, head, batch) in seqused_k: the
 // bytes of a panel of 24 rows, as they are in shared memory.
@@ -160,8 +160,8 @@ struct LoadBoxes : Threads<128> {
             const int32_t* const start = params.attention.seqused_k + 4 * box;
             if (thread_index() == 0) {
                 mbarrier_arrive_expect(full, Panel::kBytes);
-                load_box(shared_memory(), params.maps.q, full, global_load(start),
-                         global_load(start + 1), global_load(start + 2), global_load(start + 3));
+                tma_load_4d(shared_memory(), params.maps.q, full, global_load(start),
+                            global_load(start + 1), global_load(start + 2), global_load(start + 3));
             }
             mbarrier_wait(full, box & 1);
             for (int i = thread_index(); i < Panel::kBytes / 16; i += kThreads)
@@ -212,9 +212,9 @@ struct Product : Threads<128> {
                 const Words4 words = load_matrices(left.chunk(row, 2 * step + lane_index() / 16));
                 for (int i = 0; i < 4; ++i) rows.word[step][i] = words.word[i];
             }
-            pin(rows.word);
+            warpgroup_fence_operand(rows.word);
         }
-        pin(product.value);
+        warpgroup_fence_operand(product.value);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -230,7 +230,7 @@ struct Product : Threads<128> {
         }
         wgmma_commit();
         wgmma_wait<0>();
-        pin(product.value);
+        warpgroup_fence_operand(product.value);
         for (int i = 0; i < product.kBlocks; ++i)
             for (int half = 0; half < 2; ++half)
                 for (int side = 0; side < 2; ++side) {
@@ -248,11 +248,11 @@ private:
             fence_mbarrier_init();
             mbarrier_arrive_expect(full, Left::kBytes + Right::kBytes);
             for (int panel = 0; panel < Left::kPanels; ++panel)
-                load_box(left.base + panel * Left::kPanelBytes, params.maps.q, full,
-                         panel * kPanelColumns, 0, 0, 0);
+                tma_load_4d(left.base + panel * Left::kPanelBytes, params.maps.q, full,
+                            panel * kPanelColumns, 0, 0, 0);
             for (int panel = 0; panel < Right::kPanels; ++panel)
-                load_box(right.base + panel * Right::kPanelBytes, params.maps.v, full,
-                         panel * kPanelColumns, 0, 0, 0);
+                tma_load_4d(right.base + panel * Right::kPanelBytes, params.maps.v, full,
+                            panel * kPanelColumns, 0, 0, 0);
         }
         block_barrier();
         mbarrier_wait(full, 0);

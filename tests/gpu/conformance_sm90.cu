@@ -29,7 +29,7 @@ const std::vector<jvp_attn::Kernel>& jvp_attn::all_kernels() {
         kernel<ReverseByNamedBarriers>("reverse_by_named_barriers"),
         kernel<ReverseByMbarriers>("reverse_by_mbarriers"),
         kernel<AddToGlobal>("add_to_global"),
-        kernel<LoadBoxes>("load_boxes"),
+        kernel<LoadBoxes>("tma_load_4des"),
         kernel<StoreMatrices>("store_matrices"),
         PRODUCTS(bf16, Bf16, 48),
         PRODUCTS(bf16, Bf16, 64),

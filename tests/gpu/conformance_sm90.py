@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from conformance import BEFORE, RANDOM, ROOT, Array, Probe, bits_of, random_bytes, values_of
+
+from tests.gpu.conformance import (
+    BEFORE,
+    RANDOM,
+    ROOT,
+    Array,
+    Probe,
+    bits_of,
+    random_bytes,
+    values_of,
+)
 
 BOX_ROWS = 24
 BOX_COLUMNS = 64
@@ -48,14 +58,14 @@ def add_to_global() -> Probe:
     return Probe("add_to_global", x, before + sums)
 
 
-def load_boxes() -> Probe:
+def tma_load_4des() -> Probe:
     """Boxes within a tensor, and across each of its borders; by (column, row, head, batch)."""
     x = random_bytes(2, 40, 3, 72, 2).view(np.uint16)[..., 0].copy()
     starts = [(0, 0, 0, 0), (0, 16, 2, 1), (64, 0, 1, 1), (5, 30, 0, 1), (-9, -7, 1, 0)]
     starts += [(0, 40, 0, 0), (0, -24, 0, 0), (72, 0, 0, 0), (-64, 0, 0, 0), (0, 1 << 30, 0, 0)]
     starts += [(0, 0, -1, 0), (0, 0, 3, 0), (0, 0, 0, -1), (0, 0, 0, 2)]
     expected = np.stack([panel_of_box(x, start) for start in starts])
-    return Probe("load_boxes", x, expected, {"seqused_k": np.array(starts, np.int32)})
+    return Probe("tma_load_4des", x, expected, {"seqused_k": np.array(starts, np.int32)})
 
 
 def panel_of_box(x: Array, start: tuple[int, int, int, int]) -> Array:
@@ -102,6 +112,6 @@ def names_of_products() -> list[str]:
 PROBES = [
     *(identities(), share_registers()),
     *(reverse_in_warp(), reverse_by_named_barriers(), reverse_by_mbarriers()),
-    *(add_to_global(), load_boxes(), store_matrices()),
+    *(add_to_global(), tma_load_4des(), store_matrices()),
     *(product(name) for name in names_of_products()),
 ]

@@ -1,6 +1,6 @@
 """Each of these tests runs on a GPU at realistic sizes, and on a CPU at small ones.
 
-The CPU shows that a test is right: there the backend `blockwise` passes it. Tests marked `cuda` run
+The CPU shows that a test is right: there the backend `tiled` passes it. Tests marked `cuda` run
 where there is an NVIDIA GPU; elsewhere one line says how many did not.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from machines import Machine
 
 import jvp_attn
+from tests.gpu.machines import Machine
 
-CPU = Machine(torch.device("cpu"), "blockwise", shrink=64)
+CPU = Machine(torch.device("cpu"), "tiled", shrink=64)
 GPU = Machine(torch.device("cuda"), "cuda", shrink=1)
 
 

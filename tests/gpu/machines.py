@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from attention_cases import (
+from torch import Tensor
+
+from tests.jvp_attn.attention_cases import (
     Attention,
     Case,
     Named,
@@ -15,7 +17,6 @@ from attention_cases import (
     with_tangents,
     without_tangents,
 )
-from torch import Tensor
 
 # Scores of so many rows, and their derivatives in float64, fit into the memory of a GPU.
 ROWS_OF_A_CHUNK = 1024

@@ -8,13 +8,18 @@ from pathlib import Path
 from runpy import run_path
 from types import ModuleType
 
-import conformance
-import conformance_sm90
-import emulator
-import emulator_build
 import pytest
 import torch
-from conformance import ROOT, Probe, answer_of_the_emulator, answer_of_the_gpu, build_for_gpu
+
+from tests.emulator import emulator, emulator_build
+from tests.gpu import conformance, conformance_sm90
+from tests.gpu.conformance import (
+    ROOT,
+    Probe,
+    answer_of_the_emulator,
+    answer_of_the_gpu,
+    build_for_gpu,
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,14 @@ MACHINES = {
         "conformance.cu",
         conformance.PROBES,
         ["tests/gpu/conformance_kernels.cuh", "tests/emulator/probes/instructions.h"],
-        ["csrc/machine.cuh"],
+        ["csrc/common/ptx.cuh"],
         "sm_80",
     ),
     "sm90": Machine(
         "conformance_sm90.cu",
         conformance_sm90.PROBES,
         ["tests/gpu/conformance_kernels_sm90.cuh"],
-        ["csrc/sm90/machine_sm90.cuh", "csrc/sm90/wgmma.cuh"],
+        ["csrc/sm90/ptx.cuh", "csrc/sm90/wgmma.cuh"],
         "sm_90a",
     ),
 }

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, assert_close, with_tangents
-from machines import Machine, outputs, outputs_and_gradients
-from packed_cases import PackedCase
-from test_gpu_layouts import assert_same
 from torch import Tensor
 
 import jvp_attn
 from jvp_attn import flash_attn_varlen_jvp
+from tests.gpu.machines import Machine, outputs, outputs_and_gradients
+from tests.gpu.test_gpu_layouts import assert_same
+from tests.jvp_attn.attention_cases import Case, assert_close, with_tangents
+from tests.jvp_attn.packed_cases import PackedCase
 
 Tensors = dict[str, Tensor]
 
@@ -93,13 +93,13 @@ def test_without_a_choice_half_precision_on_a_gpu_is_for_the_kernels(machine: Ma
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
-def test_without_a_choice_full_precision_on_a_gpu_is_blockwise(
+def test_without_a_choice_full_precision_on_a_gpu_is_tiled(
     machine: Machine, dtype: torch.dtype
 ) -> None:
     case = replace(shrunk(machine, CASES[0]), dtype=dtype)
     data, cotangents = machine.data(case), machine.cotangents(case)
     cotangents = {name: x.to(dtype) for name, x in cotangents.items()}
-    with jvp_attn.backend("blockwise"):
+    with jvp_attn.backend("tiled"):
         expected = outputs_and_gradients(case.ours, data, cotangents)
     with jvp_attn.backend("automatic"):
         assert_same(outputs_and_gradients(case.ours, data, cotangents), expected)

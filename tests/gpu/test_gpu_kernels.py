@@ -5,13 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from itertools import islice
 
-import emulator
-import harness
 import pytest
 import torch
-from cases import FAMILIES, Family, axes_of, covering
-from kernels_on_device import KernelsOnDevice
-from trial import trial
+
+from tests.emulator import emulator
+from tests.gpu.kernels_on_device import KernelsOnDevice
+from tests.kernels import harness
+from tests.kernels.cases import FAMILIES, Family, axes_of, covering
+from tests.kernels.trial import trial
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_cases import Case
-from machines import Machine, assert_accurate, outputs_and_gradients
-from test_attention_layouts import over_layouts
 from torch import Tensor
+
+from tests.gpu.machines import Machine, assert_accurate, outputs_and_gradients
+from tests.jvp_attn.attention_cases import Case
+from tests.jvp_attn.test_attention_layouts import over_layouts
 
 DTYPE = torch.bfloat16
 

@@ -6,12 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Attention, Case, randn
-from kinds_of_data import in_dtype
-from machines import Machine, assert_at_most_twice_the_error, outputs, outputs_and_gradients
-from packed_cases import PackedCase
-from test_gpu_accuracy import over_dtypes, over_masks
 from torch import Tensor
+
+from tests.gpu.machines import (
+    Machine,
+    assert_at_most_twice_the_error,
+    outputs,
+    outputs_and_gradients,
+)
+from tests.gpu.test_gpu_accuracy import over_dtypes, over_masks
+from tests.jvp_attn.attention_cases import Attention, Case, randn
+from tests.jvp_attn.kinds_of_data import in_dtype
+from tests.jvp_attn.packed_cases import PackedCase
 
 over_head_dims = pytest.mark.parametrize("head_dim", [64, 80, 128])
 

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import jvp_attn
-from jvp_attn import blocks, flash_attn_jvp
+from jvp_attn import flash_attn_jvp
+from jvp_attn.backends import tiles
 
 # (q, k, v), and attn_mask where there is one → (out, lse), or only out.
 Attention = Callable[..., tuple[Tensor, ...]]
@@ -296,7 +297,7 @@ def assert_close(actual: Named, expected: Named, tolerance: float = 1e-12) -> No
 @contextmanager
 def small_blocks(scores: int, rows: int) -> Iterator[None]:
     """Cut attention into blocks of about so many scores and no fewer rows, at any length."""
-    with mock.patch.multiple(blocks, _CPU_BLOCK=scores, _GPU_BLOCK=scores, _MIN_ROWS=rows):
+    with mock.patch.multiple(tiles, _CPU_BLOCK=scores, _GPU_BLOCK=scores, _MIN_ROWS=rows):
         yield
 
 

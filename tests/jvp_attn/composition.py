@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import composition_autograd as autograd
-import composition_checks as checks
-import composition_func as func
-from attention_cases import Attention, Tensors
-from composition_features import Feature
+from tests.jvp_attn import composition_autograd as autograd
+from tests.jvp_attn import composition_checks as checks
+from tests.jvp_attn import composition_func as func
+from tests.jvp_attn.attention_cases import Attention, Tensors
+from tests.jvp_attn.composition_features import Feature
 
 # (f, x, t) → nested tensors.
 Derivative = Callable[[Attention, Tensors, Tensors], Any]
@@ -288,7 +288,7 @@ ELSEWHERE = [
     Elsewhere(
         "`torch.library.opcheck` of every operator",
         True,
-        ("jvp_attn/test_operators.py::test_opcheck",),
+        ("jvp_attn/test_ops.py::test_opcheck",),
     ),
     Elsewhere(
         "models of diffusers, timm and transformers, under `replace_sdpa`",

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
-from attention_cases import Attention, Tensors, energy
-from composition_func import grad_, several
 from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils.checkpoint import checkpoint
+
+from tests.jvp_attn.attention_cases import Attention, Tensors, energy
+from tests.jvp_attn.composition_func import grad_, several
 
 
 def leaves(x: Tensors) -> Tensors:

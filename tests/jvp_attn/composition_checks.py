@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from attention_cases import Tensors, assert_close, named
-from composition_autograd import leaves
-from composition_features import Feature
-from composition_func import jvp_of_grad, vjp_, vjp_of_jvp
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jvp, linearize
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.jvp_attn.attention_cases import Tensors, assert_close, named
+from tests.jvp_attn.composition_autograd import leaves
+from tests.jvp_attn.composition_features import Feature
+from tests.jvp_attn.composition_func import jvp_of_grad, vjp_, vjp_of_jvp
 
 Metadata = dict[str, tuple[Any, ...]]
 

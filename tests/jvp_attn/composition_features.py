@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_cases import Attention, Tensors, randn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,6 +21,7 @@ from jvp_attn import (
     replace_sdpa,
     scaled_dot_product_attention,
 )
+from tests.jvp_attn.attention_cases import Attention, Tensors, randn
 
 # (q, k, v, mask, softmax_scale) → (out, lse), by what shares no rule and no map with ours.
 Formula = Callable[..., tuple[Tensor, Tensor]]

@@ -10,10 +10,11 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from attention_cases import Attention, Tensors, energy
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.jvp_attn.attention_cases import Attention, Tensors, energy
 
 
 def every(x: Tensors) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from textwrap import fill
 
-from composition import ELSEWHERE, REFUSALS, ROWS
-from composition_features import FEATURES
+from tests.jvp_attn.composition import ELSEWHERE, REFUSALS, ROWS
+from tests.jvp_attn.composition_features import FEATURES
 
 README = Path(__file__).parents[2] / "README.md"
 BETWEEN_MARKERS = re.compile(r"(?<=composition_table.py -->\n).*(?=<!-- end -->\n)", re.DOTALL)

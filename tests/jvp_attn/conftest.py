@@ -1,11 +1,11 @@
-"""Tests of derivatives run thrice: by the backends `cpu`, `blockwise` and `cuda`, emulated."""
+"""Tests of derivatives run thrice: by the backends `cpu`, `tiled` and `cuda`, emulated."""
 
 from collections.abc import Iterator
 
 import pytest
-from emulated_backend import emulated_backend
 
 import jvp_attn
+from tests.jvp_attn.emulated_backend import emulated_backend
 
 BY_ALL_BACKENDS = {
     "test_attention_autograd",
@@ -25,7 +25,7 @@ SLOW = {"hessian_", "jacfwd_", "jacrev_", "jacrev_of_jacfwd", "jacrev_of_jacrev"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chooses_backends_itself = "backend" in metafunc.fixturenames
     if metafunc.module.__name__ in BY_ALL_BACKENDS and not chooses_backends_itself:
-        metafunc.parametrize("computed_by", ["cpu", "blockwise", "emulated"], indirect=True)
+        metafunc.parametrize("computed_by", ["cpu", "tiled", "emulated"], indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)

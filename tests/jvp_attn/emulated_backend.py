@@ -11,16 +11,16 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
-import emulator
 import torch
 from torch import Tensor
 from torch.utils._pytree import KeyPath, keystr, tree_map_only, tree_map_with_path
 
 import jvp_attn
-from jvp_attn import backends
-from jvp_attn.cuda import KernelMaps, ShapesOnly
-from jvp_attn.kernel_choice import MIN_CAPABILITY
-from jvp_attn.maps import Inputs
+from jvp_attn.backends import select
+from jvp_attn.backends.cuda import CudaBackend, MetaCudaBackend
+from jvp_attn.backends.kernel_select import MIN_CAPABILITY
+from jvp_attn.types import Inputs
+from tests.emulator import emulator
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,7 +28,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class InHalfPrecision:
     """The four maps of kernels, for every dtype."""
 
-    def __init__(self, maps: KernelMaps) -> None:
+    def __init__(self, maps: CudaBackend) -> None:
         self._maps = maps
 
     def __getattr__(self, name: str) -> Any:
@@ -69,11 +69,11 @@ def emulated_backend(capability: tuple[int, int] = MIN_CAPABILITY) -> Iterator[N
 
     def kernels() -> InHalfPrecision:
         machine = emulator.load()
-        return InHalfPrecision(KernelMaps(machine, lambda _: nullcontext(0), lambda _: capability))
+        return InHalfPrecision(CudaBackend(machine, lambda _: nullcontext(0), lambda _: capability))
 
-    emulated = backends._Backend(kernels, without_data=InHalfPrecision(ShapesOnly()))
+    emulated = select._Backend(kernels, without_data=InHalfPrecision(MetaCudaBackend()))
     with (
-        mock.patch.dict(backends._BACKENDS, {"emulated": emulated}),
+        mock.patch.dict(select._BACKENDS, {"emulated": emulated}),
         jvp_attn.backend("emulated"),
     ):
         yield

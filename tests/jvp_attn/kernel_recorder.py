@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS
 
 STREAM = 77
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_cases import Named
 from torch import Tensor
+
+from tests.jvp_attn.attention_cases import Named
 
 Kind = Callable[[Named], Named]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
-from attention_cases import INPUTS, Attention, Case, Tensors, randn
 from torch import Tensor
 
 from jvp_attn import flash_attn_varlen_jvp
+from tests.jvp_attn.attention_cases import INPUTS, Attention, Case, Tensors, randn
 
 
 @dataclass(frozen=True)

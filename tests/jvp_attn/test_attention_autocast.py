@@ -14,10 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Attention, Tensors, assert_close, energy, named, randn
-from composition import Derivative
-from composition_autograd import gradient_penalty, leaves
-from composition_func import jvp_of_grad
 from torch import Tensor
 from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +26,10 @@ from jvp_attn import (
     replace_sdpa,
     scaled_dot_product_attention,
 )
+from tests.jvp_attn.attention_cases import Attention, Tensors, assert_close, energy, named, randn
+from tests.jvp_attn.composition import Derivative
+from tests.jvp_attn.composition_autograd import gradient_penalty, leaves
+from tests.jvp_attn.composition_func import jvp_of_grad
 
 SHAPE = (2, 5, 2, 4)  # (batch, seqlen, heads, head_dim)
 autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from attention_cases import (
+from torch import Tensor
+from torch.func import jvp
+from torch.utils.checkpoint import checkpoint
+
+from tests.jvp_attn.attention_cases import (
     Attention,
     Case,
     Named,
@@ -17,9 +21,6 @@ from attention_cases import (
     named,
     small_blocks,
 )
-from torch import Tensor
-from torch.func import jvp
-from torch.utils.checkpoint import checkpoint
 
 CASES = {
     "grouped heads": Case(seqlen_q=3, seqlen_k=4),

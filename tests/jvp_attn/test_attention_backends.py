@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import jvp_attn
-from jvp_attn import backends, flash_attn_jvp
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn import flash_attn_jvp
+from jvp_attn.backends import select
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.jvp_attn.attention_cases import Case
 
 
 @pytest.fixture(autouse=True)
 def extension_is_looked_for_again() -> Iterator[None]:
-    backends._why_no_extension.cache_clear()
-    backends._why_no_cpu_extension.cache_clear()
+    select._why_no_extension.cache_clear()
+    select._why_no_cpu_extension.cache_clear()
     yield
-    backends._why_no_extension.cache_clear()
-    backends._why_no_cpu_extension.cache_clear()
+    select._why_no_extension.cache_clear()
+    select._why_no_cpu_extension.cache_clear()
 
 
 @pytest.fixture
@@ -77,9 +78,9 @@ def thrice_differentiated(out: Tensor, q: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("no_extension", "no_cpu_extension")
-def test_without_extensions_blockwise_is_what_runs_automatically() -> None:
+def test_without_extensions_tiled_is_what_runs_automatically() -> None:
     assert jvp_attn.current_backend() == "automatic"
-    assert jvp_attn.available_backends() == ("blockwise", "math")
+    assert jvp_attn.available_backends() == ("tiled", "math")
     with pytest.raises(NotImplementedError):
         thrice_differentiated(*attention_of_q())
 
@@ -96,8 +97,8 @@ def test_backward_passes_keep_the_backend_of_their_forward_pass() -> None:
 
 def test_blocks_nest_and_end_also_where_one_raises() -> None:
     with jvp_attn.backend("math"):
-        with jvp_attn.backend("blockwise"):
-            assert jvp_attn.current_backend() == "blockwise"
+        with jvp_attn.backend("tiled"):
+            assert jvp_attn.current_backend() == "tiled"
         with pytest.raises(ZeroDivisionError), jvp_attn.backend("automatic"):
             raise ZeroDivisionError
         assert jvp_attn.current_backend() == "math"
@@ -108,7 +109,7 @@ def test_the_environment_chooses_where_no_block_does(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JVP_ATTN_BACKEND", "math")
     assert jvp_attn.current_backend() == "math"
     thrice_differentiated(*attention_of_q())
-    with jvp_attn.backend("blockwise"), pytest.raises(NotImplementedError):
+    with jvp_attn.backend("tiled"), pytest.raises(NotImplementedError):
         thrice_differentiated(*attention_of_q())
 
 
@@ -117,7 +118,7 @@ def test_an_empty_environment_variable_chooses_nothing(monkeypatch: pytest.Monke
     assert jvp_attn.current_backend() == "automatic"
 
 
-ALLOWED = "it must be one of automatic, blockwise, math"
+ALLOWED = "it must be one of automatic, tiled, math"
 
 
 @pytest.mark.usefixtures("no_extension", "no_cpu_extension")
@@ -153,13 +154,13 @@ ON_CPU = torch.zeros(2, 8, 2, 64)
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 def test_on_a_cpu_its_kernels_run_automatically(dtype: torch.dtype) -> None:
-    assert jvp_attn.available_backends() == ("blockwise", "cpu", "math")
-    assert backends.resolve_backend(ON_CPU.to(dtype), ON_CPU.to(dtype)) == "cpu"
+    assert jvp_attn.available_backends() == ("tiled", "cpu", "math")
+    assert select.resolve_backend(ON_CPU.to(dtype), ON_CPU.to(dtype)) == "cpu"
 
 
 @pytest.mark.usefixtures("no_cpu_extension")
 def test_cpu_without_the_extension_is_refused_with_the_reason() -> None:
-    assert backends.resolve_backend(ON_CPU, ON_CPU) == "blockwise"
+    assert select.resolve_backend(ON_CPU, ON_CPU) == "tiled"
     message = r"math \(the CPU extension is not installed \(.*jvp_attn\._cpu.*\)\)"
     with pytest.raises(ValueError, match=message), jvp_attn.backend("cpu"):
         pass
@@ -168,13 +169,13 @@ def test_cpu_without_the_extension_is_refused_with_the_reason() -> None:
 @needs_cpu_extension
 def test_cpu_is_refused_where_it_cannot_compute() -> None:
     on_meta, too_long = ON_CPU.to("meta"), ON_CPU[:1, :1].expand(1, 2**30, 2, 64)
-    assert backends.resolve_backend(on_meta, on_meta) == "blockwise"
-    assert backends.resolve_backend(ON_CPU, too_long) == "blockwise"
+    assert select.resolve_backend(on_meta, on_meta) == "tiled"
+    assert select.resolve_backend(ON_CPU, too_long) == "tiled"
     with jvp_attn.backend("cpu"):
         with pytest.raises(ValueError, match=r"backend 'cpu' cannot .* q is on meta"):
-            backends.resolve_backend(on_meta, on_meta)
+            select.resolve_backend(on_meta, on_meta)
         with pytest.raises(ValueError, match="that of k is 1073741824; 'automatic' can"):
-            backends.resolve_backend(ON_CPU, too_long)
+            select.resolve_backend(ON_CPU, too_long)
 
 
 # ----------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def test_cuda_without_the_extension_is_refused_with_the_reason() -> None:
 
 def test_an_extension_with_other_kernels_is_not_used(extension: SimpleNamespace) -> None:
     extension.kernels = lambda: dict.fromkeys(set(KERNELS) - {"backward_dq_bf16_d64"})
-    assert jvp_attn.available_backends() == ("blockwise", "math")
+    assert jvp_attn.available_backends() == ("tiled", "math")
     message = "not of this version .it has no kernel backward_dq_bf16_d64"
     with pytest.raises(ValueError, match=message), jvp_attn.backend("cuda"):
         pass
@@ -198,18 +199,18 @@ def test_an_extension_with_other_kernels_is_not_used(extension: SimpleNamespace)
 
 @pytest.mark.usefixtures("extension")
 def test_on_a_gpu_half_precision_runs_on_cuda_automatically(gpu: dict[str, Any]) -> None:
-    assert jvp_attn.available_backends() == ("blockwise", "cuda", "math")
+    assert jvp_attn.available_backends() == ("tiled", "cuda", "math")
     for dtype in (torch.bfloat16, torch.float16):
-        assert backends.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "cuda"
+        assert select.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "cuda"
     for dtype in (torch.float32, torch.float64):
-        assert backends.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "blockwise"
+        assert select.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "tiled"
     gpu["capability"] = (7, 5)
-    assert backends.resolve_backend(on_gpu(), on_gpu()) == "blockwise"
+    assert select.resolve_backend(on_gpu(), on_gpu()) == "tiled"
 
 
 @pytest.mark.usefixtures("no_extension", "gpu")
-def test_on_a_gpu_without_the_extension_blockwise_runs() -> None:
-    assert backends.resolve_backend(on_gpu(), on_gpu()) == "blockwise"
+def test_on_a_gpu_without_the_extension_tiled_runs() -> None:
+    assert select.resolve_backend(on_gpu(), on_gpu()) == "tiled"
 
 
 @pytest.mark.usefixtures("extension")
@@ -217,7 +218,7 @@ def test_cuda_is_refused_where_it_cannot_compute(gpu: dict[str, Any]) -> None:
     def refusal(q: Tensor) -> str:
         refused_by = pytest.raises(ValueError, match="backend 'cuda' cannot compute this: ")
         with jvp_attn.backend("cuda"), refused_by as refused:
-            backends.resolve_backend(q, q)
+            select.resolve_backend(q, q)
         return str(refused.value)
 
     assert "q is on cpu" in refusal(torch.zeros(2, 8, 2, 64))

@@ -3,16 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from attention_cases import (
+
+from jvp_attn.backends.tiles import head_blocks
+from jvp_attn.types import AttentionOptions, Causal, Inputs
+from tests.jvp_attn.attention_cases import (
     Case,
     assert_close,
     outputs_and_gradients,
     small_blocks,
     without_tangents,
 )
-
-from jvp_attn.blocks import head_blocks
-from jvp_attn.maps import AttentionOptions, Causal, Inputs
 
 Sizes = dict[str, list[int]]
 

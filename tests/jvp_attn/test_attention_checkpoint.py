@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Named, Tensors, assert_close, energy, named, randn
-from composition_autograd import leaves
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +24,8 @@ from torch.utils.checkpoint import (
 )
 
 from jvp_attn import flash_attn_jvp
+from tests.jvp_attn.attention_cases import Named, Tensors, assert_close, energy, named, randn
+from tests.jvp_attn.composition_autograd import leaves
 
 SHAPE = (2, 5, 8)  # (batch, seqlen, width)
 HEADS = 2
@@ -117,12 +117,12 @@ def test_a_checkpoint_changes_nothing(derivative: Callable[[Call], Any]) -> None
 def test_attention_is_computed_once_more_with_its_tangent() -> None:
     with Calls() as calls:
         around_the_jvp(checkpointed)
-    assert calls.counts == {"forward_tangent": 2 * 2, "tangent_backward": 2}
+    assert calls.counts == {"forward_jvp": 2 * 2, "jvp_backward": 2}
 
 
 def test_a_selective_checkpoint_keeps_attention() -> None:
     def keep_attention(_: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-        if operator == torch.ops.jvp_attn.forward_tangent.default:
+        if operator == torch.ops.jvp_attn.forward_jvp.default:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -130,7 +130,7 @@ def test_a_selective_checkpoint_keeps_attention() -> None:
     selective = partial(checkpointed, context_fn=contexts)
     with Calls() as calls:
         found = around_the_jvp(selective)
-    assert calls.counts == {"forward_tangent": 2, "tangent_backward": 2}
+    assert calls.counts == {"forward_jvp": 2, "jvp_backward": 2}
     assert_close(named(found), named(around_the_jvp(kept)), tolerance=0)
 
 

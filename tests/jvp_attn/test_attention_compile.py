@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from attention_cases import Attention, Tensors, assert_close, energy, named, randn
-from composition_autograd import leaves, unpacked
-from composition_features import ADDED, FEATURES, Feature
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
@@ -25,6 +22,9 @@ from jvp_attn import (
     flash_attn_with_tangent,
     replace_sdpa,
 )
+from tests.jvp_attn.attention_cases import Attention, Tensors, assert_close, energy, named, randn
+from tests.jvp_attn.composition_autograd import leaves, unpacked
+from tests.jvp_attn.composition_features import ADDED, FEATURES, Feature
 
 # Makes a compiled function of a function.
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -330,7 +330,7 @@ def test_primal_and_tangent_are_one_operator_and_absent_tangents_are_absent() ->
     jvp_along_q(masked, MASKED.primals(), MASKED.tangents(), recorder)
     (graph,) = recorder.made
     (node,) = attention_in(graph)
-    assert node.target == torch.ops.jvp_attn.forward_tangent.default
+    assert node.target == torch.ops.jvp_attn.forward_jvp.default
     arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
     assert arguments["tq"] is not None
     assert [arguments[name] for name in ("tk", "tv", "tmask")] == [None, None, None]

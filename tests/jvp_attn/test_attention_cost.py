@@ -10,7 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jvp_attn.backends import tiled
+from jvp_attn.types import Inputs
+from tests.jvp_attn.attention_cases import (
     INPUTS,
     Attention,
     Case,
@@ -23,16 +29,10 @@ from attention_cases import (
     with_tangents,
     without_tangents,
 )
-from packed_cases import PackedCase
-from torch import Tensor
-from torch.func import jvp, vjp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from jvp_attn import blockwise
-from jvp_attn.maps import Inputs
+from tests.jvp_attn.packed_cases import PackedCase
 
 # They count the matrix products of torch, of which this backend is made.
-pytestmark = pytest.mark.parametrize("computed_by", ["blockwise"], indirect=True)
+pytestmark = pytest.mark.parametrize("computed_by", ["tiled"], indirect=True)
 
 aten = torch.ops.aten
 MATRIX_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.mm, aten.addmm}
@@ -41,11 +41,9 @@ Map = Callable[..., Any]
 
 
 def wrapped_maps(wrapper: Callable[[Map], Map]) -> AbstractContextManager[object]:
-    """Let the backend `blockwise` compute with wrapped maps; `backward` is one of the others."""
-    names = ("forward", "forward_tangent", "tangent_backward")
-    return mock.patch.multiple(
-        blockwise, **{name: wrapper(getattr(blockwise, name)) for name in names}
-    )
+    """Let the backend `tiled` compute with wrapped maps; `backward` is one of the others."""
+    names = ("forward", "forward_jvp", "jvp_backward")
+    return mock.patch.multiple(tiled, **{name: wrapper(getattr(tiled, name)) for name in names})
 
 
 # ----------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Values, tangents and gradients are those of softmax(s Q Kᵀ) V, over all kinds of shapes."""
 
 import pytest
-from attention_cases import (
+from torch import Tensor
+
+import jvp_attn
+from jvp_attn import flash_attn_with_tangent
+from tests.jvp_attn.attention_cases import (
     BACKENDS,
     Attention,
     Case,
@@ -12,10 +16,6 @@ from attention_cases import (
     with_tangents,
     without_tangents,
 )
-from torch import Tensor
-
-import jvp_attn
-from jvp_attn import flash_attn_with_tangent
 
 CASES = {
     "one query, one key": Case(seqlen_q=1, seqlen_k=1),

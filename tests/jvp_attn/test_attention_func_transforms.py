@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
+
+from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionJvp
+from jvp_attn.backends.select import resolve_backend
+from tests.jvp_attn.attention_cases import (
     Attention,
     Case,
     Tensors,
@@ -16,12 +22,6 @@ from attention_cases import (
     named,
     small_blocks,
 )
-from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils._pytree import tree_leaves
-
-from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
-from jvp_attn.backends import resolve_backend
 
 QKV = (0, 1, 2)
 
@@ -214,7 +214,7 @@ def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
     options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
 
     def applied(*xt: Tensor) -> Tensors:
-        return FlashAttentionTangent.apply(*xt[:4], None, None, *xt[4:], options)[:4]
+        return FlashAttentionJvp.apply(*xt[:4], None, None, *xt[4:], options)[:4]
 
     def naive(*xt: Tensor) -> Tensors:
         return tuple(tree_leaves(jvp(case.naive, xt[:4], xt[4:])))

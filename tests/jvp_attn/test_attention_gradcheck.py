@@ -1,11 +1,11 @@
 """Derivatives of first and second order are limits of difference quotients."""
 
 import pytest
-from attention_cases import Case, small_blocks
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from jvp_attn import flash_attn_with_tangent
+from tests.jvp_attn.attention_cases import Case, small_blocks
 
 CASES = {
     "full": Case(batch=1, seqlen_q=2, seqlen_k=3, heads=1, heads_k=1, head_dim=2, head_dim_v=1),

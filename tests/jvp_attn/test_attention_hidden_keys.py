@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+
+import jvp_attn
+from tests.jvp_attn.attention_cases import (
     BACKENDS,
     Case,
     Named,
@@ -18,9 +21,6 @@ from attention_cases import (
     small_blocks,
     with_tangents,
 )
-from torch import Tensor
-
-import jvp_attn
 
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 OUTPUTS = ("out", "lse", "out_tangent", "mu")

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, assert_close, energy, named, part, randn, with_tangents
 from torch import Tensor
 from torch.func import grad, jvp, vjp
+
+from tests.jvp_attn.attention_cases import (
+    Case,
+    assert_close,
+    energy,
+    named,
+    part,
+    randn,
+    with_tangents,
+)
 
 CASES = {"full": Case(), "causal": Case(seqlen_q=9, causal=True)}
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

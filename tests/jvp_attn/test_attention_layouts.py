@@ -7,7 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from attention_cases import (
+from torch import Tensor
+from torch.func import vmap
+
+from jvp_attn import flash_attn_with_tangent
+from tests.jvp_attn.attention_cases import (
     Case,
     assert_close,
     outputs_and_gradients,
@@ -15,10 +19,6 @@ from attention_cases import (
     small_blocks,
     with_tangents,
 )
-from torch import Tensor
-from torch.func import vmap
-
-from jvp_attn import flash_attn_with_tangent
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,

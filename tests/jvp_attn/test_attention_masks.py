@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.utils._pytree import tree_map
+
+import jvp_attn
+from jvp_attn import flash_attn_with_tangent
+from tests.jvp_attn.attention_cases import (
     BACKENDS,
     Case,
     assert_close,
@@ -23,12 +29,6 @@ from attention_cases import (
     small_blocks,
     with_tangents,
 )
-from torch import Tensor
-from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map
-
-import jvp_attn
-from jvp_attn import flash_attn_with_tangent
 
 # Dimensions as `Case.mask_dims` names them.
 BROADCASTS = (
@@ -359,7 +359,7 @@ def test_tangents_threaded_by_hand_may_hold_that_of_a_mask() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("backend", ["cpu", "blockwise"])
+@pytest.mark.parametrize("backend", ["cpu", "tiled"])
 @pytest.mark.parametrize("dims", ["k", "q.", "h.."])
 @over_kinds
 def test_a_mask_is_not_expanded_in_memory(kind: str, dims: str, backend: str) -> None:

@@ -1,6 +1,6 @@
 """NaN and infinity have an effect on what sees them, and on nothing else, though 0 · ∞ is NaN.
 
-The CUDA kernels want what is hidden to be finite; this is of the backends `cpu` and `blockwise`.
+The CUDA kernels want what is hidden to be finite; this is of the backends `cpu` and `tiled`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+
+from tests.jvp_attn.attention_cases import (
     Case,
     Named,
     assert_close,
@@ -22,10 +24,9 @@ from attention_cases import (
     small_blocks,
     with_tangents,
 )
-from packed_cases import PackedCase
-from torch import Tensor
+from tests.jvp_attn.packed_cases import PackedCase
 
-pytestmark = pytest.mark.parametrize("computed_by", ["cpu", "blockwise"], indirect=True)
+pytestmark = pytest.mark.parametrize("computed_by", ["cpu", "tiled"], indirect=True)
 
 INPUTS = ("q", "k", "v", "tq", "tk", "tv")
 OUTPUTS = ("out", "lse", "out_tangent", "mu")

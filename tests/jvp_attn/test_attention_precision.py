@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import (
+
+from tests.jvp_attn.attention_cases import (
     Case,
     Named,
     assert_close,
@@ -17,8 +18,8 @@ from attention_cases import (
     projection,
     relative_error,
 )
-from kinds_of_data import Kind, in_dtype, over_data
-from packed_cases import PackedCase
+from tests.jvp_attn.kinds_of_data import Kind, in_dtype, over_data
+from tests.jvp_attn.packed_cases import PackedCase
 
 
 def assert_at_most_twice_the_error(ours: Named, torchs: Named, exact: Named) -> None:
@@ -35,7 +36,7 @@ over_dtypes = pytest.mark.parametrize(
     [
         *(
             (dtype, backend)
-            for backend in ("cpu", "blockwise")
+            for backend in ("cpu", "tiled")
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         ),
         *((dtype, "emulated") for dtype in (torch.bfloat16, torch.float16)),

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import jvp_attn
+from tests.jvp_attn.attention_cases import (
     BACKENDS,
     INPUTS,
     Case,
@@ -19,12 +24,7 @@ from attention_cases import (
     relative_error,
     small_blocks,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from packed_cases import PackedCase
-from torch import Tensor
-
-import jvp_attn
+from tests.jvp_attn.packed_cases import PackedCase
 
 # ----------------------------------------------------------------------------
 # Random cases
@@ -187,7 +187,7 @@ def test_a_few_random_cases(name: str) -> None:
 
 
 # Not computed in half precision: where a result of a random case cancels, it is all rounding.
-over_exact_backends = pytest.mark.parametrize("backend", ["cpu", "blockwise"])
+over_exact_backends = pytest.mark.parametrize("backend", ["cpu", "tiled"])
 
 
 @over_exact_backends

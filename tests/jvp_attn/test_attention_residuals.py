@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from attention_cases import Case, assert_close, named
-from packed_cases import PackedCase
-from test_attention_func_transforms import Derivative, over_derivatives
 from torch import Tensor
 from torch.func import jvp
 
@@ -19,14 +16,15 @@ import jvp_attn
 from jvp_attn import (
     AttentionOptions,
     FlashAttention,
-    FlashAttentionTangent,
-    backends,
-    blockwise,
+    FlashAttentionJvp,
     flash_attn_jvp,
     flash_attn_with_tangent,
-    results,
 )
-from jvp_attn.maps import Inputs, Outputs, TangentOutputs, Tangents
+from jvp_attn.backends import meta, select, tiled
+from jvp_attn.types import Inputs, JvpOutputs, Outputs, Tangents
+from tests.jvp_attn.attention_cases import Case, assert_close, named
+from tests.jvp_attn.packed_cases import PackedCase
+from tests.jvp_attn.test_attention_func_transforms import Derivative, over_derivatives
 
 CASE = Case(seqlen_q=3, seqlen_k=2, head_dim=2, head_dim_v=1)
 MASKED = replace(CASE, mask="additive", mask_dims=".h.k")
@@ -38,7 +36,7 @@ def residual_of(x: Tensor) -> Tensor:
 
 
 class Checking:
-    """Blockwise, but with residuals, and what comes back is compared with them."""
+    """Tiled, but with residuals, and what comes back is compared with them."""
 
     def __init__(self) -> None:
         self.wanted: list[bool] = []
@@ -50,34 +48,34 @@ class Checking:
         self.checked += 1
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
-        out, lse, _ = blockwise.forward(inputs, options)
-        self.wanted.append(options.residuals)
+        out, lse, _ = tiled.forward(inputs, options)
+        self.wanted.append(options.return_lo)
         return Outputs(out, lse, residual_of(out))
 
-    def forward_tangent(
+    def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
-    ) -> TangentOutputs:
-        out, lse, tout, mu, *_ = blockwise.forward_tangent(inputs, tangents, options)
-        self.wanted.append(options.residuals)
-        return TangentOutputs(out, lse, tout, mu, residual_of(out), residual_of(tout))
+    ) -> JvpOutputs:
+        out, lse, tout, mu, *_ = tiled.forward_jvp(inputs, tangents, options)
+        self.wanted.append(options.return_lo)
+        return JvpOutputs(out, lse, tout, mu, residual_of(out), residual_of(tout))
 
     def backward(self, inputs: Inputs, outputs: Outputs, *others: Any) -> Any:
-        self.check(outputs.out, outputs.out_residual)
-        return blockwise.backward(inputs, outputs, *others)
+        self.check(outputs.out, outputs.out_lo)
+        return tiled.backward(inputs, outputs, *others)
 
-    def tangent_backward(
-        self, inputs: Inputs, tangents: Tangents, outputs: TangentOutputs, *others: Any
+    def jvp_backward(
+        self, inputs: Inputs, tangents: Tangents, outputs: JvpOutputs, *others: Any
     ) -> Any:
-        self.check(outputs.out, outputs.out_residual)
-        self.check(outputs.tout, outputs.tout_residual)
-        return blockwise.tangent_backward(inputs, tangents, outputs, *others)
+        self.check(outputs.out, outputs.out_lo)
+        self.check(outputs.tout, outputs.tout_lo)
+        return tiled.jvp_backward(inputs, tangents, outputs, *others)
 
 
 @pytest.fixture
 def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checking]:
     maps = Checking()
     monkeypatch.setitem(
-        backends._BACKENDS, "checking", backends._Backend(lambda: maps, without_data=results)
+        select._BACKENDS, "checking", select._Backend(lambda: maps, without_data=meta)
     )
     with jvp_attn.backend("checking"):
         yield maps
@@ -119,7 +117,7 @@ def test_residuals_have_no_derivative(checking: Checking) -> None:
     inputs = (*x[:3], None, None, None)
     for outputs, count in (
         (FlashAttention.apply(*inputs, options), 2),
-        (FlashAttentionTangent.apply(*inputs, *x[3:], None, options), 4),
+        (FlashAttentionJvp.apply(*inputs, *x[3:], None, options), 4),
     ):
         requires_grad = [y.requires_grad for y in outputs]
         assert requires_grad == count * [True] + (len(outputs) - count) * [False]

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.func import grad, jacfwd, jvp, vmap
+
+import jvp_attn
+from jvp_attn import flash_attn_varlen_jvp
+from tests.jvp_attn.attention_cases import (
     BACKENDS,
     Case,
     assert_close,
@@ -22,12 +27,7 @@ from attention_cases import (
     small_blocks,
     with_tangents,
 )
-from packed_cases import PackedCase
-from torch import Tensor
-from torch.func import grad, jacfwd, jvp, vmap
-
-import jvp_attn
-from jvp_attn import flash_attn_varlen_jvp
+from tests.jvp_attn.packed_cases import PackedCase
 
 CASES = {
     "one sequence": PackedCase((5,), (7,)),

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from attention_cases import BACKENDS, Case
-from packed_cases import PackedCase
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -23,6 +21,8 @@ from jvp_attn import (
     merge_attention,
     scaled_dot_product_attention,
 )
+from tests.jvp_attn.attention_cases import BACKENDS, Case
+from tests.jvp_attn.packed_cases import PackedCase
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:

@@ -8,17 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import composition_func as func
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.func import jacfwd, jacrev
+
+from jvp_attn import flash_attn_jvp, flash_attn_varlen_jvp
+from tests.jvp_attn import composition_func as func
+from tests.jvp_attn.attention_cases import (
     assert_close,
     named,
     peak_and_largest_allocation,
     randn,
     small_blocks,
 )
-from composition import (
+from tests.jvp_attn.composition import (
     ELSEWHERE,
     NOT_OF_THIS_ORDER,
     REFUSALS,
@@ -27,12 +31,8 @@ from composition import (
     Check,
     Derivative,
 )
-from composition_features import FEATURES, Feature, naive_formula, torch_formula
-from composition_table import README, with_tables
-from torch import Tensor
-from torch.func import jacfwd, jacrev
-
-from jvp_attn import flash_attn_jvp, flash_attn_varlen_jvp
+from tests.jvp_attn.composition_features import FEATURES, Feature, naive_formula, torch_formula
+from tests.jvp_attn.composition_table import README, with_tables
 
 
 def over(name: str, cells: Iterable[tuple[Any, Feature]]) -> pytest.MarkDecorator:

@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+
+import jvp_attn
+from jvp_attn import flash_attn_jvp
+from jvp_attn.backends.cpu import CpuBackend
+from tests.jvp_attn.attention_cases import (
     Case,
     Named,
     assert_close,
@@ -24,12 +29,7 @@ from attention_cases import (
     peak_and_largest_allocation,
     with_tangents,
 )
-from map_calls import call_of
-from torch import Tensor
-
-import jvp_attn
-from jvp_attn import flash_attn_jvp
-from jvp_attn.cpu import CpuMaps
+from tests.jvp_attn.map_calls import call_of
 
 _cpu = pytest.importorskip("jvp_attn._cpu", reason="the CPU extension is not built")
 
@@ -87,7 +87,7 @@ def test_there_are_as_many_threads_as_torch_has() -> None:
         used.append(params.threads)
 
     fields = {name: getattr(_cpu, name) for name in ("AttentionParams", "Tensor", "RowVector")}
-    maps = CpuMaps(SimpleNamespace(**fields, forward=noting), "baseline")
+    maps = CpuBackend(SimpleNamespace(**fields, forward=noting), "baseline")
     for count in (1, 3):
         torch.set_num_threads(count)
         call_of(replace(LARGE, batch=1), backend="cpu").forward(maps)
@@ -161,8 +161,8 @@ os._exit(not torch.allclose(flash_attn_jvp(x, x, x), x))
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_instruction_set_computes_the_same(dtype: torch.dtype, instruction_set: str) -> None:
-    call = call_of(replace(LARGE, dtype=dtype), backend="cpu", residuals=False)
-    fastest, this = (call.forward_tangent(CpuMaps(_cpu, x)) for x in (None, instruction_set))
+    call = call_of(replace(LARGE, dtype=dtype), backend="cpu", return_lo=False)
+    fastest, this = (call.forward_jvp(CpuBackend(_cpu, x)) for x in (None, instruction_set))
     tolerance = 20 * torch.finfo(dtype).eps
     assert_close(named(this), named(fastest), tolerance)
 
@@ -170,7 +170,7 @@ def test_every_instruction_set_computes_the_same(dtype: torch.dtype, instruction
 def test_an_instruction_set_of_another_machine_is_refused() -> None:
     call = call_of(Case(), backend="cpu")
     with pytest.raises(ValueError, match="does not run instruction set amx"):
-        call.forward(CpuMaps(_cpu, "amx"))
+        call.forward(CpuBackend(_cpu, "amx"))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "every second"])
@@ -192,6 +192,6 @@ def test_rows_that_are_contiguous_are_not_copied(layout: str) -> None:
 
 def test_a_last_dimension_with_gaps_is_copied_and_right() -> None:
     x = [y.repeat_interleave(2, 3)[..., ::2] for y in LARGE.primals().values()]
-    with jvp_attn.backend("blockwise"):
+    with jvp_attn.backend("tiled"):
         expected = flash_attn_jvp(*x)
     assert_close({"out": flash_attn_jvp(*x)}, {"out": expected}, tolerance=1e-6)

@@ -7,7 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+
+from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionJvp
+from jvp_attn.backends.cuda import CudaBackend
+from tests.jvp_attn.attention_cases import (
     Attention,
     Case,
     Named,
@@ -20,13 +24,9 @@ from attention_cases import (
     with_tangents,
     without_tangents,
 )
-from emulated_backend import emulated_backend
-from kinds_of_data import Kind, in_dtype, offset, over_data
-from packed_cases import PackedCase
-from torch import Tensor
-
-from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionTangent
-from jvp_attn.cuda import KernelMaps
+from tests.jvp_attn.emulated_backend import emulated_backend
+from tests.jvp_attn.kinds_of_data import Kind, in_dtype, offset, over_data
+from tests.jvp_attn.packed_cases import PackedCase
 
 BF16 = torch.bfloat16
 Evaluate = Callable[[Attention, Named], dict[str, Tensor]]
@@ -41,7 +41,7 @@ def kernels_run_in_the_emulator() -> Iterator[None]:
 @pytest.fixture
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the backend would compute a map without kernels, it fails."""
-    monkeypatch.setattr(KernelMaps, "_without_kernels", None)
+    monkeypatch.setattr(CudaBackend, "_without_kernels", None)
 
 
 def ours_and_exact(
@@ -88,7 +88,7 @@ def test_the_means_of_q_and_k_stay_out_of_the_gradients(evaluate: Evaluate) -> N
     assert_exact_to_two_roundings(*ours_and_exact(case, data, evaluate))
 
 
-def test_at_head_dim_256_a_tangent_takes_two_kernels_and_its_gradient_is_blockwise() -> None:
+def test_at_head_dim_256_a_tangent_takes_two_kernels_and_its_gradient_is_tiled() -> None:
     case = Case(1, 20, 40, heads=2, heads_k=1, head_dim=160, head_dim_v=256)
     data = in_dtype(offset(case.data()), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data))
@@ -214,10 +214,10 @@ def test_missing_residuals_do_not_change_a_gradient() -> None:
     inputs, tangents = (q, k, v, None, None, None), (tq, tk, tv, None)
 
     def gradients(residuals: bool) -> tuple[Tensor, ...]:
-        options = AttentionOptions(0.125, backend="emulated", residuals=residuals)
-        out, *_, out_residual = FlashAttention.apply(*inputs, options)
-        _, _, tout, *_, tout_residual = FlashAttentionTangent.apply(*inputs, *tangents, options)
-        assert (out_residual is None) == (tout_residual is None) == (not residuals)
+        options = AttentionOptions(0.125, backend="emulated", return_lo=residuals)
+        out, *_, out_lo = FlashAttention.apply(*inputs, options)
+        _, _, tout, *_, tout_lo = FlashAttentionJvp.apply(*inputs, *tangents, options)
+        assert (out_lo is None) == (tout_lo is None) == (not residuals)
         loss = projection(dtype=BF16)
         return (
             *torch.autograd.grad(loss({"out": out}), (q, k, v)),

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_close, named
-from kernel_recorder import STREAM, Params, Recorder
-from map_calls import call_of
-from packed_cases import PackedCase
 from torch import Tensor
 
-from jvp_attn import blockwise
-from jvp_attn.cuda import KernelMaps
+from jvp_attn.backends import tiled
+from jvp_attn.backends.cuda import CudaBackend
+from tests.jvp_attn.attention_cases import Case, assert_close, named
+from tests.jvp_attn.kernel_recorder import STREAM, Params, Recorder
+from tests.jvp_attn.map_calls import call_of
+from tests.jvp_attn.packed_cases import PackedCase
 
 BF16 = torch.bfloat16
 RESULTS_OF_ROWS = {"out", "tout", "lse", "mu"}
@@ -29,8 +29,8 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-def maps(recorder: Recorder) -> KernelMaps:
-    return KernelMaps(recorder, recorder.stream_of)
+def maps(recorder: Recorder) -> CudaBackend:
+    return CudaBackend(recorder, recorder.stream_of)
 
 
 def case_of(head_dim: int = 64, **changes: Any) -> Case:
@@ -61,56 +61,56 @@ def numbers_in(fields: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize(("dtype", "element"), [(BF16, "bf16"), (torch.float16, "fp16")])
 @pytest.mark.parametrize(("head_dim", "padded"), [(3, 64), (72, 96), (128, 128), (200, 256)])
 def test_dtype_and_head_dim_choose_the_kernel(
-    head_dim: int, padded: int, dtype: torch.dtype, element: str, maps: KernelMaps, recorder: Any
+    head_dim: int, padded: int, dtype: torch.dtype, element: str, maps: CudaBackend, recorder: Any
 ) -> None:
     call_of(case_of(head_dim, dtype=dtype)).forward(maps)
     assert recorder.names == [f"forward_{element}_d{padded}"]
 
 
 def test_forward_with_tangent_is_one_launch_and_at_head_dim_256_two(
-    maps: KernelMaps, recorder: Recorder
+    maps: CudaBackend, recorder: Recorder
 ) -> None:
-    call_of(case_of(128)).forward_tangent(maps)
-    call_of(case_of(256), residuals=False).forward_tangent(maps)
+    call_of(case_of(128)).forward_jvp(maps)
+    call_of(case_of(256), return_lo=False).forward_jvp(maps)
     assert recorder.names == [
-        "forward_tangent_bf16_d128",
+        "forward_jvp_bf16_d128",
         "forward_bf16_d256",
-        "tangent_given_forward_bf16_d256",
+        "tangent_only_bf16_d256",
     ]
     # The second step continues from all that the first has computed.
     first, second = (fields for _, fields, _ in recorder.launches[1:])
-    assert "out_residual" in first
+    assert "out_lo" in first
     assert first == second
 
 
-def test_backward_maps_are_three_launches(maps: KernelMaps, recorder: Recorder) -> None:
+def test_backward_maps_are_three_launches(maps: CudaBackend, recorder: Recorder) -> None:
     call_of(case_of()).backward(maps)
-    call_of(case_of()).tangent_backward(maps)
+    call_of(case_of()).jvp_backward(maps)
     assert steps_of(recorder) == [
         *("preprocess", "backward_dq", "backward_dkv"),
-        *("preprocess", "tangent_backward_dq", "tangent_backward_dkv"),
+        *("preprocess", "jvp_backward_dq", "jvp_backward_dkv"),
     ]
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_with_a_mask_the_kernels_are_those_that_read_one(
-    kind: str, maps: KernelMaps, recorder: Recorder
+    kind: str, maps: CudaBackend, recorder: Recorder
 ) -> None:
     call_of(case_of(mask=kind)).all_four(maps)
-    call_of(case_of(256, mask=kind)).forward_tangent(maps)
+    call_of(case_of(256, mask=kind)).forward_jvp(maps)
     assert recorder.names == [
         "forward_bf16_d64_masked",
-        "forward_tangent_bf16_d64_masked",
+        "forward_jvp_bf16_d64_masked",
         *("preprocess_bf16", "backward_dq_bf16_d64_masked", "backward_dkv_bf16_d64_masked"),
         "preprocess_bf16",
-        "tangent_backward_dq_bf16_d64_masked",
-        "tangent_backward_dkv_bf16_d64_masked",
-        *("forward_bf16_d256_masked", "tangent_given_forward_bf16_d256_masked"),
+        "jvp_backward_dq_bf16_d64_masked",
+        "jvp_backward_dkv_bf16_d64_masked",
+        *("forward_bf16_d256_masked", "tangent_only_bf16_d256_masked"),
     ]
 
 
 def test_all_kernels_of_a_map_run_on_the_current_stream_of_the_device(
-    maps: KernelMaps, recorder: Recorder
+    maps: CudaBackend, recorder: Recorder
 ) -> None:
     call_of(case_of()).backward(maps)
     assert [stream for *_, stream in recorder.launches] == 3 * [STREAM]
@@ -118,41 +118,43 @@ def test_all_kernels_of_a_map_run_on_the_current_stream_of_the_device(
 
 
 # ----------------------------------------------------------------------------
-# What has no kernel is blockwise
+# What has no kernel is tiled
 
 
-def assert_blockwise(of: Callable[[Any], Any], maps: KernelMaps, recorder: Recorder) -> None:
-    assert_close(named(of(maps)), named(of(blockwise)), tolerance=0)
+def assert_tiled(of: Callable[[Any], Any], maps: CudaBackend, recorder: Recorder) -> None:
+    assert_close(named(of(maps)), named(of(tiled)), tolerance=0)
     assert recorder.names == []
 
 
 @pytest.mark.parametrize("mask", [None, "boolean"])
 def test_gradients_through_tangents_above_head_dim_128(
-    mask: str | None, maps: KernelMaps, recorder: Recorder
+    mask: str | None, maps: CudaBackend, recorder: Recorder
 ) -> None:
-    assert_blockwise(call_of(case_of(136, mask=mask)).tangent_backward, maps, recorder)
+    assert_tiled(call_of(case_of(136, mask=mask)).jvp_backward, maps, recorder)
 
 
-def test_tangents_of_masks_and_gradients_through_them(maps: KernelMaps, recorder: Recorder) -> None:
+def test_tangents_of_masks_and_gradients_through_them(
+    maps: CudaBackend, recorder: Recorder
+) -> None:
     call = call_of(case_of(mask="additive", with_tangent="qm"))
-    assert_blockwise(call.forward_tangent, maps, recorder)
-    assert_blockwise(call.tangent_backward, maps, recorder)
+    assert_tiled(call.forward_jvp, maps, recorder)
+    assert_tiled(call.jvp_backward, maps, recorder)
 
 
 @pytest.mark.parametrize(
-    ("method", "place"), [("backward", 3), ("tangent_backward", 3), ("tangent_backward", 7)]
+    ("method", "place"), [("backward", 3), ("jvp_backward", 3), ("jvp_backward", 7)]
 )
-def test_gradients_of_masks(method: str, place: int, maps: KernelMaps, recorder: Recorder) -> None:
+def test_gradients_of_masks(method: str, place: int, maps: CudaBackend, recorder: Recorder) -> None:
     call = call_of(case_of(mask="additive", mask_dims="b.qk"))
     call = replace(call, needs=tuple(i == place for i in range(8)))
-    assert_blockwise(getattr(call, method), maps, recorder)
+    assert_tiled(getattr(call, method), maps, recorder)
 
 
 # ----------------------------------------------------------------------------
 # What they are given
 
 
-def test_numbers(maps: KernelMaps, recorder: Recorder) -> None:
+def test_numbers(maps: CudaBackend, recorder: Recorder) -> None:
     case = Case(2, 5, 7, heads=4, heads_k=2, causal=True, dtype=torch.float16)
     call_of(case).forward(maps)
     assert numbers_in(recorder.fields) == {
@@ -171,7 +173,7 @@ def test_numbers(maps: KernelMaps, recorder: Recorder) -> None:
 
 
 def test_causal_is_aligned_as_flash_attn_or_torch_aligns_it(
-    maps: KernelMaps, recorder: Recorder
+    maps: CudaBackend, recorder: Recorder
 ) -> None:
     for case, number in (
         (case_of(), 0),
@@ -183,7 +185,7 @@ def test_causal_is_aligned_as_flash_attn_or_torch_aligns_it(
         recorder.launches.clear()
 
 
-def test_inputs_are_passed_with_their_strides(maps: KernelMaps, recorder: Recorder) -> None:
+def test_inputs_are_passed_with_their_strides(maps: CudaBackend, recorder: Recorder) -> None:
     call = call_of(case_of())
     q, k, v, *_ = call.inputs
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
@@ -195,7 +197,7 @@ def test_inputs_are_passed_with_their_strides(maps: KernelMaps, recorder: Record
     assert recorder.fields["v"][1] == 0
 
 
-def test_only_a_strided_last_dimension_is_copied(maps: KernelMaps, recorder: Recorder) -> None:
+def test_only_a_strided_last_dimension_is_copied(maps: CudaBackend, recorder: Recorder) -> None:
     call = call_of(case_of())
     q, k, *_ = call.inputs
     call.changed("inputs", q=q.mT.contiguous().mT).forward(maps)
@@ -210,7 +212,7 @@ def test_only_a_strided_last_dimension_is_copied(maps: KernelMaps, recorder: Rec
     ("dtype", "kind"), [(torch.bool, 1), (BF16, 2), (torch.float32, 3)], ids=str
 )
 def test_a_mask_is_passed_with_its_kind_and_strides(
-    dtype: torch.dtype, kind: int, maps: KernelMaps, recorder: Recorder
+    dtype: torch.dtype, kind: int, maps: CudaBackend, recorder: Recorder
 ) -> None:
     call = call_of(case_of())
     mask = torch.zeros(2, 4, 7, 5, dtype=dtype).mT  # even the last dimension may be strided
@@ -230,7 +232,7 @@ def test_a_mask_is_passed_with_its_kind_and_strides(
     ids=str,
 )
 def test_where_a_mask_does_not_vary_its_stride_is_0(
-    shape: tuple[int, ...], strides: tuple[int, ...], maps: KernelMaps, recorder: Recorder
+    shape: tuple[int, ...], strides: tuple[int, ...], maps: CudaBackend, recorder: Recorder
 ) -> None:
     mask = torch.ones(shape, dtype=torch.bool)
     call_of(case_of()).changed("inputs", mask=mask).forward(maps)
@@ -241,16 +243,16 @@ def test_where_a_mask_does_not_vary_its_stride_is_0(
     assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)
 
 
-def test_what_is_absent_is_not_passed(maps: KernelMaps, recorder: Recorder) -> None:
-    call_of(case_of(with_tangent="q"), residuals=False).forward_tangent(maps)
-    absent = {"tk", "tv", "out_residual", "tout_residual", "grad_out", "mask", "cu_seqlens_q"}
+def test_what_is_absent_is_not_passed(maps: CudaBackend, recorder: Recorder) -> None:
+    call_of(case_of(with_tangent="q"), return_lo=False).forward_jvp(maps)
+    absent = {"tk", "tv", "out_lo", "tout_lo", "grad_out", "mask", "cu_seqlens_q"}
     assert not absent & recorder.fields.keys()
     assert {"tq"} | RESULTS_OF_ROWS <= recorder.fields.keys()
 
 
-def test_all_that_is_there_is_passed(maps: KernelMaps, recorder: Recorder) -> None:
+def test_all_that_is_there_is_passed(maps: CudaBackend, recorder: Recorder) -> None:
     call = call_of(case_of())
-    call.tangent_backward(maps)
+    call.jvp_backward(maps)
     given = {
         **{name: x for name, x in call.inputs._asdict().items() if name in "qkv"},
         **{f"t{name}": x for name, x in call.tangents._asdict().items() if name in "qkv"},
@@ -264,62 +266,62 @@ def test_all_that_is_there_is_passed(maps: KernelMaps, recorder: Recorder) -> No
 
 
 def test_gradients_of_tangents_that_are_not_needed_are_not_computed(
-    maps: KernelMaps, recorder: Recorder
+    maps: CudaBackend, recorder: Recorder
 ) -> None:
     call = call_of(case_of())
     needs = (*call.needs[:4], False, True, False, False)
-    _, gradients = replace(call, needs=needs).tangent_backward(maps)
+    _, gradients = replace(call, needs=needs).jvp_backward(maps)
     assert [name for name, x in gradients._asdict().items() if x is not None] == ["k"]
     assert recorder.fields["grad_tk"][0] == gradients.k.data_ptr()
     assert not {"grad_tq", "grad_tv"} & recorder.fields.keys()
 
 
 @pytest.mark.parametrize("needed", ["q", "k", "v"])
-def test_only_gradients_that_are_needed_are_returned(needed: str, maps: KernelMaps) -> None:
+def test_only_gradients_that_are_needed_are_returned(needed: str, maps: CudaBackend) -> None:
     call = call_of(case_of(mask="additive"))
     needs = tuple(name == needed for name in ("q", "k", "v", "mask"))
     call = replace(call, needs=(*needs, *needs))
-    gradients, tangent_gradients = call.tangent_backward(maps)
+    gradients, tangent_gradients = call.jvp_backward(maps)
     for found in (call.backward(maps), gradients, tangent_gradients):
         assert [name for name, x in found._asdict().items() if x is not None] == [needed]
 
 
-def test_residuals_are_returned_if_asked_for(maps: KernelMaps, recorder: Recorder) -> None:
-    *_, out_residual, tout_residual = call_of(case_of()).forward_tangent(maps)
-    assert recorder.fields["out_residual"][0] == out_residual.data_ptr()
-    assert recorder.fields["tout_residual"][0] == tout_residual.data_ptr()
+def test_residuals_are_returned_if_asked_for(maps: CudaBackend, recorder: Recorder) -> None:
+    *_, out_lo, tout_lo = call_of(case_of()).forward_jvp(maps)
+    assert recorder.fields["out_lo"][0] == out_lo.data_ptr()
+    assert recorder.fields["tout_lo"][0] == tout_lo.data_ptr()
     for head_dim in (64, 256):
-        outputs = call_of(case_of(head_dim), residuals=False).forward_tangent(maps)
-        assert outputs.out_residual is None
-        assert outputs.tout_residual is None
+        outputs = call_of(case_of(head_dim), return_lo=False).forward_jvp(maps)
+        assert outputs.out_lo is None
+        assert outputs.tout_lo is None
 
 
-def test_residuals_that_are_missing_are_computed_anew(maps: KernelMaps, recorder: Recorder) -> None:
+def test_residuals_that_are_missing_are_computed_anew(
+    maps: CudaBackend, recorder: Recorder
+) -> None:
     call = call_of(case_of())
-    call.changed("outputs", out_residual=None).backward(maps)
+    call.changed("outputs", out_lo=None).backward(maps)
     assert recorder.names[0] == "forward_bf16_d64"
     of_forward = recorder.launches[0][1]
     assert recorder.fields["out"] == of_forward["out"]
-    assert recorder.fields["out_residual"] == of_forward["out_residual"]
+    assert recorder.fields["out_lo"] == of_forward["out_lo"]
 
     recorder.launches.clear()
-    call.changed("outputs", tout_residual=None).tangent_backward(maps)
-    assert recorder.names[0] == "forward_tangent_bf16_d64"
+    call.changed("outputs", tout_lo=None).jvp_backward(maps)
+    assert recorder.names[0] == "forward_jvp_bf16_d64"
     of_forward = recorder.launches[0][1]
-    for name in ("out", "tout", "out_residual", "tout_residual"):
+    for name in ("out", "tout", "out_lo", "tout_lo"):
         assert recorder.fields[name] == of_forward[name]
 
 
 def test_residuals_that_nothing_reads_are_not_computed(
-    maps: KernelMaps, recorder: Recorder
+    maps: CudaBackend, recorder: Recorder
 ) -> None:
     call = call_of(case_of())
-    without_residuals = call.changed("outputs", out_residual=None, tout_residual=None)
-    without_residuals.changed("cotangents", out=None).backward(maps)
-    without_residuals.changed("cotangents", out=None, tout=None).tangent_backward(maps)
-    call.changed("outputs", tout_residual=None).changed("cotangents", tout=None).tangent_backward(
-        maps
-    )
+    without_los = call.changed("outputs", out_lo=None, tout_lo=None)
+    without_los.changed("cotangents", out=None).backward(maps)
+    without_los.changed("cotangents", out=None, tout=None).jvp_backward(maps)
+    call.changed("outputs", tout_lo=None).changed("cotangents", tout=None).jvp_backward(maps)
     assert "forward" not in "".join(steps_of(recorder))
 
 
@@ -328,7 +330,7 @@ def test_residuals_that_nothing_reads_are_not_computed(
 
 
 def test_packed_sequences_are_a_batch_without_a_stride(
-    maps: KernelMaps, recorder: Recorder
+    maps: CudaBackend, recorder: Recorder
 ) -> None:
     call = call_of(packed_case(seqlens_q=(3, 5, 1), seqlens_k=(6, 2, 4), beyond=2, causal=True))
     call.all_four(maps)
@@ -343,7 +345,7 @@ def test_packed_sequences_are_a_batch_without_a_stride(
         assert strides["lse"][1:] == (3 + 5 + 1 + 2,)
 
 
-def test_max_seqlens_may_be_longer_than_all_tokens(maps: KernelMaps, recorder: Recorder) -> None:
+def test_max_seqlens_may_be_longer_than_all_tokens(maps: CudaBackend, recorder: Recorder) -> None:
     call = call_of(packed_case(seqlens_q=(3, 5), seqlens_k=(6, 2)))
     options = replace(call.options, max_seqlens=(1000, 7))
     replace(call, options=options).forward(maps)
@@ -351,7 +353,7 @@ def test_max_seqlens_may_be_longer_than_all_tokens(maps: KernelMaps, recorder: R
 
 
 def test_cu_seqlens_of_any_stride_are_passed_as_the_kernels_read_them(
-    maps: KernelMaps, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    maps: CudaBackend, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[list[int]] = []
 
@@ -366,13 +368,13 @@ def test_cu_seqlens_of_any_stride_are_passed_as_the_kernels_read_them(
     assert read == [[0, 3, 8], [0, 6, 8]]
 
 
-def test_tokens_of_no_sequence_have_results_from_the_start(maps: KernelMaps) -> None:
+def test_tokens_of_no_sequence_have_results_from_the_start(maps: CudaBackend) -> None:
     """The kernels write nothing there, and here they write nothing at all."""
     call = call_of(packed_case(beyond=2))
-    outputs = call.forward_tangent(maps)
+    outputs = call.forward_jvp(maps)
     assert torch.equal(outputs.lse, torch.full_like(outputs.lse, -torch.inf))
-    zeros = outputs._replace(lse=None, out_residual=None, tout_residual=None)
-    for x in named((zeros, call.backward(maps), call.tangent_backward(maps))).values():
+    zeros = outputs._replace(lse=None, out_lo=None, tout_lo=None)
+    for x in named((zeros, call.backward(maps), call.jvp_backward(maps))).values():
         assert torch.equal(x, torch.zeros_like(x))
 
 
@@ -389,22 +391,22 @@ def test_tokens_of_no_sequence_have_results_from_the_start(maps: KernelMaps) -> 
     ],
     ids=["dense", "masked", "packed"],
 )
-def test_shapes_and_dtypes_of_all_results(case: Case | PackedCase, maps: KernelMaps) -> None:
+def test_shapes_and_dtypes_of_all_results(case: Case | PackedCase, maps: CudaBackend) -> None:
     call = call_of(case)
-    found, expected = (named(call.all_four(x)) for x in (maps, blockwise))
-    assert found.keys() >= expected.keys()  # blockwise has no residuals
+    found, expected = (named(call.all_four(x)) for x in (maps, tiled))
+    assert found.keys() >= expected.keys()  # tiled has no residuals
     for name, x in expected.items():
         assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype), name
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
 def test_out_and_its_tangent_lie_in_memory_as_q_does(
-    order: tuple[int, ...], maps: KernelMaps
+    order: tuple[int, ...], maps: CudaBackend
 ) -> None:
     call = call_of(Case(head_dim=8, head_dim_v=16, dtype=BF16))
     inverse = tuple(order.index(i) for i in range(4))
     q = call.inputs.q.permute(order).contiguous().permute(inverse)
-    outputs = call.changed("inputs", q=q).forward_tangent(maps)
+    outputs = call.changed("inputs", q=q).forward_jvp(maps)
     assert outputs.out.permute(order).is_contiguous()
     assert outputs.tout.stride() == outputs.out.stride()
 
@@ -421,10 +423,10 @@ def test_out_and_its_tangent_lie_in_memory_as_q_does(
     ids=["no batch", "no queries", "no keys", "no sequences", "sequences without queries"],
 )
 def test_an_empty_problem_is_computed_without_kernels(
-    case: Case | PackedCase, maps: KernelMaps, recorder: Recorder
+    case: Case | PackedCase, maps: CudaBackend, recorder: Recorder
 ) -> None:
-    call = call_of(case, residuals=False)
-    assert_close(named(call.all_four(maps)), named(call.all_four(blockwise)), tolerance=0)
+    call = call_of(case, return_lo=False)
+    assert_close(named(call.all_four(maps)), named(call.all_four(tiled)), tolerance=0)
     assert recorder.names == []
 
 
@@ -470,7 +472,7 @@ def test_a_tensor_that_does_not_fit_is_named(
     wrong: dict[str, Tensor],
     error: type[Exception],
     message: str,
-    maps: KernelMaps,
+    maps: CudaBackend,
     recorder: Recorder,
 ) -> None:
     with pytest.raises(error, match=message):
@@ -478,18 +480,18 @@ def test_a_tensor_that_does_not_fit_is_named(
     assert recorder.names == []
 
 
-def test_a_dtype_without_kernels_is_refused(maps: KernelMaps) -> None:
+def test_a_dtype_without_kernels_is_refused(maps: CudaBackend) -> None:
     with pytest.raises(TypeError, match="float32, but the CUDA kernels compute in"):
         call_of(Case(dtype=torch.float32)).forward(maps)
 
 
-def test_a_head_dim_without_kernels_is_refused(maps: KernelMaps) -> None:
-    message = "no CUDA kernel of forward has these head dims; use .*'blockwise'"
+def test_a_head_dim_without_kernels_is_refused(maps: CudaBackend) -> None:
+    message = "no CUDA kernel of forward has these head dims; use .*'tiled'"
     with pytest.raises(ValueError, match=message):
         call_of(case_of(257)).forward(maps)
 
 
-def test_a_sequence_that_is_too_long_is_refused(maps: KernelMaps, recorder: Recorder) -> None:
+def test_a_sequence_that_is_too_long_is_refused(maps: CudaBackend, recorder: Recorder) -> None:
     call = call_of(case_of())
     q = call.inputs.q[:, :1].expand(2, 2**30, 4, 64)
     with pytest.raises(ValueError, match="q has seqlen 1073741824, but the CUDA kernels take up"):
@@ -498,7 +500,7 @@ def test_a_sequence_that_is_too_long_is_refused(maps: KernelMaps, recorder: Reco
 
 
 def test_an_error_of_the_extension_comes_through(
-    maps: KernelMaps, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    maps: CudaBackend, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str, params: Params, stream: int) -> None:
         raise RuntimeError(f"kernel {name}: out of luck")

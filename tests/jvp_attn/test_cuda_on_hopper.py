@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case
-from kernel_recorder import Recorder
-from map_calls import MapCall, call_of
-from packed_cases import PackedCase
 from torch import Tensor
 
-from jvp_attn.cuda import KernelMaps
-from jvp_attn.kernel_report import report_problem
-from jvp_attn.kernel_table import KERNELS
-from jvp_attn.maps import AttentionOptions, Inputs, Tangents
+from jvp_attn.backends.cuda import CudaBackend
+from jvp_attn.backends.kernel_report import report_problem
+from jvp_attn.backends.kernel_table import KERNELS
+from jvp_attn.types import AttentionOptions, Inputs, Tangents
+from tests.jvp_attn.attention_cases import Case
+from tests.jvp_attn.kernel_recorder import Recorder
+from tests.jvp_attn.map_calls import MapCall, call_of
+from tests.jvp_attn.packed_cases import PackedCase
 
 SHAPE = (2, 8, 4, 64)  # (batch, seqlen, heads, head_dim)
 SCALE = 0.25
@@ -47,10 +47,10 @@ def launched(
         for name in "qkv"
     }
     recorder = Recorder(names)
-    maps = KernelMaps(recorder, recorder.stream_of, lambda device: capability)
+    maps = CudaBackend(recorder, recorder.stream_of, lambda device: capability)
     inputs = Inputs(*x.values(), changed.get("mask"), None, None)
-    options = AttentionOptions(scale, backend="cuda", residuals=False)
-    maps.forward_tangent(inputs, Tangents(*t.values(), None), options)
+    options = AttentionOptions(scale, backend="cuda", return_lo=False)
+    maps.forward_jvp(inputs, Tangents(*t.values(), None), options)
     return recorder.names
 
 
@@ -60,24 +60,24 @@ def test_hopper_has_kernels_of_its_own(
     head_dim: int, padded: int, dtype: torch.dtype, element: str
 ) -> None:
     x = tensor((2, 8, 4, head_dim), dtype)
-    name = f"forward_tangent_{element}_d{padded}"
+    name = f"forward_jvp_{element}_d{padded}"
     assert launched(q=x, k=x, v=x) == [f"{name}_sm90"]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_they_are_launched_on_no_other_device(capability: tuple[int, int]) -> None:
-    assert launched(capability) == ["forward_tangent_bf16_d64"]
+    assert launched(capability) == ["forward_jvp_bf16_d64"]
 
 
 def test_a_build_without_them_does_without_them() -> None:
     older = [name for name in KERNELS if KERNELS[name].arch == "sm80"]
-    assert launched(names=older) == ["forward_tangent_bf16_d64"]
+    assert launched(names=older) == ["forward_jvp_bf16_d64"]
 
 
 def test_tangents_of_the_queries_alone_have_a_kernel_of_their_own() -> None:
-    assert launched(tangents="q") == ["forward_query_tangent_bf16_d64_sm90"]
+    assert launched(tangents="q") == ["forward_jvp_q_bf16_d64_sm90"]
     for tangents in ("k", "qv", "kv"):
-        assert launched(tangents=tangents) == ["forward_tangent_bf16_d64_sm90"]
+        assert launched(tangents=tangents) == ["forward_jvp_bf16_d64_sm90"]
 
 
 def strided(strides: tuple[int, ...], offset: int = 0) -> Tensor:
@@ -99,44 +99,42 @@ def strided(strides: tuple[int, ...], offset: int = 0) -> Tensor:
 def test_tensors_that_the_copy_engine_cannot_load_go_to_the_other_kernels(
     name: str, strides: tuple[int, ...], offset: int
 ) -> None:
-    assert launched(**{name: strided(strides, offset)}) == ["forward_tangent_bf16_d64"]
+    assert launched(**{name: strided(strides, offset)}) == ["forward_jvp_bf16_d64"]
 
 
 def test_the_stride_of_a_dimension_of_1_is_of_no_matter() -> None:
     x = torch.zeros(4096, dtype=torch.bfloat16).as_strided((1, 8, 1, 64), (3, 64, 0, 1))
-    assert launched(q=x, k=x, v=x) == ["forward_tangent_bf16_d64_sm90"]
+    assert launched(q=x, k=x, v=x) == ["forward_jvp_bf16_d64_sm90"]
 
 
 @pytest.mark.parametrize("head_dims", [(60, 64), (64, 60)])
 def test_rows_of_any_length_go_to_the_other_kernels(head_dims: tuple[int, int]) -> None:
     q, v = (torch.zeros(2, 8, 4, 64, dtype=torch.bfloat16)[..., :d] for d in head_dims)
-    assert launched(q=q, k=q, v=v, tq=q, tk=q, tv=v) == ["forward_tangent_bf16_d64"]
+    assert launched(q=q, k=q, v=v, tq=q, tk=q, tv=v) == ["forward_jvp_bf16_d64"]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.25])
 def test_scales_that_are_not_positive_go_to_the_other_kernels(scale: float) -> None:
-    assert launched(scale=scale) == ["forward_tangent_bf16_d64"]
+    assert launched(scale=scale) == ["forward_jvp_bf16_d64"]
 
 
 def test_masks_go_to_the_other_kernels() -> None:
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    assert launched(mask=mask) == ["forward_tangent_bf16_d64_masked"]
+    assert launched(mask=mask) == ["forward_jvp_bf16_d64_masked"]
 
 
 def test_a_step_without_a_kernel_for_hopper_is_launched_among_those_that_have_one() -> None:
-    without = [
-        name for name in KERNELS if "tangent_given_forward" not in name or "sm90" not in name
-    ]
+    without = [name for name in KERNELS if "tangent_only" not in name or "sm90" not in name]
     x = tensor((2, 8, 4, 256))
     assert launched(names=without, q=x, k=x, v=x) == [
         "forward_bf16_d256_sm90",
-        "tangent_given_forward_bf16_d256",
+        "tangent_only_bf16_d256",
     ]
 
 
 def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
     recorder = Recorder()
-    maps = KernelMaps(recorder, recorder.stream_of, lambda device: (9, 0))
+    maps = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
     q, k = tensor((1, 30, 4, 64)), tensor((1, 50, 4, 64))
     ends_q, ends_k = torch.tensor([0, 10, 30]).int(), torch.tensor([0, 40, 50]).int()
     options = AttentionOptions(SCALE, backend="cuda", max_seqlens=(20, 40))
@@ -149,7 +147,7 @@ def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
 # ----------------------------------------------------------------------------
 # The backward whose sums may come in an order that varies
 
-ONE_PASS = ["preprocess_bf16", "backward_bf16_d128_sm90", "finish_grad_q_bf16"]
+ONE_PASS = ["preprocess_bf16", "backward_bf16_d128_sm90", "bwd_postprocess_bf16"]
 TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128_sm90", "backward_dkv_bf16_d128_sm90"]
 ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
 
@@ -166,7 +164,7 @@ def launched_backward(
     names: Collection[str] = tuple(KERNELS),
 ) -> list[str]:
     recorder = Recorder(names)
-    call.backward(KernelMaps(recorder, recorder.stream_of, lambda device: capability))
+    call.backward(CudaBackend(recorder, recorder.stream_of, lambda device: capability))
     return recorder.names
 
 
@@ -180,7 +178,7 @@ def test_on_other_devices_it_is_deterministic_anyhow(capability: tuple[int, int]
     assert launched_backward(backward_call(), capability) == ON_OTHER_DEVICES
 
 
-@pytest.mark.parametrize("missing", ["backward_bf16_d128_sm90", "finish_grad_q_bf16"])
+@pytest.mark.parametrize("missing", ["backward_bf16_d128_sm90", "bwd_postprocess_bf16"])
 def test_a_build_without_the_sums_does_without_them(missing: str) -> None:
     names = [name for name in KERNELS if name != missing]
     assert launched_backward(backward_call(), names=names) == TWO_KERNELS
@@ -212,12 +210,12 @@ def test_what_kernels_for_hopper_do_not_serve_is_deterministic_anyhow() -> None:
 
 def test_the_backward_through_a_tangent_does_not_change() -> None:
     recorder = Recorder()
-    maps = KernelMaps(recorder, recorder.stream_of, lambda device: (9, 0))
-    backward_call().tangent_backward(maps)
+    maps = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
+    backward_call().jvp_backward(maps)
     assert recorder.names == [
         "preprocess_bf16",
-        "tangent_backward_dq_bf16_d128_sm90",
-        "tangent_backward_dkv_bf16_d128_sm90",
+        "jvp_backward_dq_bf16_d128_sm90",
+        "jvp_backward_dkv_bf16_d128_sm90",
     ]
 
 
@@ -232,7 +230,7 @@ class LooksAtSums(Recorder):
         super().launch(name, params, stream)
         if not name.startswith("backward"):
             return
-        for place in ("grad_q_sums", "sbar_sums"):
+        for place in ("dq_accum", "ds_row_sums"):
             address, *strides = self.fields[place]
             of_batch, of_head = self.strides[place] = tuple(strides)
             count = self.fields["batch"] * of_batch or self.fields["heads"] * of_head
@@ -241,7 +239,7 @@ class LooksAtSums(Recorder):
 
 def strides_of_sums(call: MapCall) -> dict[str, tuple[int, ...]]:
     recorder = LooksAtSums()
-    call.backward(KernelMaps(recorder, recorder.stream_of, lambda device: (9, 0)))
+    call.backward(CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0)))
     return recorder.strides
 
 
@@ -249,8 +247,8 @@ def strides_of_sums(call: MapCall) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("head_dim", [72, 104])
 def test_there_are_zeros_for_whole_tiles_of_sums(seqlen: int, rows: int, head_dim: int) -> None:
     assert strides_of_sums(backward_call(head_dim, seqlen_q=seqlen, heads=4)) == {
-        "grad_q_sums": (4 * rows * head_dim, rows * head_dim),
-        "sbar_sums": (4 * rows, rows),
+        "dq_accum": (4 * rows * head_dim, rows * head_dim),
+        "ds_row_sums": (4 * rows, rows),
     }
 
 
@@ -259,7 +257,7 @@ def test_each_packed_sequence_has_whole_tiles_of_sums() -> None:
     dims = {"head_dim": 72, "head_dim_v": 72, "dtype": torch.bfloat16}
     call = call_of(PackedCase((130, 0, 70), (9, 5, 7), beyond=3, **dims))
     call = replace(call, options=replace(call.options, deterministic=False))
-    assert strides_of_sums(call) == {"grad_q_sums": (0, 512 * 72), "sbar_sums": (0, 512)}
+    assert strides_of_sums(call) == {"dq_accum": (0, 512 * 72), "ds_row_sums": (0, 512)}
 
 
 # ----------------------------------------------------------------------------
@@ -273,6 +271,6 @@ def reported(map_name: str, head_dim: int, capability: tuple[int, int]) -> list[
 
 
 def test_the_report_names_the_kernels_of_hopper_on_hopper_alone() -> None:
-    assert reported("forward_tangent", 64, (9, 0)) == ["forward_tangent_bf16_d64_sm90"]
-    assert reported("forward_tangent", 64, (10, 0)) == ["forward_tangent_bf16_d64"]
-    assert reported("forward_tangent", 60, (9, 0)) == ["forward_tangent_bf16_d64"]
+    assert reported("forward_jvp", 64, (9, 0)) == ["forward_jvp_bf16_d64_sm90"]
+    assert reported("forward_jvp", 64, (10, 0)) == ["forward_jvp_bf16_d64"]
+    assert reported("forward_jvp", 60, (9, 0)) == ["forward_jvp_bf16_d64"]

@@ -10,7 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+
+import jvp_attn
+from jvp_attn.backends import meta, select, tiled
+from tests.jvp_attn.attention_cases import (
     Case,
     assert_exact_to_two_roundings,
     outputs_and_gradients,
@@ -18,20 +22,16 @@ from attention_cases import (
     projection,
     without_tangents,
 )
-from emulated_backend import emulated_backend
-from kinds_of_data import Kind, in_dtype, over_data
-from packed_cases import PackedCase
-from torch import Tensor
-
-import jvp_attn
-from jvp_attn import backends, blockwise, results
+from tests.jvp_attn.emulated_backend import emulated_backend
+from tests.jvp_attn.kinds_of_data import Kind, in_dtype, over_data
+from tests.jvp_attn.packed_cases import PackedCase
 
 # ----------------------------------------------------------------------------
 # What the backend is told
 
 
 class Noting:
-    """The maps of the backend `blockwise`, which note whether they must be deterministic."""
+    """The maps of the backend `tiled`, which note whether they must be deterministic."""
 
     def __init__(self) -> None:
         self.noted: dict[str, bool] = {}
@@ -39,7 +39,7 @@ class Noting:
     def __getattr__(self, name: str) -> Any:
         def noting(*arguments: Any) -> Any:
             self.noted[name] = arguments[-1].deterministic
-            return getattr(blockwise, name)(*arguments)
+            return getattr(tiled, name)(*arguments)
 
         return noting
 
@@ -47,8 +47,8 @@ class Noting:
 @contextmanager
 def noting_backend() -> Iterator[Noting]:
     maps = Noting()
-    noting = backends._Backend(lambda: maps, without_data=results)
-    with mock.patch.dict(backends._BACKENDS, {"noting": noting}), jvp_attn.backend("noting"):
+    noting = select._Backend(lambda: maps, without_data=meta)
+    with mock.patch.dict(select._BACKENDS, {"noting": noting}), jvp_attn.backend("noting"):
         yield maps
 
 
@@ -102,8 +102,8 @@ def not_deterministic() -> Iterator[None]:
     changed = {name: partial(getattr(jvp_attn, name), deterministic=False) for name in names}
     with (
         emulated_backend((9, 0)),
-        mock.patch("attention_cases.flash_attn_jvp", changed[names[0]]),
-        mock.patch("packed_cases.flash_attn_varlen_jvp", changed[names[1]]),
+        mock.patch("tests.jvp_attn.attention_cases.flash_attn_jvp", changed[names[0]]),
+        mock.patch("tests.jvp_attn.packed_cases.flash_attn_varlen_jvp", changed[names[1]]),
     ):
         yield
 
@@ -123,7 +123,7 @@ CASES = {
 
 @over_data
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_gradients_by_sums_in_any_order(case: Case | PackedCase, kind: Kind) -> None:
+def test_gradients_by_sums_nondeterministic(case: Case | PackedCase, kind: Kind) -> None:
     data = in_dtype(part(kind(case.data()), ("q", "k", "v")), torch.bfloat16)
     through = projection(dtype=torch.bfloat16)
     with not_deterministic():

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jvp_attn.kernel_choice import MAPS, kernels_of, why_no_kernels
-from jvp_attn.kernel_table import ALLOWED_SPILL_BYTES, KERNELS, OF_ROWS, padded_head_dim
+from jvp_attn.backends.kernel_select import MAPS, kernels_of, why_no_kernels
+from jvp_attn.backends.kernel_table import ALLOWED_SPILL_BYTES, KERNELS, OF_ROWS, padded_head_dim
 
 ROOT = Path(__file__).parents[2]
 generate_py = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
@@ -23,13 +23,13 @@ def test_the_table_is_read_without_torch() -> None:
     script = (
         "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules, 'torch'"
     )
-    table = ROOT / "jvp_attn" / "kernel_table.py"
+    table = ROOT / "jvp_attn" / "backends" / "kernel_table.py"
     subprocess.run([sys.executable, "-c", script, table], check=True)
 
 
 def test_a_name_says_what_a_kernel_is() -> None:
-    kernel = KERNELS["tangent_backward_dq_fp16_d128_masked"]
-    assert (kernel.step, kernel.element, kernel.head_dim) == ("tangent_backward_dq", "fp16", 128)
+    kernel = KERNELS["jvp_backward_dq_fp16_d128_masked"]
+    assert (kernel.step, kernel.element, kernel.head_dim) == ("jvp_backward_dq", "fp16", 128)
     assert kernel.masked
     assert kernel.header == "sm80/backward_dq.cuh"
     rows, keys = kernel.tile
@@ -38,11 +38,11 @@ def test_a_name_says_what_a_kernel_is() -> None:
 
 
 def test_a_name_says_what_a_kernel_is_for_alone() -> None:
-    kernel = KERNELS["forward_tangent_bf16_d128_sm90"]
-    assert (kernel.step, kernel.arch, kernel.masked) == ("forward_tangent", "sm90", False)
-    assert kernel.header == "sm90/forward_tangent.cuh"
+    kernel = KERNELS["forward_jvp_bf16_d128_sm90"]
+    assert (kernel.step, kernel.arch, kernel.masked) == ("forward_jvp", "sm90", False)
+    assert kernel.header == "sm90/forward_jvp.cuh"
     rows, keys = kernel.tile
-    assert kernel.cpp_class == f"sm90::ForwardTangent<Bf16, 128, {rows}, {keys}, true>"
+    assert kernel.cpp_class == f"sm90::ForwardJvp<Bf16, 128, {rows}, {keys}, true>"
 
 
 def test_every_kernel_comes_in_both_dtypes_and_on_sm80_with_mask_and_without() -> None:
@@ -83,22 +83,22 @@ def names_of(map_name: str, head_dim: int) -> list[str] | None:
 
 def test_kernels_of_each_map_in_the_order_of_their_launches() -> None:
     assert names_of("forward", 256) == ["forward_bf16_d256"]
-    assert names_of("forward_tangent", 128) == ["forward_tangent_bf16_d128"]
-    assert names_of("forward_tangent", 256) == [
+    assert names_of("forward_jvp", 128) == ["forward_jvp_bf16_d128"]
+    assert names_of("forward_jvp", 256) == [
         "forward_bf16_d256",
-        "tangent_given_forward_bf16_d256",
+        "tangent_only_bf16_d256",
     ]
     assert names_of("backward", 80) == [
         "preprocess_bf16",
         "backward_dq_bf16_d96",
         "backward_dkv_bf16_d96",
     ]
-    assert names_of("tangent_backward", 64) == [
+    assert names_of("jvp_backward", 64) == [
         "preprocess_bf16",
-        "tangent_backward_dq_bf16_d64",
-        "tangent_backward_dkv_bf16_d64",
+        "jvp_backward_dq_bf16_d64",
+        "jvp_backward_dkv_bf16_d64",
     ]
-    assert names_of("tangent_backward", 256) is None
+    assert names_of("jvp_backward", 256) is None
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_each_kernel_has_a_source_and_the_list_has_them_all(tmp_path: Path) -> N
         text = (tmp_path / f"{name}.cu").read_text()
         assert f"JVP_ATTN_KERNEL({name}, {kernel.cpp_class})" in text
         assert f'#include "{kernel.header}"' in text
-        launch = {"sm80": "launch.cuh", "sm90": "sm90/launch.cuh"}[kernel.arch]
+        launch = {"sm80": "sm80/launch.cuh", "sm90": "sm90/launch.cuh"}[kernel.arch]
         assert f'#include "{launch}"' in text
     listed = (tmp_path / "all_kernels.cpp").read_text()
     assert all(f"extern const Kernel {name};" in listed for name in KERNELS)

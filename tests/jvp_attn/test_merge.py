@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+
+from jvp_attn import flash_attn_jvp, merge_attention
+from tests.jvp_attn.attention_cases import (
     Attention,
     Case,
     Named,
@@ -21,11 +26,6 @@ from attention_cases import (
     randn,
     relative_error,
 )
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jvp, vmap
-
-from jvp_attn import flash_attn_jvp, merge_attention
 
 QKV = (0, 1, 2)
 CASES = {

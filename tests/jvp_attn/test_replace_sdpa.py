@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Tensors, assert_close, named, peak_and_largest_allocation, randn
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +20,15 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import jvp_attn
-from jvp_attn import blockwise, replace_sdpa
+from jvp_attn import replace_sdpa
+from jvp_attn.backends import tiled
+from tests.jvp_attn.attention_cases import (
+    Tensors,
+    assert_close,
+    named,
+    peak_and_largest_allocation,
+    randn,
+)
 
 BATCH, SEQLEN, HEADS, HEAD_DIM = 2, 5, 4, 3
 WIDTH = HEADS * HEAD_DIM
@@ -318,8 +325,8 @@ def test_backward_inside_computes_checkpoints_anew_with_the_same_attention(
         use_reentrant=use_reentrant,
     )
     calls = []
-    counting = mock.patch.object(blockwise, "forward", counted(blockwise.forward, calls))
-    with jvp_attn.backend("blockwise"), replace_sdpa(), counting:
+    counting = mock.patch.object(tiled, "forward", counted(tiled.forward, calls))
+    with jvp_attn.backend("tiled"), replace_sdpa(), counting:
         actual = gradient()
     assert len(calls) == 4
     assert_close(actual, of_torch(gradient))

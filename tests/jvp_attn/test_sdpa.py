@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import (
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+from jvp_attn import scaled_dot_product_attention
+from tests.jvp_attn.attention_cases import (
     Tensors,
     assert_close,
     outputs_and_gradients,
@@ -18,11 +23,6 @@ from attention_cases import (
     randn,
     small_blocks,
 )
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
-
-from jvp_attn import scaled_dot_product_attention
 
 SEQLEN_Q, SEQLEN_K, HEAD_DIM, HEAD_DIM_V = 5, 7, 4, 6
 

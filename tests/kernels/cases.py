@@ -1,6 +1,6 @@
 """Which problems the kernels are given: values along many axes, and samples of their product.
 
-A step (forward, tangent_backward_dkv, …) has a family of kernels for each architecture, with masks
+A step (forward, jvp_backward_dkv, …) has a family of kernels for each architecture, with masks
 and without: one kernel for each element type and head dim. Which of them runs is an axis like all
 others. `covering` samples the product of the axes:
 
@@ -16,9 +16,8 @@ from itertools import combinations, product
 from random import Random
 from zlib import crc32
 
-from buffers import LAYOUTS
-
-from jvp_attn.kernel_table import KERNELS, KernelEntry
+from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
+from tests.kernels.buffers import LAYOUTS
 
 # A case: the value along each axis, all as text.
 Case = Mapping[str, str]
@@ -49,9 +48,9 @@ _ANY_COTANGENTS = ("out lse tout mu", "out", "tout", "mu", "out tout", "lse mu",
 
 _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
     "forward": _RESIDUALS,
-    "forward_tangent": _TANGENTS | _RESIDUALS,
-    "forward_query_tangent": {"tangents": ("q", "")} | _RESIDUALS,
-    "tangent_given_forward": _TANGENTS | _RESIDUALS,
+    "forward_jvp": _TANGENTS | _RESIDUALS,
+    "forward_jvp_q": {"tangents": ("q", "")} | _RESIDUALS,
+    "tangent_only": _TANGENTS | _RESIDUALS,
     "preprocess": _TANGENTS
     | {
         "cotangents": _ANY_COTANGENTS,
@@ -59,12 +58,12 @@ _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
         "wanted": ("beta delta", "delta"),
     },
     "backward": {"cotangents": ("out", "lse", "out lse")},
-    "finish_grad_q": {"cotangents": ("out", "lse", "out lse")},
+    "bwd_postprocess": {"cotangents": ("out", "lse", "out lse")},
     "backward_dq": {"cotangents": ("out", "lse", "out lse")},
     "backward_dkv": {"cotangents": ("out", "lse", "out lse")},
-    "tangent_backward_dq": _TANGENTS
+    "jvp_backward_dq": _TANGENTS
     | {"cotangents": _ANY_COTANGENTS, "wanted": ("grad_q grad_tq", "grad_q")},
-    "tangent_backward_dkv": _TANGENTS
+    "jvp_backward_dkv": _TANGENTS
     | {
         "cotangents": _ANY_COTANGENTS,
         "wanted": (
@@ -75,7 +74,7 @@ _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
         ),
     },
 }
-# What the kernels of an architecture do not serve: others do. The copy engine of 9.0 takes no row
+# What the kernels of an architecture do not serve: others do. The TMA of 9.0 takes no row
 # that starts beside a multiple of 16 bytes.
 _NOT_SERVED: dict[str, Mapping[str, Sequence[str]]] = {
     "sm80": {},

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-import emulator
 import torch
-from buffers import Buffer, Layout, matrix_buffer
-from grad_q_sums import SUMS
-from reference import ROW_VECTORS, Problem
 from torch import Tensor
 
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.emulator import emulator
+from tests.kernels.buffers import Buffer, Layout, matrix_buffer
+from tests.kernels.dq_accum import SUMS
+from tests.kernels.reference import ROW_VECTORS, Problem
 
 Buffers = Mapping[str, Buffer]
 
@@ -23,29 +23,29 @@ _MASK_KIND = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32:
 # What each step reads besides masks and lengths, and what it writes; some it does both.
 READS = {
     "forward": "q k v",
-    "forward_tangent": "q k v tq tk tv",
-    "forward_query_tangent": "q k v tq",
-    "tangent_given_forward": "q k v tq tk tv out out_residual lse",
-    "preprocess": "out out_residual tout tout_residual grad_out grad_tout grad_lse grad_mu",
+    "forward_jvp": "q k v tq tk tv",
+    "forward_jvp_q": "q k v tq",
+    "tangent_only": "q k v tq tk tv out out_lo lse",
+    "preprocess": "out out_lo tout tout_lo grad_out grad_tout grad_lse grad_mu",
     "backward": "q k v grad_out lse delta",
-    "finish_grad_q": "k grad_lse grad_q_sums sbar_sums",
+    "bwd_postprocess": "k grad_lse dq_accum ds_row_sums",
     "backward_dq": "q k v grad_out grad_lse lse delta",
     "backward_dkv": "q k v grad_out lse delta",
-    "tangent_backward_dq": "q k v tq tk tv grad_out grad_tout grad_lse grad_mu lse mu beta delta",
-    "tangent_backward_dkv": "q k v tq tk tv grad_out grad_tout lse mu beta delta",
+    "jvp_backward_dq": "q k v tq tk tv grad_out grad_tout grad_lse grad_mu lse mu beta delta",
+    "jvp_backward_dkv": "q k v tq tk tv grad_out grad_tout lse mu beta delta",
 }
 WRITES = {
-    "forward": "out out_residual lse",
-    "forward_tangent": "out out_residual lse tout tout_residual mu",
-    "forward_query_tangent": "out out_residual lse tout tout_residual mu",
-    "tangent_given_forward": "tout tout_residual mu",
+    "forward": "out out_lo lse",
+    "forward_jvp": "out out_lo lse tout tout_lo mu",
+    "forward_jvp_q": "out out_lo lse tout tout_lo mu",
+    "tangent_only": "tout tout_lo mu",
     "preprocess": "beta delta",
-    "backward": "grad_k grad_v grad_q_sums sbar_sums",
-    "finish_grad_q": "grad_q",
+    "backward": "grad_k grad_v dq_accum ds_row_sums",
+    "bwd_postprocess": "grad_q",
     "backward_dq": "grad_q delta",
     "backward_dkv": "grad_k grad_v",
-    "tangent_backward_dq": "grad_q grad_tq beta delta",
-    "tangent_backward_dkv": "grad_k grad_v grad_tk grad_tv",
+    "jvp_backward_dq": "grad_q grad_tq beta delta",
+    "jvp_backward_dkv": "grad_k grad_v grad_tk grad_tv",
 }
 
 

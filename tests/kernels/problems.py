@@ -5,12 +5,12 @@ from __future__ import annotations
 from zlib import crc32
 
 import torch
-from buffers import EXPANDED_LAYOUTS, LAYOUTS, Layout
-from cases import Case
-from reference import INPUTS, Problem, never_seen
 from torch import Tensor
 
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.kernels.buffers import EXPANDED_LAYOUTS, LAYOUTS, Layout
+from tests.kernels.cases import Case
+from tests.kernels.reference import INPUTS, Problem, never_seen
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,7 +118,7 @@ def layouts_of(case: Case, names: list[str], *, expanded: bool) -> dict[str, Lay
     if case["layouts"] == "all dense":
         return dict.fromkeys(names, LAYOUTS["dense"])
     every = LAYOUTS | EXPANDED_LAYOUTS if expanded else LAYOUTS
-    if KERNELS[case["kernel"]].arch == "sm90":  # its copy engine serves no others
+    if KERNELS[case["kernel"]].arch == "sm90":  # its TMA serves no others
         every = {name: layout for name, layout in LAYOUTS.items() if layout.aligned}
     start = list(every).index(case["layouts"])
     step = 3  # not a divisor of how many there are

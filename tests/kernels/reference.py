@@ -4,10 +4,10 @@ For one head, with S = s Q Kᵀ + mask, P = softmax(S) and T = s (tQ Kᵀ + Q tK
 
     O = P V    lse = logsumexp(S)    mu = rowsum(P∘T)    tO = (P∘(T − mu)) V + P tV
 
-    Tc = T − mu         beta = gT·O − g_mu      delta = gO·O + gT·tO − g_lse
-    B = gT Vᵀ − beta    Tbar = P∘B              Sbar = P∘(gO Vᵀ + gT tVᵀ + B∘Tc − delta)
-    gQ = s (Sbar K + Tbar tK)       gtQ = s Tbar K       gV  = Pᵀ gO + (P∘Tc)ᵀ gT
-    gK = s (Sbarᵀ Q + Tbarᵀ tQ)     gtK = s Tbarᵀ Q      gtV = Pᵀ gT
+    Tc = T − mu         beta = dtO·O − g_mu      delta = dO·O + dtO·tO − g_lse
+    B = dtO Vᵀ − beta    dT = P∘B              dS = P∘(dO Vᵀ + dtO tVᵀ + B∘Tc − delta)
+    dQ = s (dS K + dT tK)       gtQ = s dT K       dV  = Pᵀ dO + (P∘Tc)ᵀ dtO
+    dK = s (dSᵀ Q + dTᵀ tQ)     gtK = s dTᵀ Q      gtV = Pᵀ dtO
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def attention(
         out, tout, lse, mu, beta, delta, grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv. Rows
         that belong to no sequence are 0. Also beta_terms, delta_terms and those of the gradients
         of the inputs, how large the numbers are that these are made of: if each number that P, Tc,
-        Tbar and Sbar are made of is wrong by a small part e of itself, the sums of the rows are
+        dT and dS are made of is wrong by a small part e of itself, the sums of the rows are
         wrong by at most e times this, and the gradients by about that.
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
@@ -173,8 +173,8 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     beta = (g_tout * out).sum(-1) - x["grad_mu"]
     delta = (g_out * out + g_tout * tout).sum(-1) - x["grad_lse"]
     b = g_tout @ v.mT - beta[..., None]
-    tbar = p * b
-    sbar = p * (g_out @ v.mT + g_tout @ tv.mT + b * tc - delta[..., None])
+    dt = p * b
+    ds = p * (g_out @ v.mT + g_tout @ tv.mT + b * tc - delta[..., None])
 
     # exp(S − lse) is wrong by a part of itself that is as large as the error of S − lse.
     exponents = 1 + abs(s) * _size(q, k) + bias.where(p > 0, 0).abs()
@@ -183,8 +183,8 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     t_terms = abs(s) * (_size(tq, k) + _size(q, tk)) + mu.abs()[..., None]
     x_terms = _size(g_out, v) + _size(g_tout, tv) + delta.abs()[..., None]
     x_terms = x_terms + b_terms * tc.abs() + b.abs() * t_terms
-    tbar_terms = tbar.abs() * exponents + p * b_terms
-    sbar_terms = sbar.abs() * exponents + p * x_terms
+    dt_terms = dt.abs() * exponents + p * b_terms
+    ds_terms = ds.abs() * exponents + p * x_terms
     p_terms = p * exponents
     ptc_terms = p_terms * tc.abs() + p * t_terms
 
@@ -198,19 +198,19 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "mu": mu,
         "beta": beta,
         "delta": delta,
-        "beta_terms": tbar_terms.sum(-1),
-        "delta_terms": sbar_terms.sum(-1),
-        "grad_q_terms": abs(s) * (_spread(sbar_terms, k) + _spread(tbar_terms, tk)),
-        "grad_k_terms": of_group(abs(s) * (_spread(sbar_terms.mT, q) + _spread(tbar_terms.mT, tq))),
+        "beta_terms": dt_terms.sum(-1),
+        "delta_terms": ds_terms.sum(-1),
+        "grad_q_terms": abs(s) * (_spread(ds_terms, k) + _spread(dt_terms, tk)),
+        "grad_k_terms": of_group(abs(s) * (_spread(ds_terms.mT, q) + _spread(dt_terms.mT, tq))),
         "grad_v_terms": of_group(_spread(p_terms.mT, g_out) + _spread(ptc_terms.mT, g_tout)),
         "grad_tv_terms": of_group(_spread(p_terms.mT, g_tout)),
-        "grad_tq_terms": abs(s) * _spread(tbar_terms, k),
-        "grad_tk_terms": of_group(abs(s) * _spread(tbar_terms.mT, q)),
-        "grad_q": s * (sbar @ k + tbar @ tk),
-        "grad_k": of_group(s * (sbar.mT @ q + tbar.mT @ tq)),
+        "grad_tq_terms": abs(s) * _spread(dt_terms, k),
+        "grad_tk_terms": of_group(abs(s) * _spread(dt_terms.mT, q)),
+        "grad_q": s * (ds @ k + dt @ tk),
+        "grad_k": of_group(s * (ds.mT @ q + dt.mT @ tq)),
         "grad_v": of_group(p.mT @ g_out + (p * tc).mT @ g_tout),
-        "grad_tq": s * tbar @ k,
-        "grad_tk": of_group(s * tbar.mT @ q),
+        "grad_tq": s * dt @ k,
+        "grad_tk": of_group(s * dt.mT @ q),
         "grad_tv": of_group(p.mT @ g_tout),
     }
 

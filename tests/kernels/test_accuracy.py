@@ -7,8 +7,9 @@ elements is always allowed: on plain data, on data whose means cancel, and on la
 from __future__ import annotations
 
 import pytest
-from cases import FAMILIES, Case, Family, axes_of
-from trial import trial
+
+from tests.kernels.cases import FAMILIES, Case, Family, axes_of
+from tests.kernels.trial import trial
 
 KINDS_OF_DATA = ("plain", "offset", "large logits")
 

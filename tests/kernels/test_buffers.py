@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from buffers import EXPANDED_LAYOUTS, LAYOUTS, Buffer, buffer_of, matrix_buffer
+
+from tests.kernels.buffers import EXPANDED_LAYOUTS, LAYOUTS, Buffer, buffer_of, matrix_buffer
 
 SHAPE = (2, 5, 3, 16)
 BF16 = torch.bfloat16

@@ -2,9 +2,8 @@
 
 from itertools import combinations
 
-from cases import FAMILIES, axes_of, covering
-
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.kernels.cases import FAMILIES, axes_of, covering
 
 
 def test_every_kernel_is_in_the_cases() -> None:

@@ -6,21 +6,21 @@ A kernel alone is given exact statistics; here it has those of the kernels befor
 from __future__ import annotations
 
 import pytest
-from cases import Case, covering
-from harness import WRITES
-from trial import trial
 
-from jvp_attn.kernel_table import ELEMENTS, HEAD_DIMS, KERNELS, kernel_name
+from jvp_attn.backends.kernel_table import ELEMENTS, HEAD_DIMS, KERNELS, kernel_name
+from tests.kernels.cases import Case, covering
+from tests.kernels.harness import WRITES
+from tests.kernels.trial import trial
 
 CHAINS = {
-    "tangent": ("forward", "tangent_given_forward"),
+    "tangent": ("forward", "tangent_only"),
     "backward": ("forward", "preprocess", "backward_dq", "backward_dkv"),
-    "backward in one": ("forward", "preprocess", "backward", "finish_grad_q"),
+    "backward in one": ("forward", "preprocess", "backward", "bwd_postprocess"),
     "tangent backward": (
-        "forward_tangent",
+        "forward_jvp",
         "preprocess",
-        "tangent_backward_dq",
-        "tangent_backward_dkv",
+        "jvp_backward_dq",
+        "jvp_backward_dkv",
     ),
 }
 
@@ -105,6 +105,6 @@ def assert_all_outputs_are_right(circumstances: Case) -> None:
     checked.launch(outputs, tuple(outputs)).run(*kernels)
     found = {name: buffer.view for name, buffer in outputs.items()}
     if chain == "backward in one":
-        del found["delta"]  # the kernels of gQ alone make it sharper than what rounding leaves
+        del found["delta"]  # the kernels of dQ alone make it sharper than what rounding leaves
     faults = checked.faults(found)
     assert not faults, (case, faults)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from cases import FAMILIES, Case, Family, axes_of
-from problems import lengths_of
-from trial import trial
+
+from tests.kernels.cases import FAMILIES, Case, Family, axes_of
+from tests.kernels.problems import lengths_of
+from tests.kernels.trial import trial
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 over_families_that_are_quick = pytest.mark.parametrize(

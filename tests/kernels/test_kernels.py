@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from cases import FAMILIES, Case, Family, axes_of, covering
-from trial import Trial, trial
 
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.kernels.cases import FAMILIES, Case, Family, axes_of, covering
+from tests.kernels.trial import Trial, trial
 
 FEW_ORDERS, ORDERS = range(2), range(3)  # in which blocks and threads run
 SUMMED_IN_ANY_ORDER = {"backward": "grad_q"}  # by step

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType, SimpleNamespace
 
-import emulator
-import harness
 import pytest
 import torch
-import trial as trials
-from buffers import Buffer, Layout
-from cases import FAMILIES, Family, axes_of
 from torch import Tensor
+
+from tests.emulator import emulator
+from tests.kernels import harness
+from tests.kernels import trial as trials
+from tests.kernels.buffers import Buffer, Layout
+from tests.kernels.cases import FAMILIES, Family, axes_of
 
 
 class FarRows(Buffer):

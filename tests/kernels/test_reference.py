@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import INPUTS, Problem, attention, never_seen
 from torch import Tensor
+
+from tests.kernels.reference import INPUTS, Problem, attention, never_seen
 
 Inputs = dict[str, Tensor]
 

@@ -9,22 +9,22 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import emulator
 import pytest
 import torch
-from buffers import Buffer
-from cases import FAMILIES, axes_of
-from grad_q_sums import SUMS
-from harness import READS, WRITES
-from reference import ROW_VECTORS
-from trial import Trial, trial
 
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS
+from tests.emulator import emulator
+from tests.kernels.buffers import Buffer
+from tests.kernels.cases import FAMILIES, axes_of
+from tests.kernels.dq_accum import SUMS
+from tests.kernels.harness import READS, WRITES
+from tests.kernels.reference import ROW_VECTORS
+from tests.kernels.trial import Trial, trial
 
 # One of each family.
 HOPPER = [family.kernels[0].name for family in FAMILIES if family.arch == "sm90"]
 THAT_SUM = [name for name in HOPPER if KERNELS[name].step == "backward"]
-OF_QUERIES = [name for name in HOPPER if KERNELS[name].step == "forward_query_tangent"]
+OF_QUERIES = [name for name in HOPPER if KERNELS[name].step == "forward_jvp_q"]
 
 Change = Callable[[Any], None]
 
@@ -130,7 +130,7 @@ def test_rows_beside_multiples_of_16_bytes(kernel: str, fault: str) -> None:
 @pytest.mark.parametrize("rows", [0, 2**30])
 def test_too_few_rows_and_too_many(kernel: str, rows: int) -> None:
     # Those that the kernel does not divide its work by.
-    of_keys = KERNELS[kernel].step in ("backward", "backward_dkv", "tangent_backward_dkv")
+    of_keys = KERNELS[kernel].step in ("backward", "backward_dkv", "jvp_backward_dkv")
     name = "seqlen_q" if of_keys else "seqlen_k"
 
     def change(params: Any) -> None:
@@ -145,7 +145,7 @@ def test_no_place_for_the_sums_of_gq(kernel: str, name: str) -> None:
     def change(params: Any) -> None:
         setattr(params, name, emulator.load().RowVector(0, 0, 0))
 
-    assert_refused(kernel, "grad_q_sums and sbar_sums must be there, full of zeros$", change)
+    assert_refused(kernel, "dq_accum and ds_row_sums must be there, full of zeros$", change)
 
 
 @pytest.mark.parametrize("kernel", THAT_SUM)
@@ -154,12 +154,12 @@ def test_sums_of_gq_beside_multiples_of_16_bytes(kernel: str, fault: str) -> Non
     attempt = trial_of(kernel)
 
     def change(params: Any) -> None:
-        sums = outputs_of(kernel, attempt)["grad_q_sums"]
+        sums = outputs_of(kernel, attempt)["dq_accum"]
         place = {"address": sums.address, "batch": sums.view.stride(0), "head": sums.view.stride(1)}
         place[fault] += 2
-        params.grad_q_sums = emulator.load().RowVector(*place.values())
+        params.dq_accum = emulator.load().RowVector(*place.values())
 
-    why = "the heads of grad_q_sums must start at multiples of 16 bytes$"
+    why = "the heads of dq_accum must start at multiples of 16 bytes$"
     assert_refused(kernel, why, change, attempt)
 
 

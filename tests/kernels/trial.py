@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from zlib import crc32
 
 import torch
-from buffers import Buffer, buffer_of
-from cases import Case
-from grad_q_sums import SUMS, sums_of, zeros
-from harness import READS, WRITES, Launch, output_buffers, row_buffer_of
-from problems import (
+from torch import Tensor
+
+from jvp_attn.backends.kernel_table import KERNELS, kernel_name
+from tests.kernels.buffers import Buffer, buffer_of
+from tests.kernels.cases import Case
+from tests.kernels.dq_accum import SUMS, sums_of, zeros
+from tests.kernels.harness import READS, WRITES, Launch, output_buffers, row_buffer_of
+from tests.kernels.problems import (
     data_of,
     dtype_of,
     huge,
@@ -19,10 +22,7 @@ from problems import (
     problem_of,
     random_of,
 )
-from reference import INPUTS, ROW_VECTORS, Problem, attention, never_seen, parts
-from torch import Tensor
-
-from jvp_attn.kernel_table import KERNELS, kernel_name
+from tests.kernels.reference import INPUTS, ROW_VECTORS, Problem, attention, never_seen, parts
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
@@ -52,20 +52,20 @@ class Trial:
     def run(self, seed: int = 0) -> Tensors:
         """The outputs of the case's kernel alone; all that it reads is exact.
 
-        Sums of gQ are seen through the kernel that finishes them.
+        Sums of dQ are seen through the kernel that finishes them.
         """
         kernel = KERNELS[self.case["kernel"]]
         kernels = [kernel.name]
         reads = [name for name in READS[kernel.step].split() if name not in INPUTS]
         if self.case.get("residuals") == "absent":
-            reads = [name for name in reads if "residual" not in name]
+            reads = [name for name in reads if not name.endswith("_lo")]
         given = {name: self._exact_buffer(name) for name in reads if name not in SUMS}
         if SUMS[0] in reads:
             given |= self._exact_sums()
         wanted = self._wanted(kernel.step)
         if SUMS[0] in wanted:
-            kernels.append(kernel_name("finish_grad_q", kernel.element))
-            wanted += WRITES["finish_grad_q"].split()
+            kernels.append(kernel_name("bwd_postprocess", kernel.element))
+            wanted += WRITES["bwd_postprocess"].split()
         outputs = self.outputs_of([x for x in wanted if x not in given])
         outputs |= {n: x for n, x in given.items() if n in WRITES[kernel.step].split()}
         self.launch(given | outputs, tuple(outputs)).run(*kernels, seed=seed)
@@ -82,7 +82,7 @@ class Trial:
         )
 
     def outputs_of(self, names: list[str]) -> dict[str, Buffer]:
-        """Memory for outputs; sums of gQ are 0."""
+        """Memory for outputs; sums of dQ are 0."""
         shapes = {name: self._shape(name) for name in names if name not in SUMS}
         layouts = layouts_of(self.case, [n for n in shapes if n not in ROW_VECTORS], expanded=False)
         outputs = output_buffers(shapes, dtype_of(self.case), layouts)
@@ -92,30 +92,30 @@ class Trial:
     def _wanted(self, step: str) -> list[str]:
         names = self.case.get("wanted", WRITES[step]).split()
         if self.case.get("residuals") == "not wanted":
-            names = [name for name in names if "residual" not in name]
+            names = [name for name in names if not name.endswith("_lo")]
         return names
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in ROW_VECTORS:
             return self.shapes["grad_lse"]
-        if name.removesuffix("_residual") in ("out", "tout"):
+        if name.removesuffix("_lo") in ("out", "tout"):
             return self.shapes["grad_out"]
         return self.shapes[name.removeprefix("grad_")]
 
     def _exact_buffer(self, name: str) -> Buffer:
-        belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
+        belongs = self._belongs_to_a_sequence(name.removesuffix("_lo"))
         if name in ROW_VECTORS:
             return row_buffer_of(self.exact[name].float().masked_fill(~belongs, torch.nan))
-        tensor = self.exact[name.removesuffix("_residual")]
+        tensor = self.exact[name.removesuffix("_lo")]
         rounded = tensor.to(dtype_of(self.case))
-        if name.endswith("_residual"):
+        if name.endswith("_lo"):
             rounded = (tensor - rounded.double()).to(rounded.dtype)
         rounded = rounded.masked_fill(~belongs[..., None], torch.nan)
         (layout,) = layouts_of(self.case, [name], expanded=False).values()
         return buffer_of(rounded, layout)
 
     def _exact_sums(self) -> dict[str, Buffer]:
-        """Those of an Sbar whose rows sum to more than they should: it is too large at k.
+        """Those of an dS whose rows sum to more than they should: it is too large at k.
 
         That is, at the mean of the first keys, up to 16 of them, that a row sees.
         """
@@ -146,7 +146,7 @@ class Trial:
         for name, actual in outputs.items():
             if name in SUMS:
                 continue  # what is made of them is judged
-            if name.endswith("_residual"):
+            if name.endswith("_lo"):
                 faults += self._faults_of_residual(name, outputs)
             else:
                 faults += self._faults_of(name, actual)
@@ -207,8 +207,8 @@ class Trial:
         return float(terms[belongs].norm()) / magnitude(self.exact[name][belongs])
 
     def _faults_of_residual(self, name: str, outputs: Tensors) -> list[str]:
-        belongs = self._belongs_to_a_sequence(name.removesuffix("_residual"))
-        rest, rounded = (outputs[x][belongs] for x in (name, name.removesuffix("_residual")))
+        belongs = self._belongs_to_a_sequence(name.removesuffix("_lo"))
+        rest, rounded = (outputs[x][belongs] for x in (name, name.removesuffix("_lo")))
         limits = torch.finfo(rounded.dtype)
         if (rest.double().abs() <= limits.eps / 2 * rounded.double().abs() + limits.tiny).all():
             return []

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from attention_cases import randn
 from torch import Tensor, nn
+
+from tests.jvp_attn.attention_cases import randn
 
 
 class Network(nn.Module):

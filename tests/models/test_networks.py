@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
-    assert_close,
-    peak_and_largest_allocation,
-    randn,
-    relative_error,
-    small_blocks,
-)
-from networks import NETWORKS, Network, modern_bert
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvp_attn
 from jvp_attn import replace_sdpa
+from tests.jvp_attn.attention_cases import (
+    assert_close,
+    peak_and_largest_allocation,
+    randn,
+    relative_error,
+    small_blocks,
+)
+from tests.models.networks import NETWORKS, Network, modern_bert
 
 Build = Callable[..., Network]
 Around = Callable[[], AbstractContextManager[Any]]

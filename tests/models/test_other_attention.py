@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import assert_close
-from networks import Network, bert, wan
 from torch.func import jvp
 
 from jvp_attn import replace_sdpa
+from tests.jvp_attn.attention_cases import assert_close
+from tests.models.networks import Network, bert, wan
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from jvp_attn import backends, info
-from jvp_attn.kernel_choice import MAPS
-from jvp_attn.kernel_table import KERNELS
+from jvp_attn import info
+from jvp_attn.backends import select
+from jvp_attn.backends.kernel_select import MAPS
+from jvp_attn.backends.kernel_table import KERNELS
 
 H200 = {
     "name": "NVIDIA H200",
@@ -108,9 +109,9 @@ SHAPE = ("--shape", "2,4096,16,200", "--heads-k", "4", "--capability", "8.0")
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "jvp_attn._C", None)
-    backends._why_no_extension.cache_clear()
+    select._why_no_extension.cache_clear()
     yield
-    backends._why_no_extension.cache_clear()
+    select._why_no_extension.cache_clear()
 
 
 @pytest.fixture
@@ -133,19 +134,19 @@ def tile_text(kernel: str) -> str:
 
 @pytest.mark.usefixtures("no_extension")
 def test_kernels_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, tangent = "forward_bf16_d256", "tangent_given_forward_bf16_d256"
+    forward, tangent = "forward_bf16_d256", "tangent_only_bf16_d256"
     dq, dkv = "backward_dq_bf16_d256", "backward_dkv_bf16_d256"
     assert printed(monkeypatch, *SHAPE).splitlines() == [
         "forward           kernels for bfloat16, head dim 200 padded to 256",
         f"                    {forward}, {tile_text(forward)}",
-        "forward_tangent   kernels for bfloat16, head dim 200 padded to 256",
+        "forward_jvp       kernels for bfloat16, head dim 200 padded to 256",
         f"                    {forward}, {tile_text(forward)}",
         f"                    {tangent}, {tile_text(tangent)}",
         "backward          kernels for bfloat16, head dim 200 padded to 256",
         "                    preprocess_bf16",
         f"                    {dq}, {tile_text(dq)}",
         f"                    {dkv}, {tile_text(dkv)}",
-        "tangent_backward  blockwise, because it has no kernel for head dim 256",
+        "jvp_backward      tiled, because it has no kernel for head dim 256",
     ]
 
 
@@ -170,25 +171,25 @@ def test_kernels_of_a_shape_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--seqlen-k", "1073741824"), "that of k is 1073741824"),
     ],
 )
-def test_blockwise_has_its_reason(
+def test_tiled_has_its_reason(
     options: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = printed(monkeypatch, *SHAPE, *options).splitlines()
     assert len(lines) == len(MAPS)
-    assert all("blockwise, because the kernels" in line and reason in line for line in lines)
+    assert all("tiled, because the kernels" in line and reason in line for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("cpu_extension", "backend"), [(SimpleNamespace(), "cpu"), (None, "blockwise")]
+    ("cpu_extension", "backend"), [(SimpleNamespace(), "cpu"), (None, "tiled")]
 )
 def test_without_a_device_the_cpu_computes(
     cpu_extension: Any, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "jvp_attn._cpu", cpu_extension)
-    backends._why_no_cpu_extension.cache_clear()
+    select._why_no_cpu_extension.cache_clear()
     lines = printed(monkeypatch, "--shape", "1,8,2,64").splitlines()
-    backends._why_no_cpu_extension.cache_clear()
+    select._why_no_cpu_extension.cache_clear()
     assert lines[0] == f"forward           {backend}, because torch sees no CUDA device"
 
 

@@ -72,7 +72,7 @@ def fake_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def keep_kernels(project: Path, *names: str) -> None:
     """Strike all others from the kernel table: compiling them takes minutes."""
-    with (project / "jvp_attn" / "kernel_table.py").open("a") as table:
+    with (project / "jvp_attn" / "backends" / "kernel_table.py").open("a") as table:
         table.write(f"KERNELS = {{name: KERNELS[name] for name in {names}}}\n")
 
 
@@ -147,7 +147,7 @@ def test_without_compilers_the_package_is_pure_python(
     assert modules == modules_of(project)
 
     info = info_after_installing(wheel, tmp_path / "venv")
-    assert info["available_backends"] == ["blockwise", "math"]
+    assert info["available_backends"] == ["tiled", "math"]
     assert "jvp_attn._cpu" in info["cpu_extension"]["import_error"]
     assert "jvp_attn._C" in info["extension"]["import_error"]
 
@@ -224,7 +224,7 @@ def test_a_compiler_alone_builds_the_kernels_of_the_cpu(
 
     monkeypatch.delenv("PYTHONPATH")
     info = info_after_installing(wheel, tmp_path / "venv")
-    assert info["available_backends"] == ["blockwise", "cpu", "math"]
+    assert info["available_backends"] == ["tiled", "cpu", "math"]
     assert info["cpu_extension"]["instruction_sets"][-1] == "baseline"
 
 
@@ -369,7 +369,7 @@ def test_an_sdist_becomes_a_wheel_with_the_extension(
     assert extension.startswith("jvp_attn/_C.")
 
     info = info_after_installing(wheel, tmp_path / "venv")
-    assert info["available_backends"] == ["blockwise", "cuda", "math"]
+    assert info["available_backends"] == ["tiled", "cuda", "math"]
     build = info["extension"]["build"]
     assert build["archs"] == ["sm_90a", "compute_90"]
     assert build["nvcc"] == setup_py.find_toolkit().version

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from analytic_networks import Gaussian
 from torch import Tensor
+
+from tests.rcm.analytic_networks import Gaussian
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from analytic_networks import Gaussian, SmoothNetwork
 from torch import Tensor, nn
 
 from rcm.consistency import (
@@ -15,6 +14,7 @@ from rcm.consistency import (
 )
 from rcm.times import LogNormal
 from rcm.trigflow import Network, denoise, interpolate, velocity
+from tests.rcm.analytic_networks import Gaussian, SmoothNetwork
 
 
 def along_the_ode(teacher: Network, x: Tensor, t: Tensor, dt: float) -> Tensor:

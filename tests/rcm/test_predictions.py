@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from analytic_networks import SmoothNetwork
 from torch import Tensor
 
 from rcm.consistency import consistency_tangent
 from rcm.predictions import PREDICTIONS, Prediction, f_from_prediction, from_rectified_flow, guided
 from rcm.trigflow import interpolate, t_from_signal_noise, u_from_t, velocity
+from tests.rcm.analytic_networks import SmoothNetwork
 
 
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from analytic_networks import Gaussian
 from torch import Tensor
 
 from rcm.sampling import consistency_sample, consistency_times, heun_sample, heun_times
 from rcm.trigflow import denoise
+from tests.rcm.analytic_networks import Gaussian
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

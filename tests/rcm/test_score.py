@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from analytic_networks import Gaussian, SmoothNetwork
 from torch import Tensor
 
 from rcm.consistency import consistency_loss
@@ -11,6 +10,7 @@ from rcm.sampling import consistency_sample
 from rcm.score import rollout_times, score_loss
 from rcm.times import LogNormal
 from rcm.trigflow import denoise, interpolate
+from tests.rcm.analytic_networks import Gaussian, SmoothNetwork
 
 
 def test_gradient_is_twice_the_difference_of_the_denoisers_in_units_of_the_error(

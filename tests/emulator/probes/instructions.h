@@ -1,7 +1,7 @@
 // Kernels of one instruction each, from an array in params.q to an array in params.out.
 #pragma once
 
-#include "launch.cuh"
+#include "sm80/launch.cuh"
 
 namespace jvp_attn {
 

@@ -8,7 +8,7 @@
 // seqlen_q rows, a multiple of 32. A block takes one of the batch.
 #pragma once
 
-#include "launch.cuh"
+#include "sm80/launch.cuh"
 
 namespace jvp_attn {
 

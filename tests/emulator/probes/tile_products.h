@@ -94,7 +94,7 @@ struct TileProducts {
         }
         if (!has(Fault::missing_barrier_after_init)) block_barrier();
         if (warpgroup_index() == 0) {
-            release_registers<24>();
+            warpgroup_reg_dealloc<24>();
             if (warp_index() == 0 && elect_one()) load(params);
         } else {
             ask_for_registers();
@@ -117,21 +117,21 @@ private:
 
     DEVICE static void ask_for_registers() {
         if (has(Fault::too_many_registers)) {
-            claim_registers<248>();
+            warpgroup_reg_alloc<248>();
         } else if (has(Fault::fewer_registers)) {
-            claim_registers<160>();
+            warpgroup_reg_alloc<160>();
         } else if (has(Fault::different_registers) && thread_index() % 128 < 32) {
-            claim_registers<232>();
+            warpgroup_reg_alloc<232>();
         } else {
-            claim_registers<240>();
+            warpgroup_reg_alloc<240>();
         }
     }
 
     DEVICE static void load(const Params& params) {
         const int batch = block_index();
         mbarrier_arrive_expect(q_full(), QTile::kBytes);
-        load_box(q_tile().base, has(Fault::box_of_no_tensor) ? params.maps.tq : params.maps.q,
-                 q_full(), 0, 0, 0, batch);
+        tma_load_4d(q_tile().base, has(Fault::box_of_no_tensor) ? params.maps.tq : params.maps.q,
+                    q_full(), 0, 0, 0, batch);
         const int tiles = params.attention.seqlen_k / kKeys;
         for (int tile = 0; tile < tiles; ++tile) {
             const int slot = tile % kSlots, round = tile / kSlots % 2;
@@ -151,10 +151,10 @@ private:
         if (has(Fault::expects_too_little)) bytes -= KTile::kBytes;
         mbarrier_arrive_expect(full(slot), bytes);
         const SharedAddress k = k_tile(slot).base + (has(Fault::misaligned_box) ? 128 : 0);
-        load_box(k, params.maps.k, full(slot), 0, key, 0, batch);
+        tma_load_4d(k, params.maps.k, full(slot), 0, key, 0, batch);
         for (int panel = 0; panel < VTile::kPanels; ++panel)
-            load_box(v_tile(slot).base + panel * VTile::kPanelBytes, params.maps.v, full(slot),
-                     panel * kPanelColumns, key, 0, batch);
+            tma_load_4d(v_tile(slot).base + panel * VTile::kPanelBytes, params.maps.v, full(slot),
+                        panel * kPanelColumns, key, 0, batch);
     }
 
     DEVICE static void multiply(const AttentionParams& p) {
@@ -175,7 +175,7 @@ private:
             if (!has(Fault::missing_wgmma_wait)) wgmma_wait<0>();
             if (has(Fault::accumulator_pinned)) start_scores(scores, row, slot);
             if (!has(Fault::missing_wgmma_wait) && !has(Fault::missing_wgmma_commit))
-                pin(scores.value);
+                warpgroup_fence_operand(scores.value);
 
             Packed<Bf16, kKeys> weights;
             for (int i = 0; i < scores.kBlocks; ++i)
@@ -193,9 +193,9 @@ private:
             if (has(Fault::released_too_early)) release(slot);
             if (has(Fault::unfinished_product) && tile == p.seqlen_k / kKeys - 1) return;
             wgmma_wait<0>();
-            pin(from_registers.value);
-            pin(from_shared.value);
-            pin(weights.word);
+            warpgroup_fence_operand(from_registers.value);
+            warpgroup_fence_operand(from_shared.value);
+            warpgroup_fence_operand(weights.word);
             if (!has(Fault::released_too_early)) release(slot);
             if (has(Fault::too_many_arrivals)) mbarrier_arrive(empty(slot));
         }
@@ -227,7 +227,7 @@ private:
 
     DEVICE static void start_scores(Accumulator<kKeys>& scores, int row, int slot) {
         const bool other = has(Fault::different_products) && thread_index() % 128 / 32 == 2;
-        if (!has(Fault::accumulator_pinned)) pin(scores.value);
+        if (!has(Fault::accumulator_pinned)) warpgroup_fence_operand(scores.value);
         if (!has(Fault::missing_wgmma_fence)) wgmma_fence();
         for (int step = 0; step < kHeadDim / 16; ++step) {
             uint64_t q = q_tile().columns(row, other ? step ^ 1 : step);
@@ -255,9 +255,9 @@ private:
     DEVICE static void start_sums(Accumulator<kValueDim>& from_registers,
                                   Accumulator<kValueDim>& from_shared, Packed<Bf16, kKeys>& weights,
                                   int row, int slot) {
-        pin(from_registers.value);
-        pin(from_shared.value);
-        pin(weights.word);
+        warpgroup_fence_operand(from_registers.value);
+        warpgroup_fence_operand(from_shared.value);
+        warpgroup_fence_operand(weights.word);
         wgmma_fence();
         for (int step = 0; step < kKeys / 16; ++step) {
             if (has(Fault::factor_changed_after_fence)) weights.word[step][0] = 0;

@@ -1,0 +1,83 @@
+// The rows of a tensor in global memory, and how the registers of a warp get there.
+#pragma once
+
+#include "common/fragment.cuh"
+
+namespace jvp_attn {
+
+// The rows of one head of one sequence in global memory.
+struct GmemView {
+    uint16_t* data;
+    int64_t row_stride;
+    int rows;
+    int columns;
+
+    DEVICE bool exists() const { return data != nullptr; }
+
+    // Whether every row starts at a multiple of so many bytes.
+    DEVICE bool aligned_to(int bytes) const {
+        const auto start = reinterpret_cast<uintptr_t>(data);
+        return (start | static_cast<uintptr_t>(row_stride * 2)) % bytes == 0;
+    }
+
+    DEVICE uint16_t* element(int row, int column) const { return data + row * row_stride + column; }
+};
+
+// Two elements of a row.
+struct Pair {
+    float low, high;
+};
+
+// The elements at an even column and the next, zero beyond the matrix.
+template <class Element>
+DEVICE Pair load_pair(const GmemView& matrix, int row, int column) {
+    if (!matrix.exists() || row >= matrix.rows || column >= matrix.columns) return {0, 0};
+    const uint16_t* source = matrix.element(row, column);
+    uint32_t word = 0;
+    if (column + 1 == matrix.columns)
+        word = global_load(source);
+    else if (matrix.aligned_to(4))
+        word = global_load(reinterpret_cast<const uint32_t*>(source));
+    else
+        word = global_load(source) | static_cast<uint32_t>(global_load(source + 1)) << 16;
+    return {unpack_low<Element>(word), unpack_high<Element>(word)};
+}
+
+DEVICE void store_pair(const GmemView& matrix, int row, int column, uint32_t word) {
+    if (row >= matrix.rows || column >= matrix.columns) return;
+    uint16_t* target = matrix.element(row, column);
+    if (column + 1 < matrix.columns && matrix.aligned_to(4)) {
+        global_store(reinterpret_cast<uint32_t*>(target), word);
+        return;
+    }
+    global_store(target, static_cast<uint16_t>(word));
+    if (column + 1 < matrix.columns) global_store(target + 1, static_cast<uint16_t>(word >> 16));
+}
+
+// Rounds and stores columns 8 block to 8 block + 7 of the 16 rows of a warp; and what rounding took
+// away, if there is a place for it.
+template <class Element, int Columns>
+DEVICE void store_block(const GmemView& target, const GmemView& residual, int first_row,
+                        const Accumulator<Columns>& rows, int block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float low = rows.at(block, half, 0), high = rows.at(block, half, 1);
+        const uint32_t rounded = pack<Element>(low, high);
+        const int row = first_row + row_in_warp(half), column = column_of(block, 0);
+        store_pair(target, row, column, rounded);
+        if (residual.exists())
+            store_pair(residual, row, column,
+                       pack<Element>(low - unpack_low<Element>(rounded),
+                                     high - unpack_high<Element>(rounded)));
+    }
+}
+
+template <class Element, int Columns>
+DEVICE void store_rows(const GmemView& target, const GmemView& residual, int first_row,
+                       const Accumulator<Columns>& rows) {
+#pragma unroll
+    for (int i = 0; i < rows.kBlocks; ++i)
+        store_block<Element>(target, residual, first_row, rows, i);
+}
+
+}  // namespace jvp_attn

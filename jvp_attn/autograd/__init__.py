@@ -1,0 +1,1 @@
+"""The derivative rules of attention, and how a call gets to them."""

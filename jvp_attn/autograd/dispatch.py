@@ -1,0 +1,150 @@
+"""Which rule differentiates a call: both outputs from one pass, the Functions, or the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from jvp_attn.autograd import ops
+from jvp_attn.autograd.functions import FlashAttention, FlashAttentionJvp
+from jvp_attn.backends import reference
+from jvp_attn.types import AttentionOptions, Inputs, Tangents
+from jvp_attn.validation import check_packing, check_tangents
+
+
+def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """(out, lse) of checked inputs, with every derivative."""
+    if options.backend == "math":
+        check_packing(inputs, options)
+        return reference.attention(inputs, options)
+    if not torch.compiler.is_compiling():
+        return _eager_attention(inputs, options)
+    primals, tangents = _unpacked(inputs)
+    moves = any(t is not None for t in tangents)
+    if not _can_be_captured(moves):
+        return _eager_attention(inputs, options)
+    if not moves:
+        out, lse, _ = ops.forward(inputs, options)
+        return out, lse
+    out, lse, tout, mu, *_ = ops.forward_jvp(primals, tangents, options)
+    return fwAD.make_dual(out, tout), fwAD.make_dual(lse, mu)
+
+
+def attention_with_tangent(
+    inputs: Inputs, tangents: Tangents, options: AttentionOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, tout, mu) of checked inputs and tangents, with every derivative."""
+    if options.backend == "math":
+        return _math_attention_with_tangent(inputs, tangents, options)
+    if not torch.compiler.is_compiling() or _is_transformed():
+        return _eager_attention_with_tangent(inputs, tangents, options)
+    out, lse, tout, mu, *_ = ops.forward_jvp(inputs, tangents, options)
+    return out, lse, tout, mu
+
+
+def backward_may_follow(*tensors: Tensor | None) -> bool:
+    """Under a transform of torch.func no tensor can tell whether an outer one wants gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        x.requires_grad for x in tensors if x is not None
+    )
+
+
+# ----------------------------------------------------------------------------
+# Eager. The compiler must not trace any of it, also where it compiles what surrounds it
+
+
+_eager = torch.compiler.disable(
+    reason="inside a compiled function, attention goes through torch.func.jvp but no other "
+    "transform of torch.func, and through dual numbers only where they are made inside: compile "
+    "without fullgraph=True, or apply the transform to what is compiled"
+)
+
+
+@_eager
+def _eager_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    if _tangents_may_be_unpacked(inputs):
+        primals, tangents = _unpacked(inputs)
+        if any(t is not None for t in tangents):
+            out, lse, tout, mu, *_ = FlashAttentionJvp.apply(*primals, *tangents, options)
+            return fwAD.make_dual(out, tout), fwAD.make_dual(lse, mu)
+    out, lse, _ = FlashAttention.apply(*inputs, options)
+    return out, lse
+
+
+@_eager
+def _eager_attention_with_tangent(
+    inputs: Inputs, tangents: Tangents, options: AttentionOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse, tout, mu, *_ = FlashAttentionJvp.apply(*inputs, *tangents, options)
+    return out, lse, tout, mu
+
+
+def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
+    """Whether primal and tangent may be computed together, as two ordinary results.
+
+    Not where the same dual level could afterwards be applied to a backward pass: with bare dual
+    numbers, autograd.grad inside the dual level must carry tangents, and would find that the
+    saved tensors have lost theirs. There the jvp rule of `FlashAttention` computes the tangent.
+    Under torch.func the transforms are nested, and a gradient inside a jvp is a level of its own.
+    """
+    transforms = torch._C._functorch.get_interpreter_stack()
+    if transforms:
+        return transforms[-1].key() == torch._C._functorch.TransformType.Jvp
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None))
+
+
+def _unpacked(inputs: Inputs) -> tuple[Inputs, Tangents]:
+    duals = {name: fwAD.unpack_dual(x) for name, x in _differentiable(inputs).items()}
+    primals = inputs._replace(**{name: dual.primal for name, dual in duals.items()})
+    tangents = Tangents(**{name: dual.tangent for name, dual in duals.items()})
+    check_tangents(primals, tangents)
+    return primals, tangents
+
+
+def _math_attention_with_tangent(
+    inputs: Inputs, tangents: Tangents, options: AttentionOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    primals = _differentiable(inputs)
+    directions = {name: getattr(tangents, name) for name in primals}
+
+    def formula(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return reference.attention(inputs._replace(**values), options)
+
+    outputs: Any = torch.func.jvp(
+        formula,
+        (primals,),
+        ({x: torch.zeros_like(primals[x]) if t is None else t for x, t in directions.items()},),
+    )
+    (out, lse), (tout, mu) = outputs
+    return out, lse, tout, mu
+
+
+def _differentiable(inputs: Inputs) -> dict[str, Tensor]:
+    """The inputs that may have a tangent, by name."""
+    present = {name: getattr(inputs, name) for name in Tangents._fields}
+    return {x: t for x, t in present.items() if t is not None and t.is_floating_point()}
+
+
+# ----------------------------------------------------------------------------
+# Compiled. The operators' registered derivatives serve a jvp inside of the compiled function, and
+# .backward() outside of it. All else leaves the graph or, with fullgraph=True, raises
+
+
+@torch.compiler.assume_constant_result
+def _can_be_captured(moves: bool) -> bool:
+    """Whether the registered derivatives are all that the active transforms may ask for."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if transforms:
+        return [t.key() for t in transforms] == [torch._C._functorch.TransformType.Jvp]
+    # The compiler hides the tangents of dual numbers that come from outside.
+    return moves or fwAD._current_level < 0
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    return bool(torch._C._functorch.get_interpreter_stack()) or fwAD._current_level >= 0

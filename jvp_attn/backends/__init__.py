@@ -1,0 +1,1 @@
+"""What computes the four primitives: PyTorch operations, CPU kernels, CUDA kernels."""

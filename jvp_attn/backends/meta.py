@@ -1,0 +1,88 @@
+"""Results of the four maps as they are before any key is seen: zeros, and −inf for lse.
+
+Backends start from them. Where tensors hold no data, only shapes, dtypes and strides, they are all
+there is to compute, so this module is itself a backend, for FakeTensorMode and the device "meta".
+Results as long as q lie in memory as q does; gradients are contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jvp_attn.types import (
+    AttentionOptions,
+    Cotangents,
+    Gradients,
+    Inputs,
+    JvpOutputs,
+    Needs,
+    Outputs,
+    Tangents,
+)
+
+
+def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
+    """O = 0, lse = −inf and no residual."""
+    return Outputs(new_out(inputs).zero_(), new_rows(inputs).fill_(-torch.inf), None)
+
+
+def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -> JvpOutputs:
+    """O = tO = mu = 0, lse = −inf and no residuals."""
+    out, lse, _ = forward(inputs, options)
+    return JvpOutputs(out, lse, new_out(inputs).zero_(), new_rows(inputs).zero_(), None, None)
+
+
+def backward(
+    inputs: Inputs,
+    outputs: Outputs,
+    cotangents: Cotangents,
+    needs: Needs,
+    options: AttentionOptions,
+) -> Gradients:
+    """Zeros."""
+    return _zeros(inputs, needs)
+
+
+def jvp_backward(
+    inputs: Inputs,
+    tangents: Tangents,
+    outputs: JvpOutputs,
+    cotangents: Cotangents,
+    needs: Needs,
+    options: AttentionOptions,
+) -> tuple[Gradients, Gradients]:
+    """Zeros."""
+    return _zeros(inputs, needs[:4]), _zeros(inputs, needs[4:])
+
+
+def new_out(inputs: Inputs) -> Tensor:
+    """(batch, seqlen_q, heads, head_dim_v), uninitialised, its dimensions in the order of q's."""
+    strides = inputs.q.stride()
+    order = [0, 1, 2, 3]
+    if strides[3] == 1:
+        # What is expanded has stride 0, and comes first.
+        order[:3] = sorted(order[:3], key=lambda i: -strides[i] if strides[i] else -torch.inf)
+    shape = (*inputs.q.shape[:3], inputs.v.shape[3])
+    return torch.empty_permuted(shape, order, dtype=inputs.q.dtype, device=inputs.q.device)
+
+
+def new_rows(inputs: Inputs) -> Tensor:
+    """(batch, heads, seqlen_q), uninitialised, float32 (float64 for float64)."""
+    batch, seqlen_q, heads, _ = inputs.q.shape
+    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
+    return torch.empty((batch, heads, seqlen_q), dtype=dtype, device=inputs.q.device)
+
+
+def new_gradient(x: Tensor) -> Tensor:
+    """Of the shape and dtype of x, contiguous, uninitialised."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _zeros(inputs: Inputs, needs: Needs) -> Gradients:
+    return Gradients(
+        *(
+            new_gradient(x).zero_() if needed and x is not None else None
+            for x, needed in zip(inputs[:4], needs, strict=True)
+        )
+    )

@@ -1,0 +1,86 @@
+"""Backend `math`: the naive formula in plain differentiable operations, with quadratic memory.
+
+For tests and comparison. PyTorch derives every derivative of it by itself, so it shares nothing
+with the rules and maps that it checks. Everything must be finite but masks, also what is hidden;
+and derivatives taken under autocast are rounded by it, as those of torch's own operations are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jvp_attn.autocast import without_autocast
+from jvp_attn.types import AttentionOptions, Causal, Inputs
+
+
+@without_autocast
+def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """softmax(s Q Kᵀ + mask) V and its logsumexp.
+
+    Args:
+        inputs: as described there.
+        options: scale and causality.
+
+    Returns:
+        out (batch, seqlen_q, heads, head_dim_v) in q's dtype; lse (batch, heads, seqlen_q), float32
+        (float64 for float64). A row that sees no key has out 0, lse −inf and no derivative.
+    """
+    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
+        return _attention(inputs.q, inputs.k, inputs.v, inputs.mask, options)
+    ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    places = [
+        (slice(*ends_q[i : i + 2]), slice(*ends_k[i : i + 2])) for i in range(len(ends_q) - 1)
+    ]
+    places.append((slice(ends_q[-1], None), slice(0, 0)))  # of no sequence: they see nothing
+    results = [
+        _attention(inputs.q[:, queries], inputs.k[:, keys], inputs.v[:, keys], None, options)
+        for queries, keys in places
+    ]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    group = q.shape[2] // k.shape[2]
+    queries = q.transpose(1, 2) * options.softmax_scale
+    keys = k.transpose(1, 2).repeat_interleave(group, dim=1)
+    values = v.transpose(1, 2).repeat_interleave(group, dim=1)
+
+    scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32))
+    if scores.shape[-1] == 0:
+        lse = scores.new_full(scores.shape[:-1], -torch.inf)
+        return (scores.to(q.dtype) @ values).transpose(1, 2), lse
+    visible = _visible(scores, options.causal)
+    if mask is not None:
+        seen = mask if mask.dtype == torch.bool else mask.detach() > -torch.inf
+        visible = visible & seen
+        if mask.dtype != torch.bool:
+            scores = scores + mask.masked_fill(~seen, 0)
+    alive = visible.any(-1, keepdim=True)
+    # Rows that see nothing are computed as if they saw all, and replaced afterwards.
+    scores = scores.masked_fill(~visible & alive, -torch.inf)
+    # Spelt out: torch's softmax and logsumexp cannot go backward through a dual number's tangent.
+    maximum = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - maximum).exp()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights / total).to(q.dtype) @ values
+    lse = maximum + total.log()
+    out = out.masked_fill(~alive, 0)
+    lse = lse.masked_fill(~alive, -torch.inf).squeeze(-1)
+    return out.transpose(1, 2), lse
+
+
+def _visible(scores: Tensor, causal: Causal) -> Tensor:
+    """(seqlen_q, seqlen_k): which keys the queries see by their place."""
+    seqlen_q, seqlen_k = scores.shape[-2:]
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=scores.device)
+    match causal:
+        case Causal.NO:
+            return visible
+        case Causal.BOTTOM_RIGHT:
+            return visible.tril(seqlen_k - seqlen_q)
+        case Causal.TOP_LEFT:
+            return visible.tril()

@@ -1,0 +1,290 @@
+"""How backend `tiled` cuts attention into blocks of rows, and which keys their rows see.
+
+Query heads that share a key head are stacked as rows of one problem, so grouped heads need neither
+copies of K and V nor a reduction of their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from jvp_attn.types import AttentionOptions, Causal, Inputs
+
+X = TypeVar("X", Tensor, Tensor | None)  # an absent tensor stays absent
+
+# Scores in a block: on a CPU it should stay near the cache, a GPU wants more parallel work.
+_CPU_BLOCK = 2**19
+_GPU_BLOCK = 2**24
+# Fewer rows than this starve the matrix products, however long the rows are.
+_MIN_ROWS = 64
+
+
+@dataclass(frozen=True)
+class HeadBlock:
+    """Some batches and key heads of one sequence: (batch, key head) pairs are separate problems.
+
+    Attributes:
+        batches, key_heads: which.
+        group: query heads per key head.
+        queries, keys: where the sequence lies.
+        diagonal: its query i sees its keys j ≤ i + diagonal; None is all.
+        mask: as in `Inputs`.
+        rows_per_block: how many rows of each query head a block of rows takes.
+        device: where the tensors are.
+    """
+
+    batches: slice
+    key_heads: slice
+    group: int
+    queries: slice
+    keys: slice
+    diagonal: int | None
+    mask: Tensor | None
+    rows_per_block: int
+    device: torch.device
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether there may be a row that does not see some key."""
+        return self.diagonal is not None or self.mask is not None
+
+    def load_keys(self, x: X) -> X:
+        """(batch, seqlen_k, heads_k, dim) → (problems, keys, dim), at least float32."""
+        if x is None:
+            return None
+        return self._keys_part(x).flatten(0, 1).to(_compute_dtype(x)).contiguous()
+
+    def store_keys(self, target: Tensor | None, value: Tensor | None) -> None:
+        """The inverse of `load_keys`."""
+        if target is not None and value is not None:
+            part = self._keys_part(target)
+            part.copy_(value.view(part.shape))
+
+    def row_blocks(self) -> Iterator[RowBlock]:
+        """Blocks of rows, each with the number of leading keys that its last row sees."""
+        seqlen_q, seqlen_k = _length(self.queries), _length(self.keys)
+        # The first rows may see no key: they keep what the results start with.
+        first = 0 if self.diagonal is None else max(-self.diagonal, 0)
+        for start in range(first, seqlen_q, self.rows_per_block):
+            stop = min(start + self.rows_per_block, seqlen_q)
+            seen = seqlen_k if self.diagonal is None else min(stop + self.diagonal, seqlen_k)
+            yield RowBlock(self, slice(start, stop), seen)
+
+    def _keys_part(self, x: Tensor) -> Tensor:
+        """(batch, seqlen_k, heads_k, dim) → view (batches, key heads, keys, dim)."""
+        return x[self.batches, self.keys, self.key_heads].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows of one head block: the same rows of every query head that shares a key head.
+
+    Attributes:
+        heads: the head block.
+        rows: which, counted from the start of the sequence.
+        seen_keys: how many keys, from the first, are seen by any of them.
+    """
+
+    heads: HeadBlock
+    rows: slice
+    seen_keys: int
+
+    def seen(self, keys: X) -> X:
+        """Of (problems, keys, dim), those that are seen."""
+        return None if keys is None else keys[:, : self.seen_keys]
+
+    def load(self, x: X) -> X:
+        """(batch, seqlen_q, heads, dim) → (problems, group · rows, dim), at least float32."""
+        if x is None:
+            return None
+        x = self._part(x)
+        return x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4]).to(_compute_dtype(x))
+
+    def store(self, target: Tensor | None, value: Tensor | None) -> None:
+        """The inverse of `load`."""
+        if target is not None and value is not None:
+            part = self._part(target)
+            part.copy_(value.view(part.shape))
+
+    def load_sums(self, x: X) -> X:
+        """(batch, heads, seqlen_q) → (problems, group · rows, 1)."""
+        if x is None:
+            return None
+        part = self._sums_part(x)
+        return part.reshape(-1, part.shape[2] * part.shape[3], 1)
+
+    def store_sums(self, target: Tensor, value: Tensor) -> None:
+        """The inverse of `load_sums`."""
+        part = self._sums_part(target)
+        part.copy_(value.view(part.shape))
+
+    def add_products(
+        self, total: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Add aᵀ b, for pairs that have both, to the seen keys of (problems, keys, dim)."""
+        if total is None:
+            return
+        for a, b in pairs:
+            if a is not None and b is not None:
+                self.seen(total).baddbmm_(a.mT, b)
+
+    # ------------------------------------------------------------------------
+    # What the rows see. Scores are (problems, group · rows, seen keys)
+
+    def hide(self, scores: X, value: float) -> X:
+        """Fill, in place, the scores that a row does not see."""
+        if scores is not None and self._hidden is not None:
+            self._of_heads(scores).masked_fill_(self._hidden, value)
+        return scores
+
+    def add_mask(self, scores: X, mask: Tensor | None) -> X:
+        """Add a floating mask, or its tangent, to scores, in place; none are zeros."""
+        if mask is None or mask.dtype == torch.bool:
+            return scores
+        part = self._mask_part(mask)
+        if scores is None:
+            shape = (*self._problem_shape, self.seen_keys)
+            total = torch.empty(shape, dtype=_compute_dtype(part), device=part.device)
+            return total.copy_(part).flatten(2, 3).flatten(0, 1)
+        self._of_heads(scores).add_(part)
+        return scores
+
+    def add_scores(self, mask: Tensor | None, scores: Tensor | None) -> None:
+        """Add scores to a tensor of the mask's shape, summed where the mask does not vary."""
+        if mask is not None and scores is not None:
+            part = self._mask_part(mask)
+            part.add_(self._of_heads(scores).sum_to_size(part.shape))
+
+    def count_seen(self, marked: Tensor) -> Tensor:
+        """How many of the marked keys, (problems, keys, 1) of zeros and ones, each row sees."""
+        keys = self.seen(marked)
+        rows = self.heads.group * _length(self.rows)
+        sees = self.hide(keys.new_ones(keys.shape[0], rows, self.seen_keys), 0)
+        return sees @ keys
+
+    @cached_property
+    def _hidden(self) -> Tensor | None:
+        """Broadcastable to (batches, key heads, group, rows, seen keys); None if all is seen."""
+        hidden = self._hidden_by_place()
+        mask = self.heads.mask
+        if mask is None:
+            return hidden
+        part = self._mask_part(mask)
+        by_mask = ~part if mask.dtype == torch.bool else part == -torch.inf
+        return by_mask if hidden is None else by_mask | hidden
+
+    def _hidden_by_place(self) -> Tensor | None:
+        diagonal = self.heads.diagonal
+        if diagonal is None or self.rows.start + diagonal + 1 >= self.seen_keys:
+            return None  # the first row already sees every key of the block
+        row = torch.arange(self.rows.start, self.rows.stop, device=self.heads.device)
+        column = torch.arange(self.seen_keys, device=self.heads.device)
+        return column > (row + diagonal)[:, None]
+
+    def _mask_part(self, mask: Tensor) -> Tensor:
+        """View (batches, key heads, group, rows, seen keys), each of them 1 where it is in mask."""
+        batch, heads, rows, keys = mask.shape
+        if batch != 1:
+            mask = mask[self.heads.batches]
+        mask = mask.unflatten(1, (1, 1) if heads == 1 else (-1, self.heads.group))
+        if heads != 1:
+            mask = mask[:, self.heads.key_heads]
+        if rows != 1:
+            mask = mask[:, :, :, self.rows]
+        return mask[..., : self.seen_keys] if keys != 1 else mask
+
+    # ------------------------------------------------------------------------
+
+    @property
+    def _problem_shape(self) -> tuple[int, int, int, int]:
+        heads = self.heads
+        return (
+            _length(heads.batches),
+            _length(heads.key_heads),
+            heads.group,
+            _length(self.rows),
+        )
+
+    def _of_heads(self, scores: Tensor) -> Tensor:
+        """(problems, group · rows, seen keys) → (batches, key heads, group, rows, seen keys)."""
+        return scores.view(*self._problem_shape, self.seen_keys)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """(batch, seqlen_q, heads, dim) → view (batches, key heads, group, rows, dim)."""
+        x = x.unflatten(2, (-1, self.heads.group))
+        return x[self.heads.batches, self._places, self.heads.key_heads].permute(0, 2, 3, 1, 4)
+
+    def _sums_part(self, x: Tensor) -> Tensor:
+        """(batch, heads, seqlen_q) → view (batches, key heads, group, rows)."""
+        x = x.unflatten(1, (-1, self.heads.group))
+        return x[self.heads.batches, self.heads.key_heads, :, self._places]
+
+    @property
+    def _places(self) -> slice:
+        start = self.heads.queries.start
+        return slice(start + self.rows.start, start + self.rows.stop)
+
+
+def head_blocks(inputs: Inputs, options: AttentionOptions) -> Iterator[HeadBlock]:
+    """Cut the problems so that a block of scores has about the size the device likes."""
+    batch, _, heads, _ = inputs.q.shape
+    heads_k = inputs.k.shape[2]
+    group = heads // heads_k
+    budget = _CPU_BLOCK if inputs.q.device.type == "cpu" else _GPU_BLOCK
+    for queries, keys in _sequences(inputs):
+        seqlen_q, seqlen_k = _length(queries), _length(keys)
+        if 0 in (batch, seqlen_q, seqlen_k):
+            continue
+        rows_of_group = max(budget // seqlen_k, _MIN_ROWS)
+        rows_per_block = min(max(rows_of_group // group, 1), seqlen_q)
+        problems = max(budget // (group * rows_per_block * seqlen_k), 1)
+        # Whole batches where one batch fits, else some of the heads of one batch.
+        heads_per_block = min(problems, heads_k)
+        batches_per_block = max(problems // heads_k, 1)
+        for b in range(0, batch, batches_per_block):
+            for h in range(0, heads_k, heads_per_block):
+                yield HeadBlock(
+                    slice(b, min(b + batches_per_block, batch)),
+                    slice(h, min(h + heads_per_block, heads_k)),
+                    group,
+                    queries,
+                    keys,
+                    _diagonal(options.causal, seqlen_q, seqlen_k),
+                    inputs.mask,
+                    rows_per_block,
+                    inputs.q.device,
+                )
+
+
+def _sequences(inputs: Inputs) -> Iterator[tuple[slice, slice]]:
+    """Where the queries and the keys of each sequence lie."""
+    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
+        yield slice(0, inputs.q.shape[1]), slice(0, inputs.k.shape[1])
+        return
+    ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    for i in range(len(ends_q) - 1):
+        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+
+
+def _diagonal(causal: Causal, seqlen_q: int, seqlen_k: int) -> int | None:
+    match causal:
+        case Causal.NO:
+            return None
+        case Causal.BOTTOM_RIGHT:
+            return seqlen_k - seqlen_q
+        case Causal.TOP_LEFT:
+            return 0
+
+
+def _length(places: slice) -> int:
+    return places.stop - places.start
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

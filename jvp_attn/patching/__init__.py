@@ -1,0 +1,1 @@
+"""Letting models that call torch's attention use this package's."""
