@@ -222,7 +222,7 @@ class KernelCall:
                 return batch, seqlen_k, heads_k, head_dim_v
             case "out":
                 return batch, seqlen_q, heads, head_dim_v
-            case "q_sums":
+            case "dq_accum":
                 return batch, heads, self._rows_of_sums * -(-head_dim // 8) * 8
             case "ds_row_sums":
                 return batch, heads, self._rows_of_sums

@@ -3,8 +3,8 @@
     python tests/compile_gate/compile_gate.py [--arch sm_80] [--kernels PATTERN] [--out FOLDER]
 
 Compiles each kernel of jvp_attn/backends/kernel_table.py by itself, reads ptxas' report and the
-machine code, prints a table and exits with 1 where a kernel breaks a limit: spills and stack beyond the
-table's, tensor cores or asynchronous copies unused, more shared memory than a block can have. The
+machine code, prints a table and exits with 1 where a kernel breaks a limit: spills and stack beyond
+the table's, tensor cores or asynchronous copies unused, more shared memory than a block can have. The
 kernels that are for compute capability 9.0 alone compile for sm_90a alone. With --out it writes
 kernel-registers-<arch>.json. Needs nvcc and nvdisasm (PyPI: nvidia-cuda-nvdisasm), no GPU.
 """

@@ -14,7 +14,10 @@ HERE = r"\((tests/emulator/probes/tile_products\.h|csrc/common/fragment\.cuh):\d
 THREADS = r"threads? [\d, -]+"
 LAST_WORD = rf"{SHARED}, which thread \d+'s \w+ {HERE} (wrote|read) with no"
 NOT_WAITED = rf"{LAST_WORD} wait for it between"
-STILL_COPYING = rf"touches what thread \d+'s tma_load_4d {HERE} is still copying: its mbarrier does not count it"
+STILL_COPYING = (
+    rf"touches what thread \d+'s tma_load_4d {HERE} is still copying: "
+    "its mbarrier does not count it"
+)
 MBARRIER = rf"the mbarrier at {SHARED}, in phase [01] with \d+ of \d+ arrivals"
 
 # By fault, the instruction that fails and what the report says of it.
