@@ -1,5 +1,5 @@
-// The kernels as Python sees them: AttentionParams, kernels() and launch(). jvp_attn/_C.pyi
-// describes them to type checkers.
+// The Python bindings of the kernels: AttentionParams, kernels(), limits() and launch().
+// jvp_attn/_C.pyi describes them to type checkers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/limits.h"
 #include "kernel.h"
 
 namespace jvp_attn {
@@ -121,6 +122,14 @@ inline pybind11::dict kernels() {
     return list;
 }
 
+inline pybind11::dict limits() {
+    pybind11::dict result;
+    result["tma_alignment_bytes"] = kTmaAlignmentBytes;
+    result["tma_alignment_elements"] = kTmaAlignmentElements;
+    result["dq_accum_row_multiple"] = kDqAccumRowMultiple;
+    return result;
+}
+
 inline void launch_named(const std::string& name, const AttentionParams& params,
                          std::uintptr_t stream) {
     const std::string error = kernel_named(name).launch(params, pointer_from<void>(stream));
@@ -131,6 +140,7 @@ inline void bind_kernels(pybind11::module_& module) {
     namespace py = pybind11;
     bind_params(module);
     module.def("kernels", &kernels, "The kernels of this build by name: their threads and memory.");
+    module.def("limits", &limits, "What the kernels require of addresses, strides and sizes.");
     module.def("launch", &launch_named, py::arg("name"), py::arg("params"), py::arg("stream"),
                "Enqueue a kernel on a CUDA stream of the current device.");
 }
