@@ -51,6 +51,7 @@ class AttentionParams:
     grad_tmask: Mask
     cu_seqlens_q: int  # write-only: an address
     cu_seqlens_k: int  # write-only: an address
+    seqused_k: int  # write-only: an address; 0, the default, where all keys are used
     batch: int
     heads: int
     heads_k: int

@@ -95,6 +95,9 @@ void bind_params(py::module_& module) {
     write_only("cu_seqlens_k", [](AttentionParams& p, std::uintptr_t address) {
         p.cu_seqlens_k = pointer_from<const int32_t>(address);
     });
+    write_only("seqused_k", [](AttentionParams& p, std::uintptr_t address) {
+        p.seqused_k = pointer_from<const int32_t>(address);
+    });
     write_only("causal",
                [](AttentionParams& p, int causal) { p.causal = static_cast<Causal>(causal); });
     write_only("element",
