@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/map.h"
+#include "cpu/dispatch.h"
 
 namespace py = pybind11;
 using namespace jvp_attn::cpu;
@@ -30,32 +30,35 @@ void bind_params(py::module_& module) {
     jvp_attn::def_enum(params, "element", &AttentionParams::element);
 }
 
-const Maps& maps_of(const std::string& instruction_set) {
-    for (const Maps* maps : maps_that_run_here())
-        if (instruction_set == maps->instruction_set) return *maps;
-    throw std::invalid_argument("this machine does not run instruction set " + instruction_set);
+const Kernels& kernels_of(const std::string& instruction_set) {
+    for (const Kernels* kernels : supported_kernels())
+        if (instruction_set == kernels->instruction_set) return *kernels;
+    throw std::invalid_argument("this machine does not run instruction set " +
+                                instruction_set);
 }
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const Maps* maps : maps_that_run_here()) names.push_back(maps->instruction_set);
+    for (const Kernels* kernels : supported_kernels()) names.push_back(kernels->instruction_set);
     return names;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-    module.doc() = "The attention maps on a CPU.";
+    module.doc() =
+        "The attention kernels for CPUs. They take raw pointers and do not depend on torch.";
     bind_params(module);
-    module.def("instruction_sets", &instruction_sets, "Those that run here, the fastest first.");
+    module.def("instruction_sets", &instruction_sets,
+               "The instruction sets that this machine has, the fastest first.");
     module.def(
         "forward",
-        [](const AttentionParams& p, const std::string& set) { maps_of(set).forward(p); },
+        [](const AttentionParams& p, const std::string& set) { kernels_of(set).forward(p); },
         py::arg("params"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>(),
-        "Compute out and lse, and their tangents where tout is given.");
+        "Compute out and lse; with tout, their tangents as well.");
     module.def(
         "backward",
-        [](const AttentionParams& p, const std::string& set) { maps_of(set).backward(p); },
+        [](const AttentionParams& p, const std::string& set) { kernels_of(set).backward(p); },
         py::arg("params"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>(),
-        "Compute the gradients that are given places.");
+        "Compute the gradients whose tensors are present.");
 }

@@ -1,20 +1,20 @@
-// Which of the instruction sets this machine has.
-#include "cpu/map.h"
+// Detects the instruction sets of this machine.
+#include "cpu/dispatch.h"
 
 namespace jvp_attn::cpu {
 
-std::vector<const Maps*> maps_that_run_here() {
-    std::vector<const Maps*> maps;
+std::vector<const Kernels*> supported_kernels() {
+    std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-        maps.push_back(&kAvx512Maps);
+        kernels.push_back(&kAvx512Kernels);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
-        maps.push_back(&kAvx2Maps);
+        kernels.push_back(&kAvx2Kernels);
 #endif
-    maps.push_back(&kBaselineMaps);
-    return maps;
+    kernels.push_back(&kBaselineKernels);
+    return kernels;
 }
 
 }  // namespace jvp_attn::cpu

@@ -1,7 +1,7 @@
-// The maps for x86-64 with AVX-512.
+// The kernels for x86-64 with AVX-512.
 #if defined(__x86_64__)
 
-#include "cpu/shared_headers.h"
+#include "cpu/isa_independent.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                 \
@@ -13,11 +13,11 @@
 #endif
 #define JVP_ATTN_ISA avx512
 #define JVP_ATTN_VECTOR_BYTES 64
-#include "cpu/maps.h"
+#include "cpu/isa_kernels.h"
 
 namespace jvp_attn::cpu {
 
-const Maps kAvx512Maps{"avx512", &avx512::forward, &avx512::backward};
+const Kernels kAvx512Kernels{"avx512", &avx512::forward, &avx512::backward};
 
 }  // namespace jvp_attn::cpu
 

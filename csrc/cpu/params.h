@@ -1,6 +1,7 @@
-// What every attention map on a CPU is given: one plain struct. The names are those of
-// jvp_attn/types.py. A null pointer means that a tensor is absent: an absent input is zero and
-// costs nothing, an absent output is not computed.
+// The arguments of the CPU kernels, in one plain struct. The names are those of jvp_attn/types.py.
+// A null pointer means that a tensor is absent: an absent input is zero and costs nothing, an
+// absent output is not computed. The caller fills gradients with zeros: those of padded keys, and
+// those of queries without keys, are not written.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@ namespace jvp_attn::cpu {
 
 enum class Element : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, boolean = 4 };
 
-// (batch, row, head, column); columns are contiguous, the other strides, in elements, are free.
-// With packed sequences the batch stride is 0 and rows start at cu_seqlens[batch].
+// (batch, row, head, column). Columns are contiguous; the other strides, in elements, are
+// arbitrary. With packed sequences the batch stride is 0 and rows start at cu_seqlens[batch].
 struct Tensor {
     void* data = nullptr;
     int64_t batch_stride = 0;
@@ -25,8 +26,8 @@ struct RowVector {
     int64_t head_stride = 0;
 };
 
-// (batch, head, row, column); a broadcast dimension has stride 0. A boolean hides a key where it is
-// 0, a floating one is added to the scaled scores and hides a key where it is -inf.
+// (batch, head, row, column); a broadcast dimension has stride 0. A boolean mask
+// hides keys where it is 0. A floating point mask is added to the scaled scores; -inf hides a key.
 struct Mask {
     void* data = nullptr;
     int64_t batch_stride = 0;
@@ -46,11 +47,11 @@ struct AttentionParams {
     Tensor q, k, v;
     Tensor tq, tk, tv;
     Tensor out, tout;
-    // What rounding took away from out and tout, where their elements are half precision ...
+    // The low-order parts that rounding took from out and tout in half precision ...
     Tensor out_lo, tout_lo;
-    // ... and from lse, where they are float32.
+    // ... and from lse in float32.
     RowVector lse_lo;
-    RowVector lse, mu;  // natural logarithm; -inf and 0 for a row that sees no key
+    RowVector lse, mu;  // natural logarithm; -inf and 0 in a row without visible keys
 
     Tensor grad_out, grad_tout;
     RowVector grad_lse, grad_mu;
@@ -58,19 +59,18 @@ struct AttentionParams {
     Tensor grad_tq, grad_tk, grad_tv;
 
     Mask mask, tmask;
-    // float32, or float64 where the inputs are; zero at first.
+    // float32, or float64 where the inputs are; the kernels add to them.
     Mask grad_mask, grad_tmask;
 
     const int32_t* cu_seqlens_q = nullptr;  // (batch + 1) where each sequence starts and ends
     const int32_t* cu_seqlens_k = nullptr;
-    // (batch) keys of each sequence that are used; the others are padding, and their gradients are
-    // not written.
+    // (batch) used keys of each sequence; the keys after these are padding.
     const int32_t* seqused_k = nullptr;
 
-    int32_t batch = 0;  // of sequences, where they are packed
+    int32_t batch = 0;  // sequences, if they are packed
     int32_t heads = 0;
     int32_t heads_k = 0;   // divides heads
-    int32_t seqlen_q = 0;  // not read where sequences are packed
+    int32_t seqlen_q = 0;  // not read if sequences are packed
     int32_t seqlen_k = 0;
     int32_t head_dim = 0;    // columns of q and k
     int32_t head_dim_v = 0;  // columns of v and out

@@ -1,30 +1,35 @@
-// Scores of a tile, and the softmax of its rows.
+// Masking of scores, and the online softmax of a row with its tangent.
 #pragma once
 
-#include "cpu/sequence.h"
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/gemm.h"
+#include "cpu/mask.h"
+#include "cpu/seqlen.h"
 
 namespace jvp_attn::cpu::JVP_ATTN_ISA {
 
-// Scores of one query against the keys [first, first + keys), to whole panels: the mask is added,
-// and what is hidden becomes -inf.
+// Masks the scores of one query against the keys [first, first + keys): adds the mask and sets
+// scores of masked keys, and those that fill up the last panel, to -inf.
 template <class Value>
-inline void hide(Value* scores, const Sequence& sequence, const MaskOfHead<Value>& mask, int query,
-                 int first, int keys) {
+inline void apply_mask(Value* scores, const SeqlenInfo& seqlen, const MaskOfHead<Value>& mask,
+                       int query, int first, int keys) {
     if (mask) mask.add_to(scores, query, first, keys);
-    const int visible = std::clamp(sequence.visible_keys(query) - first, 0, keys);
+    const int visible = std::clamp(seqlen.visible_keys(query) - first, 0, keys);
     std::fill(scores + visible, scores + round_up_to_panel<Value>(keys), -kInfinity<Value>);
 }
 
 template <class Value>
-inline Value largest(const Value* x, int n) {
+inline Value max_of(const Value* x, int n) {
     Vector<Value> result = load(x);
     for (int j = kLanes<Value>; j < n; j += kLanes<Value>)
-        result = larger<Value>(result, load(x + j));
-    return largest_lane<Value>(result);
+        result = maximum<Value>(result, load(x + j));
+    return max_of_lanes<Value>(result);
 }
 
 template <class Value>
-inline Value sum(const Value* x, int n) {
+inline Value sum_of(const Value* x, int n) {
     Vector<Value> result = load(x);
     for (int j = kLanes<Value>; j < n; j += kLanes<Value>) result += load(x + j);
     return sum_of_lanes<Value>(result);
@@ -35,87 +40,89 @@ inline void scale(Value* x, int n, Value factor) {
     for (int j = 0; j < n; j += kLanes<Value>) store(x + j, load(x + j) * factor);
 }
 
-// T with zeros where a key is hidden, for what is hidden may hold NaN.
+// Sets T to zero where a key is masked: it may be NaN there.
 template <class Value>
-inline void hide_tangents(Value* tangents, const Value* scores, int n) {
+inline void zero_masked_tangents(Value* tscores, const Value* scores, int n) {
     for (int j = 0; j < n; j += kLanes<Value>) {
         const Vector<Value> zero = {};
-        store(tangents + j, load(scores + j) == -kInfinity<Value> ? zero : load(tangents + j));
+        store(tscores + j, load(scores + j) == -kInfinity<Value> ? zero : load(tscores + j));
     }
 }
 
-// What a row of the softmax adds up to so far, in units of exp(maximum).
+// How `OnlineSoftmax::merge` combines two rows: own * x + other * y. The tangents of the other row
+// are relative to its centre, which exceeds this row's by `shift`.
 template <class Value>
-struct RowSums {
-    Value maximum = -kInfinity<Value>;
-    Value weights = 0;   // sum of exp(S - maximum)
-    Value tangents = 0;  // sum of exp(S - maximum) (T - centre)
-    // About the mean of T: what T has in common along a row has no effect on tO, and without it no
-    // digits are lost to it.
+struct MergeFactors {
+    Value own, other, shift;
+};
+
+// The state of one row of the softmax after some of the keys.
+template <class Value>
+struct OnlineSoftmax {
+    Value row_max = -kInfinity<Value>;
+    Value row_sum = 0;   // sum of exp(S - row_max)
+    Value trow_sum = 0;  // sum of exp(S - row_max) (T - centre)
+    // The mean of T in the first tile with a visible key. A constant in T has no effect on tO, but
+    // without subtracting it the sums would lose digits to cancellation.
     Value centre = 0;
     bool has_centre = false;
-    // NaN where the row sees a value, or a tangent of one, that is not finite.
-    Value poison = 0, tpoison = 0;
+    // NaN if the row sees a key whose value (for `tnan`: whose value or tangent) is not finite.
+    Value nan = 0, tnan = 0;
 
-    // Raise the maximum to that of further scores; returns the factor for what was summed before.
-    Value raise(Value further) {
-        if (!(further > maximum)) return 1;
-        const Value factor = std::exp(maximum - further);
-        maximum = further;
-        weights *= factor;
-        tangents *= factor;
+    // Raises row_max to at least `tile_max`. Returns the factor that rescales earlier sums.
+    Value update_max(Value tile_max) {
+        if (!(tile_max > row_max)) return 1;
+        const Value factor = std::exp(row_max - tile_max);
+        row_max = tile_max;
+        row_sum *= factor;
+        trow_sum *= factor;
         return factor;
     }
 
-    // Scores become weights.
-    void add(Value* scores, int n) {
-        const Value from = maximum == -kInfinity<Value> ? 0 : maximum;
+    // Replaces S by P = exp(S - row_max) and adds P to the row sum.
+    void update(Value* scores, int n) {
+        const Value subtrahend = row_max == -kInfinity<Value> ? 0 : row_max;
         Vector<Value> sum = {};
         for (int j = 0; j < n; j += kLanes<Value>) {
-            const Vector<Value> p = exp_of_nonpositive<Value>(load(scores + j) - from);
+            const Vector<Value> p = exp_of_nonpositive<Value>(load(scores + j) - subtrahend);
             store(scores + j, p);
             sum += p;
         }
-        weights += sum_of_lanes<Value>(sum);
+        row_sum += sum_of_lanes<Value>(sum);
     }
 
-    // Scores become weights P, and their tangents P (T - centre).
-    void add(Value* scores, Value* score_tangents, int n) {
-        if (!has_centre && maximum > -kInfinity<Value>) {
+    // Replaces S by P and T by P (T - centre), and adds both to their row sums.
+    void update(Value* scores, Value* tscores, int n) {
+        if (!has_centre && row_max > -kInfinity<Value>) {
             int visible = 0;
             for (int j = 0; j < n; ++j) visible += scores[j] != -kInfinity<Value>;
-            centre = sum(score_tangents, n) / visible;
+            centre = sum_of(tscores, n) / visible;
             has_centre = true;
         }
-        add(scores, n);
+        update(scores, n);
         Vector<Value> sum = {};
         for (int j = 0; j < n; j += kLanes<Value>) {
-            const Vector<Value> pt = load(scores + j) * (load(score_tangents + j) - centre);
-            store(score_tangents + j, pt);
+            const Vector<Value> pt = load(scores + j) * (load(tscores + j) - centre);
+            store(tscores + j, pt);
             sum += pt;
         }
-        tangents += sum_of_lanes<Value>(sum);
+        trow_sum += sum_of_lanes<Value>(sum);
     }
 
-    // The factors of two sums of weighted rows that become one, and how far their centres differ.
-    struct Junction {
-        Value own, other, shift;
-    };
-
-    // Add the sums over other keys.
-    Junction join(const RowSums& other) {
-        const Value own_factor = raise(other.maximum);
+    // Adds the state of the same row after other keys.
+    MergeFactors<Value> merge(const OnlineSoftmax& other) {
+        const Value own_factor = update_max(other.row_max);
         const Value factor =
-            other.maximum == -kInfinity<Value> ? 0 : std::exp(other.maximum - maximum);
+            other.row_max == -kInfinity<Value> ? 0 : std::exp(other.row_max - row_max);
         if (!has_centre) {
             centre = other.centre;
             has_centre = other.has_centre;
         }
         const Value shift = other.has_centre ? other.centre - centre : 0;
-        weights += factor * other.weights;
-        tangents += factor * (other.tangents + shift * other.weights);
-        poison += other.poison;
-        tpoison += other.tpoison;
+        row_sum += factor * other.row_sum;
+        trow_sum += factor * (other.trow_sum + shift * other.row_sum);
+        nan += other.nan;
+        tnan += other.tnan;
         return {own_factor, factor, shift};
     }
 };

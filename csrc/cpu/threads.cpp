@@ -1,6 +1,6 @@
-// The threads are those of OpenMP that torch computes with. Any others would have to share the
-// processors with these, which go on turning for a while when their work is done. Which OpenMP that
-// is, the process knows: torch lets all of it see its own.
+// Work runs in the OpenMP threads of torch: these spin-wait after finishing, so threads of our own
+// would compete with them for the processors. The symbol is looked up in the process, where torch
+// has loaded its OpenMP library.
 #include "cpu/threads.h"
 
 #include <dlfcn.h>
@@ -18,10 +18,10 @@ namespace jvp_attn::cpu {
 
 namespace {
 
-// What GNU's compiler makes of `#pragma omp parallel`; other OpenMPs have it too.
+// The function that GCC calls for `#pragma omp parallel`; LLVM's and Intel's OpenMP export it too.
 using Parallel = void (*)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
 
-// Whether this process runs the program of the one that forked it (Linux: proc(5), stat, flags).
+// Whether this process was forked and has not called exec since (Linux: proc(5), stat, flags).
 bool is_fork() {
     constexpr unsigned kForkedWithoutExec = 0x40;
     std::string text, other;
@@ -33,11 +33,11 @@ bool is_fork() {
     return flags & kForkedWithoutExec;
 }
 
-// None in a fork: it lacks these threads, and OpenMP, which does not know, would wait for them.
+// Null in a forked process: it lacks the threads of its parent, and OpenMP would wait for them.
 Parallel parallel =
     is_fork() ? nullptr : reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 
-[[maybe_unused]] const int none_in_later_forks =
+[[maybe_unused]] const int null_in_later_forks =
     pthread_atfork(nullptr, nullptr, [] { parallel = nullptr; });
 
 }  // namespace
@@ -49,7 +49,7 @@ void call_in_threads(int threads, void (*work)(void*), void* argument) {
     try {
         for (int i = 1; i < threads; ++i) others.emplace_back(work, argument);
     } catch (const std::system_error&) {
-        // The system has no more threads: those that there are do the work.
+        // The system has no more threads: the existing ones do the work.
     }
     work(argument);
     for (std::thread& thread : others) thread.join();

@@ -1,4 +1,4 @@
-// Work for several threads.
+// Distributes work tiles over threads.
 #pragma once
 
 #include <atomic>
@@ -8,33 +8,35 @@
 
 namespace jvp_attn::cpu {
 
-// Call `work(argument)` in so many threads at the same time, or in fewer where there are no more.
+// Calls `work(argument)` in `threads` threads at the same time, or in fewer if the system has no
+// more.
 void call_in_threads(int threads, void (*work)(void*), void* argument);
 
-// All threads or one: OpenMP ends those that it has and is not asked for, and torch wants them
-// back.
-inline int threads_worth_waking(double operations, int all) {
-    constexpr double kOperationsWorthIt = 8e6;
-    return operations < kOperationsWorthIt ? 1 : all;
+// One thread for little work, else all. Nothing in between: a smaller team would make OpenMP end
+// its other threads, and torch would have to start them again.
+inline int useful_threads(double operations, int all) {
+    constexpr double kWorthwhileOperations = 8e6;
+    return operations < kWorthwhileOperations ? 1 : all;
 }
 
-// Run `Worker(arguments).run(piece)` for all pieces, each thread with a Worker of its own. Pieces
-// are taken in their order, so that one may wait for an earlier one. Only constructors may throw.
+// Runs `Worker(arguments).run(work_tile)` for all work tiles, with one Worker per thread. Threads
+// take the tiles in ascending order, so a tile may wait for an earlier one. Only the constructor of
+// Worker may throw.
 template <class Worker, class Arguments>
-void run_in_threads(Arguments& arguments, int64_t pieces, int threads) {
+void run_in_threads(Arguments& arguments, int64_t work_tiles, int threads) {
     std::atomic<int64_t> next{0};
     std::mutex failing;
     std::exception_ptr failure;
     auto run = [&] {
         try {
-            int64_t piece = next++;
-            if (piece >= pieces) return;
+            int64_t work_tile = next++;
+            if (work_tile >= work_tiles) return;
             Worker worker(arguments);
-            for (; piece < pieces; piece = next++) worker.run(piece);
+            for (; work_tile < work_tiles; work_tile = next++) worker.run(work_tile);
         } catch (...) {
             const std::lock_guard lock(failing);
             failure = std::current_exception();
-            next = pieces;
+            next = work_tiles;
         }
     };
     using Run = decltype(run);

@@ -1,8 +1,7 @@
-// SIMD vectors of the instruction set that a source is compiled for, by the vector extensions that
-// GCC and Clang share: operators work lane by lane.
+// SIMD vectors in the vector extensions of GCC and Clang: operators work lane by lane.
 //
-// Such a source defines JVP_ATTN_ISA, a namespace of its own, so that no function compiled for one
-// instruction set can stand in for another's, and JVP_ATTN_VECTOR_BYTES.
+// A source that includes this defines JVP_ATTN_VECTOR_BYTES and JVP_ATTN_ISA, a namespace for each
+// instruction set, so that the linker cannot replace a function by that of another instruction set.
 #pragma once
 
 #include <cstdint>
@@ -34,12 +33,12 @@ inline void store(Value* to, Vector<Value> x) {
 }
 
 template <class Value>
-inline Vector<Value> in_all_lanes(Value x) {
+inline Vector<Value> broadcast(Value x) {
     return x - Vector<Value>{};
 }
 
 template <class Value>
-inline Vector<Value> larger(Vector<Value> a, Vector<Value> b) {
+inline Vector<Value> maximum(Vector<Value> a, Vector<Value> b) {
     return a > b ? a : b;
 }
 
@@ -51,40 +50,42 @@ inline Value sum_of_lanes(Vector<Value> x) {
 }
 
 template <class Value>
-inline Value largest_lane(Vector<Value> x) {
-    Value largest = x[0];
-    for (int i = 1; i < kLanes<Value>; ++i) largest = x[i] > largest ? x[i] : largest;
-    return largest;
+inline Value max_of_lanes(Vector<Value> x) {
+    Value result = x[0];
+    for (int i = 1; i < kLanes<Value>; ++i) result = x[i] > result ? x[i] : result;
+    return result;
 }
 
-// What exp needs to know of a floating type: rounding to an integer by adding a number so large
-// that no fraction is left, the bias of exponents, ln 2 in two parts of which the first has
-// trailing zeros, and c_n, ..., c_2 of the polynomial 1 + x + c_2 x^2 + ... + c_n x^n whose largest
-// relative distance from exp on [-ln 2 / 2, ln 2 / 2] is the least.
+// The constants of exp for a floating point type:
+// - kRounder: adding it rounds to an integer, since a sum of its size has no fraction bits.
+// - kLn2High + kLn2Low = ln 2; kLn2High has trailing zeros, so that n * kLn2High is exact.
+// - kCoefficients: c_n, ..., c_2 of the polynomial 1 + x + c_2 x^2 + ... + c_n x^n with the
+// smallest
+//   maximal relative error on [-ln 2 / 2, ln 2 / 2].
 template <class Value>
-struct Exponential;
+struct ExpConstants;
 
 template <>
-struct Exponential<float> {
+struct ExpConstants<float> {
     using Integer = int32_t;
     static constexpr int kMantissaBits = 23, kBias = 127;
     static constexpr float kRounder = 12582912.f;  // 1.5 * 2^23
     static constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
     static constexpr float kZero = -88.03f;  // below -127 ln 2
-    // To 3.1e-9.
+    // Relative error 3.1e-9.
     static constexpr float kCoefficients[] = {1.3814467e-3f, 8.368781e-3f, 4.1668393e-2f,
                                               1.666652e-1f, 4.9999994e-1f};
 };
 
 template <>
-struct Exponential<double> {
+struct ExpConstants<double> {
     using Integer = int64_t;
     static constexpr int kMantissaBits = 52, kBias = 1023;
     static constexpr double kRounder = 6755399441055744.;  // 1.5 * 2^52
     static constexpr double kLn2High = 6.93147180369123816490e-01,
                             kLn2Low = 1.90821492927058770002e-10;
     static constexpr double kZero = -709.09;
-    // To 3.7e-18.
+    // Relative error 3.7e-18.
     static constexpr double kCoefficients[] = {2.4999965343255924e-08, 2.763037862080518e-07,
                                                2.755758734220382e-06,  2.4801492762795647e-05,
                                                1.9841269504765357e-04, 1.388888894392264e-03,
@@ -92,23 +93,25 @@ struct Exponential<double> {
                                                1.666666666666641e-01,  5.000000000000011e-01};
 };
 
-// exp of what is not positive, to 2 ulp where that is normal; 0 from kZero on, NaN of every NaN.
+// exp(x) for x <= 0, to 2 ulp where the result is normal; 0 for x <= kZero, NaN for NaN.
 template <class Value>
 inline Vector<Value> exp_of_nonpositive(Vector<Value> x) {
-    using E = Exponential<Value>;
+    using E = ExpConstants<Value>;
     typedef typename E::Integer Integers __attribute__((vector_size(JVP_ATTN_VECTOR_BYTES)));
-    const Vector<Value> zero = in_all_lanes(E::kZero);
-    x = zero > x ? zero : x;  // but NaN stays
+    const Vector<Value> zero = broadcast(E::kZero);
+    x = zero > x ? zero : x;  // keeps NaN
+    // x = n ln 2 + rest, with n an integer and |rest| <= ln 2 / 2.
     constexpr Value kShift = E::kRounder + E::kBias;
     const Vector<Value> shifted = x * Value(1.44269504088896340736) + kShift;
     const Vector<Value> n = shifted - kShift;
     const Vector<Value> rest = (x - n * E::kLn2High) - n * E::kLn2Low;
-    Vector<Value> polynomial = in_all_lanes(E::kCoefficients[0]);
+    // exp(rest)
+    Vector<Value> polynomial = broadcast(E::kCoefficients[0]);
     for (unsigned i = 1; i < sizeof(E::kCoefficients) / sizeof(Value); ++i)
         polynomial = polynomial * rest + E::kCoefficients[i];
     polynomial = (polynomial * rest + Value(1)) * rest + Value(1);
-    // The integer n + kBias stands in the lowest bits of `shifted`: as an exponent it is 2^n, and 0
-    // where n is -kBias.
+    // 2^n: the lowest bits of `shifted` hold the integer n + kBias, the exponent field of 2^n. For
+    // n = -kBias this is 0.
     return polynomial * (Vector<Value>)((Integers)shifted << E::kMantissaBits);
 }
 

@@ -12,7 +12,7 @@
 #include <random>
 #include <string>
 
-#include "cpu/map.h"
+#include "cpu/dispatch.h"
 #include "naive.h"
 
 using namespace jvp_attn::cpu;
@@ -264,12 +264,12 @@ public:
                     mask_[i] = tmask_[i] = kNaN;
     }
 
-    void run(const Maps& maps, int threads) {
+    void run(const Kernels& kernels, int threads) {
         AttentionParams p = params(threads);
         p.grad_q = p.grad_k = p.grad_v = {};
-        maps.forward(p);
+        kernels.forward(p);
         p = params(threads);
-        maps.backward(p);
+        kernels.backward(p);
     }
 
     void check(const std::string& what, double tolerance) {
@@ -432,15 +432,15 @@ private:
 };
 
 template <class Value>
-void try_maps(const Maps& maps, double tolerance) {
+void test_kernels(const Kernels& kernels, double tolerance) {
     constexpr int kThreads = 4;
     for (const Problem& problem : kProblems) {
-        const std::string what = std::string(maps.instruction_set) + ", " +
+        const std::string what = std::string(kernels.instruction_set) + ", " +
                                  std::to_string(8 * sizeof(Value)) + " bits, " + problem.name;
         Trial<Value> by_many(problem), by_one(problem);
-        by_many.run(maps, kThreads);
+        by_many.run(kernels, kThreads);
         if (tolerance < kInfinity) by_many.check(what, tolerance);
-        by_one.run(maps, 1);
+        by_one.run(kernels, 1);
         if (by_one.equals(by_many)) continue;
         ++failures;
         std::printf("%s: results depend on the number of threads\n", what.c_str());
@@ -451,12 +451,12 @@ void try_maps(const Maps& maps, double tolerance) {
 
 int main(int count, char** arguments) {
     const bool races = count > 1 && std::string(arguments[1]) == "races";
-    for (const Maps* maps : maps_that_run_here()) {
-        std::printf("%s\n", maps->instruction_set);
-        try_maps<float>(*maps, races ? kInfinity : 1e-5);
+    for (const Kernels* kernels : supported_kernels()) {
+        std::printf("%s\n", kernels->instruction_set);
+        test_kernels<float>(*kernels, races ? kInfinity : 1e-5);
         if (races) continue;
-        try_maps<double>(*maps, 1e-12);
-        try_maps<uint16_t>(*maps, 1e-2);
+        test_kernels<double>(*kernels, 1e-12);
+        test_kernels<uint16_t>(*kernels, 1e-2);
     }
     return failures != 0;
 }

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <limits>
 
-#include "cpu/maps.h"
+#include "cpu/isa_kernels.h"
 
 using namespace jvp_attn::cpu::JVP_ATTN_ISA;
 
@@ -23,7 +23,7 @@ void check(bool holds, const char* what, double where) {
 
 template <class Value>
 Value exp_of(Value x) {
-    return exp_of_nonpositive<Value>(in_all_lanes(x))[0];
+    return exp_of_nonpositive<Value>(broadcast(x))[0];
 }
 
 // In units of the last place of the exact value.
@@ -39,7 +39,7 @@ double error_of_exp(Value x) {
 
 template <class Value>
 void check_exp(double step) {
-    using Integer = typename Exponential<Value>::Integer;
+    using Integer = typename ExpConstants<Value>::Integer;
     const Value least = std::numeric_limits<Value>::min();
     const Value smallest = std::nextafter(std::log(least), Value(0));
     double worst = 0;
@@ -51,10 +51,10 @@ void check_exp(double step) {
     }
     check(worst > 0, "exp was not tried", smallest);
     check(exp_of<Value>(0) == 1, "exp is not 1", 0);
-    for (Value x = smallest; x > Exponential<Value>::kZero; x *= 1 + 1e-6)
+    for (Value x = smallest; x > ExpConstants<Value>::kZero; x *= 1 + 1e-6)
         check(exp_of(x) >= 0 && exp_of(x) < 1.001 * least, "exp is not tiny", x);
     for (const Value x :
-         {Exponential<Value>::kZero, std::numeric_limits<Value>::lowest(), -kInfinity<Value>})
+         {ExpConstants<Value>::kZero, std::numeric_limits<Value>::lowest(), -kInfinity<Value>})
         check(exp_of(x) == 0, "exp is not 0", x);
     for (const Value x :
          {std::numeric_limits<Value>::quiet_NaN(), std::bit_cast<Value>(Integer(-1)),

@@ -1,4 +1,4 @@
-// Memory for tiles, on cache lines.
+// Uninitialised memory that starts at a cache line, for tiles.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 namespace jvp_attn::cpu {
 
 template <class Value>
-class Scratch {
+class AlignedBuffer {
 public:
-    explicit Scratch(int64_t size)
+    explicit AlignedBuffer(int64_t size)
         : data_(static_cast<Value*>(::operator new(size * sizeof(Value), kAlignment))) {}
-    ~Scratch() { ::operator delete(data_, kAlignment); }
-    Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+    ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
+    AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
 
     operator Value*() const { return data_; }
     Value* begin() const { return data_; }

@@ -1,5 +1,6 @@
-// What the attention maps need and what is shared by all instruction sets: to be included before
-// one is chosen, or these functions would be compiled for it and then run everywhere.
+// Headers that all instruction sets share. isa_*.cpp include them before they select an instruction
+// set: otherwise the compiler would use that set for inline functions, which the linker may then
+// share with code for machines that lack it.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/map.h"
+#include "cpu/aligned_buffer.h"
+#include "cpu/dispatch.h"
 #include "cpu/params.h"
-#include "cpu/scratch.h"
 #include "cpu/threads.h"

@@ -1,7 +1,6 @@
-// Matrix products of tiles. The micro-kernel keeps kRowsAtOnce x kPanel results in registers: each
-// step of the depth loads one row of a panel of B, and multiplies it by elements of A one by one.
-// Both factors stay in the caches: A is read again for each panel of B, B for each kRowsAtOnce of
-// A.
+// Matrix products of tiles. The micro-kernel keeps kMicroRows x kPanel results in registers: for
+// each k it loads row k of a panel of B and multiplies it by single elements of A. Both operands
+// stay in the caches: A is read once per panel of B, B once per kMicroRows rows of A.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +11,12 @@ namespace jvp_attn::cpu::JVP_ATTN_ISA {
 
 // 16 registers hold 6 x 2 results, two vectors of B and a broadcast element; 32 hold 12 x 2.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRowsAtOnce = 12;
+constexpr int kMicroRows = 12;
 #else
-constexpr int kRowsAtOnce = 6;
+constexpr int kMicroRows = 6;
 #endif
 
-// Columns of B that are worked on at a time.
+// Columns of B that the micro-kernel works on.
 template <class Value>
 constexpr int kPanel = 2 * kLanes<Value>;
 
@@ -30,22 +29,22 @@ enum class Store { set, add };
 
 // A matrix in memory, or its transpose: element (i, j) is at i * row + j * column.
 template <class Value>
-struct Left {
+struct OperandA {
     const Value* data;
     int64_t row, column;
 
-    Left from_row(int i) const { return {data + i * row, row, column}; }
+    OperandA from_row(int i) const { return {data + i * row, row, column}; }
 };
 
 // Panels of kPanel columns: element (i, j) is at i * row + j / kPanel * panel + j % kPanel.
 template <class Value>
-struct Right {
+struct OperandB {
     const Value* data;
     int64_t row, panel;
 };
 
 template <int Rows, Store Mode, class Value>
-inline void multiply_panel(int depth, Left<Value> a, Right<Value> b, Value* c, int64_t c_row) {
+inline void micro_kernel(int depth, OperandA<Value> a, OperandB<Value> b, Value* c, int64_t c_row) {
     constexpr int lanes = kLanes<Value>;
     Vector<Value> sums[Rows][2] = {};
     for (int k = 0; k < depth; ++k) {
@@ -53,38 +52,39 @@ inline void multiply_panel(int depth, Left<Value> a, Right<Value> b, Value* c, i
         const Vector<Value> b0 = load(b_row), b1 = load(b_row + lanes);
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i) {
-            const Vector<Value> x = in_all_lanes(a.data[i * a.row + k * a.column]);
+            const Vector<Value> x = broadcast(a.data[i * a.row + k * a.column]);
             sums[i][0] += x * b0;
             sums[i][1] += x * b1;
         }
     }
     for (int i = 0; i < Rows; ++i, c += c_row) {
-        // Summed from zero first: adding one by one to a large sum would round as often.
+        // The product is summed from zero: adding each term to a large C would round every time.
         store(c, Mode == Store::add ? load(c) + sums[i][0] : sums[i][0]);
         store(c + lanes, Mode == Store::add ? load(c + lanes) + sums[i][1] : sums[i][1]);
     }
 }
 
+// The micro-kernel for the last rows, fewer than kMicroRows.
 template <int Rows, Store Mode, class Value>
-inline void multiply_last_rows(int rows, int depth, Left<Value> a, Right<Value> b, Value* c,
-                               int64_t c_row) {
+inline void remainder_kernel(int rows, int depth, OperandA<Value> a, OperandB<Value> b, Value* c,
+                             int64_t c_row) {
     if constexpr (Rows > 0) {
-        if (rows == Rows) return multiply_panel<Rows, Mode>(depth, a, b, c, c_row);
-        multiply_last_rows<Rows - 1, Mode>(rows, depth, a, b, c, c_row);
+        if (rows == Rows) return micro_kernel<Rows, Mode>(depth, a, b, c, c_row);
+        remainder_kernel<Rows - 1, Mode>(rows, depth, a, b, c, c_row);
     }
 }
 
-// C (rows, columns) = A (rows, depth) B (depth, columns), or += . Columns are rounded up to panels,
-// of which B and C have all.
+// C (rows, columns) = A (rows, depth) B (depth, columns), or C += A B. B and C have whole panels of
+// columns, and all of these are computed.
 template <Store Mode, class Value>
-inline void multiply(int rows, int columns, int depth, Left<Value> a, Right<Value> b, Value* c,
-                     int64_t c_row) {
+inline void gemm(int rows, int columns, int depth, OperandA<Value> a, OperandB<Value> b, Value* c,
+                 int64_t c_row) {
     for (int j = 0; j < columns; j += kPanel<Value>, b.data += b.panel, c += kPanel<Value>) {
         int i = 0;
-        for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce)
-            multiply_panel<kRowsAtOnce, Mode>(depth, a.from_row(i), b, c + i * c_row, c_row);
-        multiply_last_rows<kRowsAtOnce - 1, Mode>(rows - i, depth, a.from_row(i), b, c + i * c_row,
-                                                  c_row);
+        for (; i + kMicroRows <= rows; i += kMicroRows)
+            micro_kernel<kMicroRows, Mode>(depth, a.from_row(i), b, c + i * c_row, c_row);
+        remainder_kernel<kMicroRows - 1, Mode>(rows - i, depth, a.from_row(i), b, c + i * c_row,
+                                               c_row);
     }
 }
 
