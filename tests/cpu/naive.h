@@ -1,4 +1,4 @@
-// The naive formulas of attention and of all that derives from it, in double, for one head.
+// The naive formulas of attention, its JVP and the gradients of both, in double, for one head.
 #pragma once
 
 #include <cmath>
@@ -53,8 +53,8 @@ inline Matrix operator*(double factor, Matrix a) {
     return a;
 }
 
-// Take x(i) off each element of row i.
-inline Matrix less(Matrix a, const Matrix& x) {
+// Subtracts x(i) from each element of row i.
+inline Matrix minus_rowwise(Matrix a, const Matrix& x) {
     for (int i = 0; i < a.rows; ++i)
         for (int j = 0; j < a.columns; ++j) a(i, j) -= x(i, 0);
     return a;
@@ -67,7 +67,7 @@ inline Matrix row_sums(const Matrix& a) {
     return result;
 }
 
-// Everything has its full shape here: what is absent is zero. The mask is added, -inf hides a key.
+// All matrices have their full shapes; an absent input is zero. The mask is added to the scores.
 struct Head {
     Matrix q, k, v, tq, tk, tv, mask, tmask;
     Matrix grad_out, grad_tout, grad_lse, grad_mu;
@@ -86,21 +86,21 @@ struct Head {
             lse(i, 0) = std::log(sum);
             for (int j = 0; j < s.columns; ++j) p(i, j) = sum ? std::exp(s(i, j)) / sum : 0;
             if (sum) continue;
-            grad_lse(i, 0) = grad_mu(i, 0) = 0;  // of a row that sees no key
+            grad_lse(i, 0) = grad_mu(i, 0) = 0;  // of a fully masked row
         }
         const Matrix t = scale * (tq * transposed(k) + q * transposed(tk)) + tmask;
         mu = row_sums(times(p, t));
-        const Matrix ptc = times(p, less(t, mu));
+        const Matrix ptc = times(p, minus_rowwise(t, mu));
         out = p * v;
         tout = ptc * v + p * tv;
 
         const Matrix beta = row_sums(times(grad_tout, out)) + -1. * grad_mu;
         const Matrix delta =
             row_sums(times(grad_out, out)) + row_sums(times(grad_tout, tout)) + -1. * grad_lse;
-        const Matrix b = less(grad_tout * transposed(v), beta);
+        const Matrix b = minus_rowwise(grad_tout * transposed(v), beta);
         const Matrix a = grad_out * transposed(v) + grad_tout * transposed(tv);
         grad_tmask = times(p, b);
-        grad_mask = times(p, less(a + times(b, less(t, mu)), delta));
+        grad_mask = times(p, minus_rowwise(a + times(b, minus_rowwise(t, mu)), delta));
         grad_q = scale * (grad_mask * k + grad_tmask * tk);
         grad_k = scale * (transposed(grad_mask) * q + transposed(grad_tmask) * tq);
         grad_v = transposed(p) * grad_out + transposed(ptc) * grad_tout;

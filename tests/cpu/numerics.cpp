@@ -1,4 +1,5 @@
-// What vector.h and rows.h compute with numbers, for the instruction set that this is compiled for.
+// The accuracy of exp in vector.h, and the rounding of half.h, for the instruction set that this is
+// compiled for.
 #include <cstdio>
 #include <limits>
 
@@ -16,8 +17,8 @@ using Float16 = _Float16;
 
 int failures = 0;
 
-void check(bool holds, const char* what, double where) {
-    if (holds) return;
+void check(bool condition, const char* what, double where) {
+    if (condition) return;
     if (failures++ < 10) std::printf("%s at %.17g\n", what, where);
 }
 
@@ -26,7 +27,7 @@ Value exp_of(Value x) {
     return exp_of_nonpositive<Value>(broadcast(x))[0];
 }
 
-// In units of the last place of the exact value.
+// In ulp of the exact value.
 template <class Value>
 double error_of_exp(Value x) {
     using Exact = std::conditional_t<std::is_same_v<Value, float>, double, long double>;
@@ -46,10 +47,10 @@ void check_exp(double step) {
     for (Value x = -std::numeric_limits<Value>::denorm_min(); x >= smallest;
          x = std::min<Value>(x * (1 + step), std::nextafter(x, -kInfinity<Value>))) {
         const double error = error_of_exp(x);
-        check(error <= 2, "exp is off by more than 2 ulp", x);
+        check(error <= 2, "exp has an error above 2 ulp", x);
         worst = std::max(worst, error);
     }
-    check(worst > 0, "exp was not tried", smallest);
+    check(worst > 0, "exp was not tested", smallest);
     check(exp_of<Value>(0) == 1, "exp is not 1", 0);
     for (Value x = smallest; x > ExpConstants<Value>::kZero; x *= 1 + 1e-6)
         check(exp_of(x) >= 0 && exp_of(x) < 1.001 * least, "exp is not tiny", x);
@@ -84,10 +85,10 @@ void check_bfloat16() {
         const float x = std::bit_cast<float>(uint32_t(bits));
         const float rounded = float_from_bfloat16(bfloat16_from_float(x));
         if (!std::isfinite(x)) {
-            check_same(rounded, x, "bfloat16 is not infinite or NaN", x);
+            check_same(rounded, x, "bfloat16 loses infinity or NaN", x);
             continue;
         }
-        // Between its neighbours, and to the even one from the middle.
+        // To the nearest, ties to even.
         const uint32_t below = bits & 0xffff0000, rest = bits & 0xffff;
         const bool up = rest > 0x8000 || (rest == 0x8000 && (below & 0x10000));
         check_same(rounded, std::bit_cast<float>(below + (up ? 0x10000 : 0)),
