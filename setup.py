@@ -167,7 +167,7 @@ def cpu_extension() -> Extension:
     return Extension(
         "jvp_attn._cpu",
         sources=[str(path) for path in sorted(folder.glob("*.cpp"))],
-        depends=["setup.py", *(str(path) for path in sorted(folder.glob("*.h")))],
+        depends=["setup.py", "csrc/common/bindings.h", *map(str, sorted(folder.glob("*.h")))],
         include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args=[*CPU_FLAGS, "-isystem", pybind11_headers()],
         extra_link_args=["-pthread", "-ldl"],

@@ -1,4 +1,4 @@
-"""The attention maps on a CPU, as csrc/cpu/bindings.cpp defines them."""
+"""The CPU extension, as csrc/cpu/bindings.cpp defines it."""
 
 # Addresses are what torch.Tensor.data_ptr() gives, strides count elements.
 
@@ -49,8 +49,9 @@ class AttentionParams:
     tmask: Mask
     grad_mask: Mask
     grad_tmask: Mask
-    cu_seqlens_q: int  # write-only: an address
-    cu_seqlens_k: int  # write-only: an address
+    cu_seqlens_q: int  # an address
+    cu_seqlens_k: int  # an address
+    seqused_k: int  # an address; 0, the default, where all keys are used
     batch: int
     heads: int
     heads_k: int
@@ -59,8 +60,8 @@ class AttentionParams:
     head_dim: int
     head_dim_v: int
     softmax_scale: float
-    causal: int  # write-only
-    element: int  # write-only
+    causal: int
+    element: int
     threads: int
 
     def __init__(self) -> None: ...

@@ -63,6 +63,9 @@ struct AttentionParams {
 
     const int32_t* cu_seqlens_q = nullptr;  // (batch + 1) where each sequence starts and ends
     const int32_t* cu_seqlens_k = nullptr;
+    // (batch) keys of each sequence that are used; the others are padding, and their gradients are
+    // not written.
+    const int32_t* seqused_k = nullptr;
 
     int32_t batch = 0;  // of sequences, where they are packed
     int32_t heads = 0;

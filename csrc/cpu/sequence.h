@@ -16,7 +16,8 @@ constexpr Value kInfinity = std::numeric_limits<Value>::infinity();
 struct Sequence {
     int batch;
     int64_t first_query = 0, first_key = 0;
-    int queries, keys;
+    int queries;
+    int keys;  // the used ones, without padding
 
     Sequence(const AttentionParams& p, int batch_index)
         : batch(batch_index), queries(p.seqlen_q), keys(p.seqlen_k), causal_(p.causal) {
@@ -26,6 +27,7 @@ struct Sequence {
             first_key = p.cu_seqlens_k[batch];
             keys = p.cu_seqlens_k[batch + 1] - static_cast<int>(first_key);
         }
+        if (p.seqused_k) keys = std::clamp(p.seqused_k[batch], 0, keys);
         diagonal_ = causal_ == Causal::bottom_right ? keys - queries : 0;
     }
 

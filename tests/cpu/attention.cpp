@@ -20,6 +20,7 @@ using namespace jvp_attn::cpu;
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Problem {
     const char* name;
@@ -27,6 +28,7 @@ struct Problem {
     int heads, heads_k, head_dim, head_dim_v;
     Causal causal = Causal::no;
     bool packed = false, masked = false, only_q_moves = false;
+    std::vector<int> used_keys = {};  // of each sequence; all of them, if empty
 };
 
 const Problem kProblems[] = {
@@ -47,6 +49,66 @@ const Problem kProblems[] = {
     {"only the queries move", {100}, {130}, 2, 1, 16, 16, Causal::no, false, false, true},
     {"parts of the keys", {3}, {5000}, 2, 1, 4, 4},
     {"parts of the keys, causal", {300}, {4400}, 1, 1, 4, 4, Causal::bottom_right},
+    {"padded keys",
+     {101, 101, 101, 101},
+     {300, 300, 300, 300},
+     2,
+     1,
+     12,
+     10,
+     Causal::no,
+     false,
+     false,
+     false,
+     {300, 270, 7, 0}},
+    {"padded keys, masked, causal",
+     {60, 60, 60},
+     {150, 150, 150},
+     2,
+     1,
+     8,
+     6,
+     Causal::bottom_right,
+     false,
+     true,
+     false,
+     {129, 40, 0}},
+    {"padded keys, masked, top left",
+     {101, 101},
+     {150, 150},
+     2,
+     2,
+     8,
+     6,
+     Causal::top_left,
+     false,
+     true,
+     false,
+     {90, 128}},
+    {"padded keys, packed",
+     {97, 5, 30},
+     {140, 8, 200},
+     2,
+     1,
+     9,
+     5,
+     Causal::bottom_right,
+     true,
+     false,
+     false,
+     {99, 8, 0}},
+    {"parts of the keys, padded",
+     {3, 3},
+     {5000, 5000},
+     2,
+     1,
+     4,
+     4,
+     Causal::no,
+     false,
+     false,
+     false,
+     {4200, 1}},
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -97,6 +159,14 @@ public:
     void fill(std::mt19937& random) {
         std::normal_distribution<double> normal;
         for (Value& x : data_) write(x, normal(random));
+    }
+
+    // NaN in the rows of each sequence from `begin` on.
+    void poison(const std::vector<int>& begin, const std::vector<int>& end, int heads) {
+        for (size_t i = 0; i < begin.size(); ++i)
+            for (int row = begin[i]; row < end[i]; ++row)
+                for (int head = 0; head < heads; ++head)
+                    for (int j = 0; j < columns_; ++j) write(at(i, head, row, j), kNaN);
     }
 
     const std::vector<Value>& data() const { return data_; }
@@ -187,6 +257,11 @@ public:
             ends_q_.push_back(ends_q_.back() + problem.queries[i]);
             ends_k_.push_back(ends_k_.back() + problem.keys[i]);
         }
+        for (R* x : {&k, &v, &tk, &tv}) x->poison(problem.used_keys, problem.keys, problem.heads_k);
+        if (problem.masked)
+            for (size_t i = 0; i < mask_.size(); ++i)
+                if (column(i) >= used_keys(i / (problem.heads * mask_size())))
+                    mask_[i] = tmask_[i] = kNaN;
     }
 
     void run(const Maps& maps, int threads) {
@@ -223,6 +298,17 @@ private:
         return problem_.masked ? int64_t{problem_.queries[0]} * problem_.keys[0] : 0;
     }
 
+    int used_keys(int sequence) const {
+        return problem_.used_keys.empty() ? problem_.keys[sequence] : problem_.used_keys[sequence];
+    }
+    int column(size_t i) const { return i % problem_.keys[0]; }
+
+    // Rows of keys of a sequence, without those that are not used.
+    naive::Matrix without_padding(naive::Matrix x, int sequence) const {
+        std::fill(x.data.begin() + int64_t{used_keys(sequence)} * x.columns, x.data.end(), 0);
+        return x;
+    }
+
     R queries(int columns) { return R(problem_.queries, problem_.heads, columns, problem_.packed); }
     R keys(int columns) { return R(problem_.keys, problem_.heads_k, columns, problem_.packed); }
     V rows() { return V(problem_.queries, problem_.heads, problem_.packed); }
@@ -250,6 +336,7 @@ private:
             p.grad_mask = mask_of(grad_mask_), p.grad_tmask = mask_of(grad_tmask_);
         }
         if (problem_.packed) p.cu_seqlens_q = ends_q_.data(), p.cu_seqlens_k = ends_k_.data();
+        if (!problem_.used_keys.empty()) p.seqused_k = problem_.used_keys.data();
         p.batch = static_cast<int>(batch());
         p.heads = problem_.heads, p.heads_k = problem_.heads_k;
         p.seqlen_q = problem_.queries[0], p.seqlen_k = problem_.keys[0];
@@ -280,16 +367,21 @@ private:
         naive::Head x;
         x.scale = .3;
         x.q = q.matrix(sequence, head, n), x.tq = tq.matrix(sequence, head, n);
-        x.k = k.matrix(sequence, head / group, m), x.v = v.matrix(sequence, head / group, m);
+        const auto of_keys = [&](R& rows) {
+            return without_padding(rows.matrix(sequence, head / group, m), sequence);
+        };
+        x.k = of_keys(k), x.v = of_keys(v);
         x.tk = naive::Matrix(m, problem_.head_dim), x.tv = naive::Matrix(m, problem_.head_dim_v);
-        if (!problem_.only_q_moves)
-            x.tk = tk.matrix(sequence, head / group, m),
-            x.tv = tv.matrix(sequence, head / group, m);
+        if (!problem_.only_q_moves) x.tk = of_keys(tk), x.tv = of_keys(tv);
         x.mask = mask_matrix(mask_, sequence, head), x.tmask = mask_matrix(tmask_, sequence, head);
-        const int diagonal = problem_.causal == Causal::bottom_right ? m - n : 0;
-        if (problem_.causal != Causal::no)
-            for (int i = 0; i < n; ++i)
-                for (int j = std::max(0, i + diagonal + 1); j < m; ++j) x.mask(i, j) = -kInfinity;
+        const int used = used_keys(sequence);
+        const int diagonal = problem_.causal == Causal::bottom_right ? used - n : 0;
+        for (int i = 0; i < n; ++i)
+            for (int j = 0; j < m; ++j) {
+                if (j >= used) x.tmask(i, j) = 0;
+                if (j >= used || (problem_.causal != Causal::no && j > i + diagonal))
+                    x.mask(i, j) = -kInfinity;
+            }
         x.grad_out = grad_out.matrix(sequence, head, n);
         x.grad_tout = grad_tout.matrix(sequence, head, n);
         x.grad_lse = grad_lse.matrix(sequence, head, n);
