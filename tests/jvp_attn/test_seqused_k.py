@@ -1,4 +1,4 @@
-"""seqused_k masks the padding of shorter key sequences: like a boolean mask, in every derivative."""
+"""seqused_k masks padded keys: the same as a boolean mask, in every derivative."""
 
 from __future__ import annotations
 
