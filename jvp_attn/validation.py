@@ -19,10 +19,10 @@ _PACKED = ("total", "heads", "head_dim")
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check (batch, seqlen, heads, head_dim) tensors that belong together.
+    """Check q, k and v of shape (batch, seqlen, heads, head_dim).
 
     Raises:
-        TypeError: an argument is no tensor, or its dtype is not supported or not the same.
+        TypeError: an argument is not a tensor, or its dtype is unsupported, or dtypes differ.
         ValueError: a shape or device does not fit.
     """
     _check_tensors(q, k, v, _DENSE)
@@ -44,12 +44,12 @@ def check_packed_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> None:
-    """Check (total, heads, head_dim) tensors and where the sequences in them end.
+    """Check q, k and v of shape (total, heads, head_dim), and cu_seqlens.
 
     `check_lengths` checks the values in cu_seqlens.
 
     Raises:
-        TypeError: an argument is of another type, or its dtype is not supported or not the same.
+        TypeError: the type or dtype of an argument is unsupported, or dtypes differ.
         ValueError: a shape, device or number does not fit.
     """
     _check_tensors(q, k, v, _PACKED)
@@ -70,7 +70,7 @@ def check_packed_attention(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q has {cu_seqlens_q.shape[0] - 1} sequences but cu_seqlens_k has "
-            f"{cu_seqlens_k.shape[0] - 1}; they must have the same number"
+            f"{cu_seqlens_k.shape[0] - 1}; they must be as many"
         )
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
@@ -83,7 +83,7 @@ def check_seqused_k(seqused_k: Tensor | None, q: Tensor) -> None:
     """Check the lengths of padded keys; `check_lengths` checks their values.
 
     Raises:
-        TypeError: it is no tensor, or not int32.
+        TypeError: it is not a tensor, or not int32.
         ValueError: its shape or device does not fit.
     """
     if seqused_k is None:
@@ -162,7 +162,7 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Check an attention mask and expand it to four dimensions.
 
     Raises:
-        TypeError: it is no tensor, or its dtype is not supported.
+        TypeError: it is not a tensor, or its dtype is not supported.
         ValueError: its shape or device does not fit.
     """
     if mask is None:
@@ -260,7 +260,7 @@ def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
     """Check that a tangent has its primal's shape, dtype and device; None is a zero tangent.
 
     Raises:
-        TypeError: it is no tensor or has another dtype.
+        TypeError: it is not a tensor or has another dtype.
         ValueError: it has another shape or device.
     """
     if tangent is None:
@@ -289,7 +289,7 @@ def check_mask_tangent(tangent: Tensor | None, mask: Tensor | None) -> None:
     """Check the tangent of a mask, which must be floating.
 
     Raises:
-        TypeError: it is no tensor, or the mask is boolean, or it has another dtype.
+        TypeError: it is not a tensor, or the mask is boolean, or it has another dtype.
         ValueError: there is no mask, or it has another shape or device.
     """
     if tangent is None:
@@ -317,7 +317,7 @@ def resolve_alignment(causal: bool) -> Causal:
     """The alignment of the causal mask, bottom-right as in flash-attn.
 
     Raises:
-        TypeError: it is no bool.
+        TypeError: it is not a bool.
     """
     if not isinstance(causal, bool):
         raise TypeError(
@@ -331,7 +331,7 @@ def resolve_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
     """The scale to use: head_dim^−½ by default.
 
     Raises:
-        TypeError: it is no Python number.
+        TypeError: it is not a Python number.
         ValueError: it is not finite.
     """
     if softmax_scale is None:
