@@ -1,4 +1,4 @@
-"""Keeping torch's autocast out of the attention maps: it would round in the middle of them."""
+"""Disabling torch's autocast inside attention, where it would round intermediate results."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 
 from jvp_attn.types import Inputs
 
-Map = TypeVar("Map", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @torch.compiler.assume_constant_result
 def has_autocast(device_type: str) -> bool:
-    """Whether there is autocast for a type of device, such as "cpu"; there is none for "meta"."""
+    """Whether a type of device has autocast: "cpu" does, "meta" does not."""
     return torch.amp.is_autocast_available(device_type)
 
 
-def without_autocast(attention_map: Map) -> Map:
-    """Let a function of `Inputs` compute as if there were no autocast around it."""
+def without_autocast(function: F) -> F:
+    """Disable autocast inside a function of `Inputs`."""
 
-    @wraps(attention_map)
+    @wraps(function)
     def in_full_precision(inputs: Inputs, *others: Any) -> Any:
         device = inputs.q.device.type
         if not has_autocast(device):
-            return attention_map(inputs, *others)
+            return function(inputs, *others)
         with torch.autocast(device, enabled=False):
-            return attention_map(inputs, *others)
+            return function(inputs, *others)
 
-    return cast(Map, in_full_precision)
+    return cast(F, in_full_precision)

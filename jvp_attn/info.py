@@ -1,7 +1,7 @@
-"""What a bug report needs to say about a machine: `python -m jvp_attn.info [--json]`.
+"""Versions, devices and backends for a bug report: `python -m jvp_attn.info [--json]`.
 
-With `--shape batch,seqlen,heads,head_dim` it says instead which kernels would compute attention of
-this shape, and why: on the present device, or on another with `--capability 8.0`.
+With `--shape batch,seqlen,heads,head_dim` it prints instead which kernels would compute attention
+of this shape, and why: on the present device, or on another with `--capability 8.0`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Extension:
-    """The CUDA extension: how it was built, or else why it cannot be used."""
+    """The CUDA extension: how it was built, or why it cannot be used."""
 
     build: BuildInfo | None = None
     import_error: str | None = None
@@ -40,7 +40,7 @@ class Extension:
 
 @dataclass(frozen=True, kw_only=True)
 class CpuExtension:
-    """The kernels for the CPU: for which instruction sets that run here, or why there are none."""
+    """The CPU extension: the instruction sets that this CPU supports, or why it cannot be used."""
 
     instruction_sets: list[str] | None = None  # the first is used
     import_error: str | None = None
@@ -64,7 +64,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Ask this process about itself and its machine."""
+    """Collect a report about this process and machine."""
     extension, devices = _extension_and_devices()
     return Report(
         jvp_attn=version("jvp-attn"),
@@ -82,7 +82,7 @@ def collect() -> Report:
 
 
 def as_text(report: Report) -> str:
-    """Lay a report out for people, one aligned line a fact."""
+    """Format a report, one fact per line."""
     cuda = f"CUDA {report.torch_cuda}" if report.torch_cuda else "CPU only"
     lines = [
         ("jvp_attn", report.jvp_attn),
@@ -197,7 +197,7 @@ def _devices_seen_by_torch() -> list[Device]:
             "capability": (properties.major, properties.minor),
             "multiprocessors": properties.multi_processor_count,
             "memory": properties.total_memory,
-            # torch's own stub forgets this attribute.
+            # torch's stub lacks this attribute.
             "shared_memory_per_block": properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         }
         for properties in every

@@ -1,8 +1,8 @@
-"""What users call: attention that the transforms of torch.func and torch.autograd go through."""
+"""The public attention functions, which all transforms of torch.func and torch.autograd support."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -18,10 +18,36 @@ from jvp_attn.validation import (
     check_mask,
     check_mask_tangent,
     check_packed_attention,
+    check_seqused_k,
     check_tangent,
     resolve_alignment,
     resolve_softmax_scale,
 )
+
+
+class PackedKwargs(TypedDict, total=False):
+    """Keyword options of `flash_attn_varlen_jvp`."""
+
+    softmax_scale: float | None
+    causal: bool
+    deterministic: bool
+
+
+class AttentionKwargs(PackedKwargs, total=False):
+    """Keyword options of `flash_attn_jvp`."""
+
+    attn_mask: Tensor | None
+    seqused_k: Tensor | None
+
+
+class TangentKwargs(AttentionKwargs, total=False):
+    """Keyword options of `flash_attn_with_tangent`."""
+
+    tattn_mask: Tensor | None
+
+
+# ----------------------------------------------------------------------------
+# Dense attention
 
 
 @overload
@@ -30,11 +56,8 @@ def flash_attn_jvp(
     k: Tensor,
     v: Tensor,
     *,
-    attn_mask: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = True,
     return_lse: Literal[False] = False,
+    **options: Unpack[AttentionKwargs],
 ) -> Tensor: ...
 
 
@@ -44,11 +67,8 @@ def flash_attn_jvp(
     k: Tensor,
     v: Tensor,
     *,
-    attn_mask: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = True,
     return_lse: Literal[True],
+    **options: Unpack[AttentionKwargs],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -58,6 +78,7 @@ def flash_attn_jvp(
     v: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     deterministic: bool = True,
@@ -65,59 +86,92 @@ def flash_attn_jvp(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(s Q Kᵀ + mask) V, differentiable in forward and reverse mode and in both together.
 
-    Under `torch.func.jvp` or `torch.autograd.forward_ad` the output and its tangent come from one
-    pass over the keys, and tangents that are absent cost nothing. `.backward()` is exact through
-    the output, its tangent, lse and the tangent of lse.
+    Under `torch.func.jvp` or `torch.autograd.forward_ad` one pass over the keys computes the output
+    and its tangent; absent tangents cost nothing. `.backward()` is exact through the output, its
+    tangent, lse and the tangent of lse.
 
-    Autocast has no effect: inputs are computed in the dtype that they have.
+    Autocast has no effect: attention is computed in the dtype of the inputs.
 
-    With the CUDA extension, float16 and bfloat16 on a GPU of compute capability 8.0 or newer run
-    on CUDA kernels; all else, gradients through a tangent where a head dim is above 128, and
-    tangents and gradients of a mask, on tiled operations of torch.
-    `python -m jvp_attn.info --shape ...` tells which, and why.
+    With the CUDA extension, CUDA kernels compute float16 and bfloat16 on GPUs of compute capability
+    8.0 or newer. Tiled torch operations compute the rest, gradients through a tangent with a head
+    dim above 128, and tangents and gradients of a mask. `python -m jvp_attn.info --shape ...`
+    prints which, and why.
 
-    What a row does not see cannot reach it, not even NaN. Only the CUDA kernels multiply it by
-    zero: there k, v and their tangents must be finite everywhere, or rows become NaN.
+    Masked and padded keys never affect a row, even if they are NaN. The CUDA kernels require finite
+    k and v and finite tangents of them, even where they are masked or padded.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64.
         k: (batch, seqlen_k, heads_k, head_dim), same dtype; heads is a multiple of heads_k.
         v: (batch, seqlen_k, heads_k, head_dim_v), same dtype. Head dims are 1 to 256.
         attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), and never expanded. Boolean:
-            True attends. Or of q's dtype, or float32 beside half precision: added to the scaled
-            scores, −inf hiding a key; it may require grad and have a tangent.
+            True attends. Or of q's dtype, or float32 with half precision: added to the scaled
+            scores, −inf masking a key; it may require grad and have a tangent.
+        seqused_k: (batch,) int32 on q's device, 0 to seqlen_k: how many keys of each example are
+            used. The others are padding: they are not seen, and their gradients are 0.
         softmax_scale: s; head_dim^−½ by default.
-        causal: row i sees key j where j ≤ i + seqlen_k − seqlen_q, aligned at the bottom right as
-            in flash-attn; and where attn_mask lets it, too.
-        deterministic: whether gradients have the same bits each time. With False the backward that
-            no tangent is part of may be one kernel instead of two, which sums the gradient of q in
-            an order that varies, in float32 memory of the shape of q, the rows of each sequence
-            rounded up to a multiple of 128. So far that is on compute capability 9.0 alone,
-            without attn_mask, for head dims from 72 to 128, multiples of 8, and tensors whose
-            rows start at multiples of 16 bytes; all else is deterministic anyhow, and so is all
-            under `torch.use_deterministic_algorithms(True)`.
+        causal: row i sees key j if j ≤ i + seqlen_k − seqlen_q, aligned bottom-right as in
+            flash-attn, and if attn_mask allows it. With seqused_k its value replaces seqlen_k.
+        deterministic: whether gradients are bitwise reproducible. With False, the backward pass of
+            attention without tangents may use one kernel instead of two. That kernel accumulates
+            the gradient of q atomically, in nondeterministic order, in float32 memory of the shape
+            of q with the rows of each sequence rounded up to a multiple of 128. It supports compute
+            capability 9.0, no attn_mask, head dims that are multiples of 8 from 72 to 128, and
+            tensors whose rows start at multiples of 16 bytes. Everything else is deterministic,
+            and so is everything under `torch.use_deterministic_algorithms(True)`.
         return_lse: also return lse.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v), q's dtype; with return_lse also lse
         (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs), whose
-        tangent is mu = rowsum(P∘T). Rows that see no key give 0, lse −inf and no gradient.
+        tangent is mu = rowsum(P∘T). Rows that see no key have out 0, lse −inf and no gradient.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it.
-        ValueError: `backend("cuda")` is asked for and cannot compute this; the message says why.
-        NotImplementedError: a derivative of third order, from the transform that asks for it.
+        TypeError, ValueError: an argument is invalid; the message names it. The values of seqused_k
+            on a GPU are checked there, by an assertion that later operations report.
+        ValueError: `backend("cuda")` is requested and cannot compute this; the message says why.
+        NotImplementedError: a derivative of third order, from the transform that requests it.
 
     Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081)
     for the tangent.
     """
     out, lse = attention(
         *(q, k, v, attn_mask),
+        seqused_k=seqused_k,
         softmax_scale=softmax_scale,
         causal=resolve_alignment(causal),
         deterministic=deterministic,
     )
     return (out, lse) if return_lse else out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None,
+    causal: Causal,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) as in `flash_attn_jvp`, for either alignment of the causal mask."""
+    check_attention(q, k, v)
+    check_seqused_k(seqused_k, q)
+    inputs = Inputs(q, k, v, check_mask(attn_mask, q, k), seqused_k=seqused_k)
+    options = AttentionOptions(
+        softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
+        causal=causal,
+        backend=resolve_backend(q, k),
+        return_lo=backward_may_follow(*inputs),
+        deterministic=deterministic,
+    )
+    return differentiable_attention(inputs, options)
+
+
+# ----------------------------------------------------------------------------
+# Packed sequences
 
 
 @overload
@@ -130,10 +184,8 @@ def flash_attn_varlen_jvp(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = True,
     return_lse: Literal[False] = False,
+    **options: Unpack[PackedKwargs],
 ) -> Tensor: ...
 
 
@@ -147,10 +199,8 @@ def flash_attn_varlen_jvp(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = True,
     return_lse: Literal[True],
+    **options: Unpack[PackedKwargs],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -168,20 +218,20 @@ def flash_attn_varlen_jvp(
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`flash_attn_jvp` of sequences of different lengths that are packed one after the other.
+    """`flash_attn_jvp` of sequences of different lengths, packed one after another.
 
     Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] and the keys likewise; either
-    may be none. What comes after the last belongs to no sequence: out 0, lse −inf, no gradient.
+    may be empty. Rows after the last sequence belong to none: out 0, lse −inf, no gradient.
 
     Args:
         q: (total_q, heads, head_dim), float16, bfloat16, float32 or float64.
         k: (total_k, heads_k, head_dim), same dtype; heads is a multiple of heads_k.
         v: (total_k, heads_k, head_dim_v), same dtype. Head dims are 1 to 256.
-        cu_seqlens_q, cu_seqlens_k: (sequences + 1), int32, on q's device, rising from 0.
-        max_seqlen_q, max_seqlen_k: no less than the longest sequence, so that nothing must wait for
-            the device to tell.
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1), int32, on q's device, nondecreasing from 0.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths, so that the host need not wait for
+            the device.
         softmax_scale: head_dim^−½ by default.
-        causal: aligned at the bottom right in each sequence.
+        causal: aligned bottom-right in each sequence.
         deterministic: as in `flash_attn_jvp`.
         return_lse: also return lse.
 
@@ -190,26 +240,28 @@ def flash_attn_varlen_jvp(
         (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it. What cu_seqlens
-            on a GPU hold is checked there, by an assertion that later operations report.
-        NotImplementedError: a derivative of third order, from the transform that asks for it.
+        TypeError, ValueError: an argument is invalid; the message names it. The values of
+            cu_seqlens on a GPU are checked there, by an assertion that later operations report.
+        NotImplementedError: a derivative of third order, from the transform that requests it.
 
     Source: the interface of flash-attn's flash_attn_varlen_func.
     """
     check_packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     inputs = Inputs(q[None], k[None], v[None], None, cu_seqlens_q, cu_seqlens_k)
-    out, lse = differentiable_attention(
-        inputs,
-        AttentionOptions(
-            softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[2]),
-            causal=resolve_alignment(causal),
-            backend=resolve_backend(*inputs[:2]),
-            return_lo=backward_may_follow(q, k, v),
-            max_seqlens=(max_seqlen_q, max_seqlen_k),
-            deterministic=deterministic,
-        ),
+    options = AttentionOptions(
+        softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[2]),
+        causal=resolve_alignment(causal),
+        backend=resolve_backend(inputs.q, inputs.k),
+        return_lo=backward_may_follow(q, k, v),
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
+        deterministic=deterministic,
     )
+    out, lse = differentiable_attention(inputs, options)
     return (out[0], lse[0]) if return_lse else out[0]
+
+
+# ----------------------------------------------------------------------------
+# Tangents as ordinary arguments
 
 
 @overload
@@ -221,12 +273,8 @@ def flash_attn_with_tangent(
     tk: Tensor | None = None,
     tv: Tensor | None = None,
     *,
-    attn_mask: Tensor | None = None,
-    tattn_mask: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = True,
     return_lse: Literal[False] = False,
+    **options: Unpack[TangentKwargs],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -239,12 +287,8 @@ def flash_attn_with_tangent(
     tk: Tensor | None = None,
     tv: Tensor | None = None,
     *,
-    attn_mask: Tensor | None = None,
-    tattn_mask: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = True,
     return_lse: Literal[True],
+    **options: Unpack[TangentKwargs],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
@@ -258,17 +302,18 @@ def flash_attn_with_tangent(
     *,
     attn_mask: Tensor | None = None,
     tattn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`flash_attn_jvp` for code that threads tangents by hand instead of using torch.func.jvp.
+    """`flash_attn_jvp` for code that passes tangents explicitly instead of using torch.func.jvp.
 
     Args:
-        q, k, v, attn_mask, softmax_scale, causal, deterministic: as in `flash_attn_jvp`.
+        q, k, v, attn_mask, seqused_k, softmax_scale, causal, deterministic: as in `flash_attn_jvp`.
         tq, tk, tv, tattn_mask: tangents, each of its primal's shape, dtype and device. None is zero
-            and costs nothing; without any tangent, those returned are zeros.
+            and costs nothing; without any tangent, the returned tangents are zeros.
         return_lse: also return lse and its tangent.
 
     Returns:
@@ -276,11 +321,12 @@ def flash_attn_with_tangent(
         Reverse mode is exact through all of them, for all inputs and tangents.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: forward mode through this function (a jvp of a jvp).
     """
     check_attention(q, k, v)
-    inputs = Inputs(q, k, v, check_mask(attn_mask, q, k))
+    check_seqused_k(seqused_k, q)
+    inputs = Inputs(q, k, v, check_mask(attn_mask, q, k), seqused_k=seqused_k)
     for name, tangent, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         check_tangent(name, tangent, primal)
     check_mask_tangent(tattn_mask, attn_mask)
@@ -294,26 +340,3 @@ def flash_attn_with_tangent(
     )
     out, lse, tout, mu = attention_with_tangent(inputs, tangents, options)
     return (out, tout, lse, mu) if return_lse else (out, tout)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    *,
-    softmax_scale: float | None,
-    causal: Causal,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) as `flash_attn_jvp`, for either alignment of the causal mask."""
-    check_attention(q, k, v)
-    inputs = Inputs(q, k, v, check_mask(attn_mask, q, k))
-    options = AttentionOptions(
-        softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
-        causal=causal,
-        backend=resolve_backend(q, k),
-        return_lo=backward_may_follow(*inputs),
-        deterministic=deterministic,
-    )
-    return differentiable_attention(inputs, options)

@@ -1,8 +1,8 @@
-"""Joining partial results of attention over disjoint keys, as ring and split-key attention do.
+"""Merging attention over disjoint sets of keys, as ring and split-KV attention do.
 
     lse = log Σ_i exp(lse_i)        O = Σ_i exp(lse_i − lse) O_i
 
-Plain differentiable operations: PyTorch derives every derivative, through O_i and lse_i alike.
+Plain torch operations: PyTorch differentiates them to any order, through O_i and lse_i.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from jvp_attn.validation import DTYPES
 
 
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The attention over all keys, from those over disjoint sets of them.
+    """The attention over all keys, from the attentions over disjoint sets of them.
 
-    Exact, with every derivative, if each part's lse is differentiated along with its out.
+    Exact, as are its derivatives if each part's lse is differentiated together with its out.
 
     Args:
         parts: at least one (out, lse), each as attention with `return_lse=True` returns them for
@@ -35,15 +35,15 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         key in any part: out 0, lse −inf, no gradient.
 
     Raises:
-        TypeError: a part is no pair of tensors, or a dtype does not fit; the message names it.
-        ValueError: there is no part, or a shape or device does not fit.
+        TypeError: a part is not a pair of tensors, or a dtype does not fit; the message names it.
+        ValueError: parts is empty, or a shape or device does not fit.
     """
     _check_parts(parts)
     outs = [out for out, _ in parts]
     lses = torch.stack([lse for _, lse in parts])  # (parts, ..., heads, seqlen_q)
     absent = lses == -torch.inf
-    shift = lses.detach().amax(0)  # only for the range of exp: the derivative of it cancels
-    # Masked before what is nonlinear: afterwards it would be 0·∞ or 0·NaN in derivatives.
+    shift = lses.detach().amax(0)  # avoids overflow of exp; its derivative cancels
+    # Masked before exp: masking afterwards would give 0·∞ or 0·NaN in derivatives.
     weights = torch.where(absent, -torch.inf, lses - shift).exp()
     total = torch.where(absent.all(0), 1, weights.sum(0))
     out = reduce(

@@ -1,4 +1,4 @@
-"""torch's own attention function with every derivative: the same call, computed by this package."""
+"""`scaled_dot_product_attention` with the signature of torch's, and with every derivative."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from jvp_attn.autocast import has_autocast
 from jvp_attn.interface import attention
-from jvp_attn.sdpa_validation import check_arguments, check_broadcast, check_dtypes
 from jvp_attn.types import Causal
+from jvp_attn.validation import DTYPES, MAX_HEAD_DIM
 
 
 def scaled_dot_product_attention(
@@ -25,39 +25,40 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` with the derivatives of `flash_attn_jvp`.
 
-    The arguments mean what they mean to torch, under autocast too. What differs:
+    The arguments are those of torch, under autocast too. Differences:
 
     - Dropout is not supported.
-    - A row that sees no key gives 0 and has no gradient; in torch that depends on the backend.
-    - Head dims are 1 to 256, and a scale that is a tensor is an error: torch would detach it.
+    - A row that sees no key is 0 and has no gradient; in torch that depends on the backend.
+    - Head dims are 1 to 256. A scale that is a tensor is an error; torch would detach it.
 
     Args:
-        query: (..., heads, seqlen_q, head_dim), float16, bfloat16, float32 or float64. There may be
-            no heads, and any number of dimensions in front of them.
+        query: (..., heads, seqlen_q, head_dim), float16, bfloat16, float32 or float64. The
+            heads may be absent, and any number of dimensions may precede them.
         key: (..., heads, seqlen_k, head_dim), same dtype.
-        value: (..., heads, seqlen_k, head_dim_v), same dtype. All dimensions of the three but the
-            last two broadcast.
+        value: (..., heads, seqlen_k, head_dim_v), same dtype. All dimensions of the three
+            except the last two broadcast.
         attn_mask: broadcastable to (..., heads, seqlen_q, seqlen_k), and never expanded. Boolean:
-            True attends. Or of query's dtype, or float32: added to the scaled scores, −inf hiding a
-            key; it may require grad and have a tangent. Or a `torch.nn.attention.bias.CausalBias`.
+            True attends. Or of query's dtype, or float32: added to the scaled scores, −inf masking
+            a key; it may require grad and have a tangent. Or a
+            `torch.nn.attention.bias.CausalBias`.
         dropout_p: 0.
-        is_causal: row i sees key j where j ≤ i, aligned at the top left. Not with an attn_mask.
+        is_causal: row i sees key j if j ≤ i, aligned top-left. Not together with attn_mask.
         scale: head_dim^−½ by default.
-        enable_gqa: let the heads of query be any multiple of those of key, and of value.
+        enable_gqa: the heads of query may be any multiple of those of key, and of value.
 
     Returns:
         (..., heads, seqlen_q, head_dim_v), query's dtype.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: dropout_p above 0; nested tensors; a derivative of third order.
     """
-    check_arguments(query, key, value, attn_mask, dropout_p, is_causal)
+    _check_arguments(query, key, value, attn_mask, dropout_p, is_causal)
     causal = Causal.TOP_LEFT if is_causal else Causal.NO
     if isinstance(attn_mask, CausalBias):
         causal, attn_mask = _alignment(attn_mask, query, key), None
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    check_dtypes(query, key, value)
+    _check_dtypes(query, key, value)
     if attn_mask is not None:
         attn_mask = _autocast(attn_mask)
         if attn_mask.dtype == torch.float32 and query.dtype == torch.float64:
@@ -68,7 +69,7 @@ def scaled_dot_product_attention(
     query, key, value = _broadcast(query, key, value, enable_gqa)
     if attn_mask is not None:
         scores = (*query.shape[:-1], key.shape[-2])
-        check_broadcast(attn_mask, scores[-rank:])
+        _check_broadcast(attn_mask, scores[-rank:])
         attn_mask = attn_mask[(None,) * (query.ndim - attn_mask.ndim)]
     out = _attention(query, key, value, attn_mask, scale, causal)
     return out if rank >= 4 else out.reshape(out.shape[4 - rank :])
@@ -82,13 +83,13 @@ def _attention(
     scale: float | None,
     causal: Causal,
 ) -> Tensor:
-    """Attention of (*batch, heads, seqlen, head_dim), with the same batch of any rank in all."""
+    """Attention of (*batch, heads, seqlen, head_dim); batch is the same for all, of any rank."""
     batch = query.shape[:-3]
     if attn_mask is not None:
         sizes = attn_mask.shape[:-3]
         shared = [d for d, size in enumerate(sizes) if size == 1 < batch[d]]
         if shared and max(sizes) > 1:
-            # No stride could share the mask along a part of the one dimension that they become.
+            # No stride can broadcast the mask along only a part of the flattened batch.
             d = shared[0]
             mask = attn_mask.squeeze(d)
             slices = zip(query.unbind(d), key.unbind(d), value.unbind(d), strict=True)
@@ -101,7 +102,7 @@ def _attention(
 
 
 # ----------------------------------------------------------------------------
-# What the arguments mean
+# What the arguments mean to torch
 
 
 def _alignment(bias: CausalBias, query: Tensor, key: Tensor) -> Causal:
@@ -127,7 +128,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _broadcast(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give all the same batch, key and value the same heads, and query a multiple of those."""
+    """Broadcast to one batch, with the same heads in key and value and a multiple in query."""
     heads, heads_k, heads_v = (x.shape[-3] for x in (query, key, value))
     shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
     if enable_gqa:
@@ -153,3 +154,104 @@ def _broadcast(
         key.expand(*batch, heads_k, -1, -1),
         value.expand(*batch, heads_k, -1, -1),
     )
+
+
+# ----------------------------------------------------------------------------
+# Checks, in the terms of torch's arguments
+
+
+def _check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> None:
+    """Check everything except dtypes and broadcasting.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, device or number does not fit, or two arguments exclude each other.
+        NotImplementedError: dropout; nested tensors.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise NotImplementedError(
+                f"{name} is a nested tensor, which is not supported: pack the sequences for "
+                "flash_attn_varlen_jvp, or pad them and hide the padding with attn_mask"
+            )
+        if x.ndim < 2:
+            raise ValueError(
+                f"{name} must have shape (..., seqlen, head_dim), got {tuple(x.shape)}"
+            )
+        if x.device != query.device:
+            raise ValueError(
+                f"{name} is on {x.device} but query is on {query.device}; "
+                "they must be on one device"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key has head_dim {key.shape[-1]} but query has {query.shape[-1]}; "
+            "they must be the same"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"value has seqlen {value.shape[-2]} but key has {key.shape[-2]}; they must be the same"
+        )
+    for name, x in (("query", query), ("value", value)):
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} has head_dim {x.shape[-1]}; supported are 1 to {MAX_HEAD_DIM}"
+            )
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be a probability, 0 to 1")
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}, but attention with dropout is not supported: call .eval() "
+            "on the model, or set its attention dropout to 0"
+        )
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(
+                f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}"
+            )
+        if is_causal:
+            raise ValueError(
+                "attn_mask and is_causal=True exclude each other, as in torch: hide later keys in "
+                "attn_mask too"
+            )
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check the dtypes after autocast.
+
+    Raises:
+        TypeError: they are unsupported or differ.
+    """
+    if query.dtype not in DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"query has dtype {query.dtype}; supported are {allowed}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(
+                f"{name} has dtype {x.dtype} but query has {query.dtype}; they must be the same"
+            )
+
+
+def _check_broadcast(attn_mask: Tensor, scores: tuple[int, ...]) -> None:
+    """Check that a mask fits scores of shape (..., seqlen_q, seqlen_k).
+
+    Raises:
+        ValueError: it does not broadcast to them.
+    """
+    sizes = (1,) * (len(scores) - attn_mask.ndim) + tuple(attn_mask.shape)
+    if len(sizes) > len(scores) or any(
+        size not in (1, full) for size, full in zip(sizes, scores, strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to "
+            f"(..., seqlen_q, seqlen_k) = {scores}"
+        )

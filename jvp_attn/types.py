@@ -1,21 +1,21 @@
-"""The contract between the autograd rules and a backend: four maps, closed under differentiation.
+"""What autograd rules and backends exchange: the four primitives, closed under differentiation.
 
 For one head, with S = s Q Kᵀ + mask, P = softmax(S) and T = s (tQ Kᵀ + Q tKᵀ) + tmask:
 
-    forward           O = P V                           lse = logsumexp(S)
-    forward_jvp   tO = (P∘(T − mu)) V + P tV        mu  = rowsum(P∘T), the tangent of lse
-    backward          the VJP of `forward`
+    forward       O = P V                         lse = logsumexp(S)
+    forward_jvp   tO = (P∘(T − mu)) V + P tV      mu  = rowsum(P∘T), the tangent of lse
+    backward      the VJP of `forward`
     jvp_backward  the VJP of `forward_jvp`
 
-The JVP of `forward` is `forward_jvp`; the JVP and the VJP of `backward` are made of
+The JVP of `forward` is `forward_jvp`. The JVP and the VJP of `backward` are combinations of
 `forward_jvp` and `jvp_backward`. So these four give every first and second derivative.
 
-Residuals. A backward map needs dO·O and dtO·tO row by row, and where O is half precision the error
-of its rounding does not cancel there: it multiplies the mean of K into the gradient of Q. So the
-first two maps also return what rounding took away, in the same dtype: out + out_lo is nearly
-float32. They are results of their own, because autograd saves, batches and checkpoints results and
-knows of nothing else; nothing is differentiated through them. A backend that needs no residuals
-returns None, and one that needs them computes those that it is not given anew.
+Low-order parts. The backward primitives need dO·O and dtO·tO per row. If O is half precision, its
+rounding error multiplies the mean of K into the gradient of Q. So the forward primitives also
+return out_lo, what rounding took from out, in the same dtype: out + out_lo has nearly float32
+precision. They are outputs like any other, because autograd saves, batches and checkpoints outputs
+only; they have no derivative. A backend that does not need them returns None. A backend that needs
+them recomputes them if they are None.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 
 class Causal(IntEnum):
-    """Which keys a query sees by its place, with M queries and N keys. As in csrc/params.h."""
+    """The causal mask for M queries and N keys. Same values as the enum in csrc/params.h."""
 
     NO = 0
     BOTTOM_RIGHT = 1  # row i sees column j where j ≤ i + N − M, as in flash-attn
@@ -37,16 +37,16 @@ class Causal(IntEnum):
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What an attention call needs besides its tensors.
+    """Everything that an attention call needs besides its tensors.
 
     Attributes:
         softmax_scale: s in S = s Q Kᵀ.
-        causal: whether, and how, later keys are hidden.
-        backend: name of the backend that computes the four maps.
-        return_lo: whether to return residuals, which only a backward pass needs.
-        max_seqlens: for packed sequences, no less than the longest of queries and of keys.
-        deterministic: whether gradients must have the same bits each time. If not, a backend may
-            sum in an order that varies.
+        causal: whether later keys are masked, and how the mask is aligned.
+        backend: name of the backend that computes the primitives.
+        return_lo: whether to return low-order parts, which only a backward pass needs.
+        max_seqlens: for packed sequences, upper bounds of the lengths of queries and of keys.
+        deterministic: whether gradients must be bitwise reproducible. If not, a backend may
+            accumulate them atomically.
     """
 
     softmax_scale: float
@@ -58,16 +58,19 @@ class AttentionOptions:
 
 
 class Inputs(NamedTuple):
-    """What attention is computed from.
+    """The inputs of attention.
 
     Attributes:
         q: (batch, seqlen_q, heads, head_dim).
         k: (batch, seqlen_k, heads_k, head_dim); heads is a multiple of heads_k.
         v: (batch, seqlen_k, heads_k, head_dim_v).
-        mask: (batch, heads, seqlen_q, seqlen_k), each of them 1 where it does not vary. Boolean,
-            False hiding a key, or floating, added to the scaled scores, −inf hiding a key.
+        mask: (batch, heads, seqlen_q, seqlen_k), each of them 1 where the mask is broadcast.
+            Boolean, False masking a key, or floating, added to the scaled scores, −inf masking a
+            key.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32, where packed sequences start and end in
             a batch of 1; queries and keys beyond the last belong to none. No mask then.
+        seqused_k: (batch,) int32, how many keys of each example are used; the rest is padding.
+            Not together with cu_seqlens.
     """
 
     q: Tensor
@@ -76,6 +79,12 @@ class Inputs(NamedTuple):
     mask: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+
+    @property
+    def primals(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The inputs that may have tangents and gradients, in the order of `Tangents`."""
+        return self.q, self.k, self.v, self.mask
 
 
 class Tangents(NamedTuple):
@@ -97,7 +106,7 @@ class Gradients(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """out (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q), out's residual."""
+    """out and out_lo (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q)."""
 
     out: Tensor
     lse: Tensor
@@ -105,7 +114,7 @@ class Outputs(NamedTuple):
 
 
 class JvpOutputs(NamedTuple):
-    """The outputs, their tangents (mu is that of lse), and residuals as long as out and tout."""
+    """The outputs, their tangents (mu is that of lse), and the low-order parts of out and tout."""
 
     out: Tensor
     lse: Tensor
@@ -116,7 +125,14 @@ class JvpOutputs(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of the outputs; None is zero."""
+    """Cotangents of the outputs of `forward`; None is zero."""
+
+    out: Tensor | None = None
+    lse: Tensor | None = None
+
+
+class JvpCotangents(NamedTuple):
+    """Cotangents of the outputs of `forward_jvp`; None is zero."""
 
     out: Tensor | None = None
     lse: Tensor | None = None
@@ -124,26 +140,41 @@ class Cotangents(NamedTuple):
     mu: Tensor | None = None
 
 
-# Whether gradients of (q, k, v, mask), and further of their tangents, are needed.
+# Whether gradients of (q, k, v, mask) are needed, and for `jvp_backward` those of their tangents.
 Needs = tuple[bool, ...]
+
+
+class InputNeeds(NamedTuple):
+    """Whether the gradient of each input, or of its tangent, is needed."""
+
+    q: bool = False
+    k: bool = False
+    v: bool = False
+    mask: bool = False
+
+
+def split_needs(needs: Needs) -> tuple[InputNeeds, InputNeeds]:
+    """The needs of the inputs and of their tangents."""
+    count = len(InputNeeds._fields)
+    return InputNeeds(*needs[:count]), InputNeeds(*needs[count:])
 
 
 class AttentionBackend(Protocol):
     """What a backend implements. None stands for a tensor of zeros and is never materialised.
 
-    lse, mu and their cotangents are float32 (float64 for float64 inputs); all else has the inputs'
-    dtype, but for a mask and its tangent, which may be float32 beside half precision. Inputs are
-    validated and never modified. A row that sees no key: out = tout = mu = 0, lse = −inf, and no
-    gradient.
+    lse, mu and their cotangents are float32 (float64 for float64 inputs); all other tensors have
+    the inputs' dtype, except that a mask and its tangent may be float32 with half precision. Inputs
+    are validated and never modified. A row that sees no key: out = tout = mu = 0, lse = −inf, and
+    no gradient.
     """
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
-        """Return O, lse and a residual."""
+        """Return O, lse and the low-order part of O."""
 
     def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> JvpOutputs:
-        """Return O, lse, tO, mu and residuals."""
+        """Return O, lse, tO, mu and the low-order parts of O and tO."""
 
     def backward(
         self,
@@ -153,14 +184,14 @@ class AttentionBackend(Protocol):
         needs: Needs,
         options: AttentionOptions,
     ) -> Gradients:
-        """Return the gradients of the inputs against cotangents of O and lse."""
+        """Return the gradients of the inputs."""
 
     def jvp_backward(
         self,
         inputs: Inputs,
         tangents: Tangents,
         outputs: JvpOutputs,
-        cotangents: Cotangents,
+        cotangents: JvpCotangents,
         needs: Needs,
         options: AttentionOptions,
     ) -> tuple[Gradients, Gradients]:

@@ -1,4 +1,4 @@
-"""Checks of what users pass in; a message names the argument, what was given, what is allowed."""
+"""Checks of arguments. A message names the argument, the value given and the values allowed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PACKED = ("total", "heads", "head_dim")
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check (batch, seqlen, heads, head_dim) tensors that belong together.
+    """Check q, k and v of shape (batch, seqlen, heads, head_dim).
 
     Raises:
-        TypeError: an argument is no tensor, or its dtype is not supported or not the same.
+        TypeError: an argument is not a tensor, or its dtype is unsupported, or dtypes differ.
         ValueError: a shape or device does not fit.
     """
     _check_tensors(q, k, v, _DENSE)
@@ -44,12 +44,12 @@ def check_packed_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> None:
-    """Check (total, heads, head_dim) tensors and where the sequences in them end.
+    """Check q, k and v of shape (total, heads, head_dim), and cu_seqlens.
 
-    What cu_seqlens hold is checked by `check_packing`, when there are data.
+    `check_lengths` checks the values in cu_seqlens.
 
     Raises:
-        TypeError: an argument is of another type, or its dtype is not supported or not the same.
+        TypeError: the type or dtype of an argument is unsupported, or dtypes differ.
         ValueError: a shape, device or number does not fit.
     """
     _check_tensors(q, k, v, _PACKED)
@@ -69,7 +69,7 @@ def check_packed_attention(
             )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            f"cu_seqlens_q tells of {cu_seqlens_q.shape[0] - 1} sequences but cu_seqlens_k of "
+            f"cu_seqlens_q has {cu_seqlens_q.shape[0] - 1} sequences but cu_seqlens_k has "
             f"{cu_seqlens_k.shape[0] - 1}; they must be as many"
         )
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
@@ -79,12 +79,45 @@ def check_packed_attention(
             raise ValueError(f"{name} is {length}; it must not be negative")
 
 
-def check_packing(inputs: Inputs, options: AttentionOptions) -> None:
-    """Check what cu_seqlens hold: on a GPU without waiting for it, by an assertion on the device.
+def check_seqused_k(seqused_k: Tensor | None, q: Tensor) -> None:
+    """Check the lengths of padded keys; `check_lengths` checks their values.
 
     Raises:
-        ValueError: a sequence has no place in the tensors, or is longer than max_seqlen.
+        TypeError: it is not a tensor, or not int32.
+        ValueError: its shape or device does not fit.
     """
+    if seqused_k is None:
+        return
+    if not isinstance(seqused_k, Tensor):
+        raise TypeError(f"seqused_k must be a torch.Tensor or None, got {type(seqused_k).__name__}")
+    if seqused_k.dtype != torch.int32:
+        raise TypeError(f"seqused_k has dtype {seqused_k.dtype}; it must be int32")
+    if seqused_k.shape != q.shape[:1]:
+        raise ValueError(
+            f"seqused_k must have shape (batch,) = {tuple(q.shape[:1])}, "
+            f"got {tuple(seqused_k.shape)}"
+        )
+    if seqused_k.device != q.device:
+        raise ValueError(
+            f"seqused_k is on {seqused_k.device} but q is on {q.device}; they must be on one device"
+        )
+
+
+def check_lengths(inputs: Inputs, options: AttentionOptions) -> None:
+    """Check the values in cu_seqlens and seqused_k.
+
+    On a GPU that is an assertion on the device, which later operations report.
+
+    Raises:
+        ValueError: a sequence exceeds its tensor or max_seqlen, or a length is negative.
+    """
+    if inputs.seqused_k is not None:
+        used, seqlen_k = _without_transforms(inputs.seqused_k), inputs.k.shape[1]
+        _check_values(
+            "seqused_k",
+            used,
+            (((used >= 0) & (used <= seqlen_k)).all(), f"seqused_k must be 0 to {seqlen_k}"),
+        )
     if options.max_seqlens is None:
         return
     for name, ends, packed, longest in (
@@ -94,7 +127,9 @@ def check_packing(inputs: Inputs, options: AttentionOptions) -> None:
         if ends is None:
             continue
         total, lengths = packed.shape[1], ends.diff()
-        rules = (
+        _check_values(
+            f"cu_seqlens_{name}",
+            ends,
             (ends[0] == 0, f"cu_seqlens_{name} must start with 0"),
             ((lengths >= 0).all(), f"cu_seqlens_{name} must not decrease"),
             (
@@ -106,18 +141,28 @@ def check_packing(inputs: Inputs, options: AttentionOptions) -> None:
                 f"max_seqlen_{name} is {longest}, and no sequence may be longer",
             ),
         )
-        for holds, rule in rules:
-            if ends.device.type != "cpu":
-                torch._assert_async(holds, rule)
-            elif not holds:
-                raise ValueError(f"{rule}; cu_seqlens_{name} is {_shortened(ends)}")
+
+
+def _check_values(name: str, values: Tensor, *rules: tuple[Tensor, str]) -> None:
+    for holds, rule in rules:
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            torch._assert_async(holds, rule)
+        elif not holds:
+            raise ValueError(f"{rule}; {name} is {_shortened(values)}")
+
+
+def _without_transforms(x: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func, so that its values can be read."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Check an attention mask, and give it four dimensions.
+    """Check an attention mask and expand it to four dimensions.
 
     Raises:
-        TypeError: it is no tensor, or its dtype is not supported.
+        TypeError: it is not a tensor, or its dtype is not supported.
         ValueError: its shape or device does not fit.
     """
     if mask is None:
@@ -206,8 +251,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def _shortened(ends: Tensor) -> list[int | str]:
-    numbers: list[int | str] = ends.tolist()
+def _shortened(values: Tensor) -> list[int | str]:
+    numbers: list[int | str] = values.flatten().tolist()
     return numbers if len(numbers) <= 10 else [*numbers[:5], "...", *numbers[-5:]]
 
 
@@ -215,7 +260,7 @@ def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
     """Check that a tangent has its primal's shape, dtype and device; None is a zero tangent.
 
     Raises:
-        TypeError: it is no tensor or has another dtype.
+        TypeError: it is not a tensor or has another dtype.
         ValueError: it has another shape or device.
     """
     if tangent is None:
@@ -241,10 +286,10 @@ def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
 
 
 def check_mask_tangent(tangent: Tensor | None, mask: Tensor | None) -> None:
-    """Check that the tangent of a mask is one of a mask that has tangents.
+    """Check the tangent of a mask, which must be floating.
 
     Raises:
-        TypeError: it is no tensor, or the mask is boolean, or it has another dtype.
+        TypeError: it is not a tensor, or the mask is boolean, or it has another dtype.
         ValueError: there is no mask, or it has another shape or device.
     """
     if tangent is None:
@@ -257,7 +302,7 @@ def check_mask_tangent(tangent: Tensor | None, mask: Tensor | None) -> None:
 
 
 def check_tangents(inputs: Inputs, tangents: Tangents) -> None:
-    """Check the tangents of dual numbers, of which torch guarantees the shape alone.
+    """Check the tangents of dual numbers: torch guarantees only their shape.
 
     Raises:
         TypeError: one has another dtype than its primal.
@@ -269,10 +314,10 @@ def check_tangents(inputs: Inputs, tangents: Tangents) -> None:
 
 
 def resolve_alignment(causal: bool) -> Causal:
-    """The alignment that flash-attn gives a causal mask.
+    """The alignment of the causal mask, bottom-right as in flash-attn.
 
     Raises:
-        TypeError: it is no bool.
+        TypeError: it is not a bool.
     """
     if not isinstance(causal, bool):
         raise TypeError(
@@ -283,10 +328,10 @@ def resolve_alignment(causal: bool) -> Causal:
 
 
 def resolve_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
-    """The scale to use: head_dim^−½ where none is given.
+    """The scale to use: head_dim^−½ by default.
 
     Raises:
-        TypeError: it is no Python number.
+        TypeError: it is not a Python number.
         ValueError: it is not finite.
     """
     if softmax_scale is None:

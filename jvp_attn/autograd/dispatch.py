@@ -1,4 +1,4 @@
-"""Which rule differentiates a call: both outputs from one pass, the Functions, or the compiler."""
+"""Choosing how a call is differentiated: dual outputs from one pass, Functions, or operators."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jvp_attn.autograd import ops
 from jvp_attn.autograd.functions import FlashAttention, FlashAttentionJvp
 from jvp_attn.backends import reference
 from jvp_attn.types import AttentionOptions, Inputs, Tangents
-from jvp_attn.validation import check_packing, check_tangents
+from jvp_attn.validation import check_lengths, check_tangents
 
 
 def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked inputs, with every derivative."""
     if options.backend == "math":
-        check_packing(inputs, options)
+        check_lengths(inputs, options)
         return reference.attention(inputs, options)
     if not torch.compiler.is_compiling():
         return _eager_attention(inputs, options)
     primals, tangents = _unpacked(inputs)
-    moves = any(t is not None for t in tangents)
-    if not _can_be_captured(moves):
+    has_tangent = any(t is not None for t in tangents)
+    if not _can_be_captured(has_tangent):
         return _eager_attention(inputs, options)
-    if not moves:
+    if not has_tangent:
         out, lse, _ = ops.forward(inputs, options)
         return out, lse
     out, lse, tout, mu, *_ = ops.forward_jvp(primals, tangents, options)
@@ -38,6 +38,7 @@ def attention_with_tangent(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, tout, mu) of checked inputs and tangents, with every derivative."""
     if options.backend == "math":
+        check_lengths(inputs, options)
         return _math_attention_with_tangent(inputs, tangents, options)
     if not torch.compiler.is_compiling() or _is_transformed():
         return _eager_attention_with_tangent(inputs, tangents, options)
@@ -46,7 +47,10 @@ def attention_with_tangent(
 
 
 def backward_may_follow(*tensors: Tensor | None) -> bool:
-    """Under a transform of torch.func no tensor can tell whether an outer one wants gradients."""
+    """Whether a backward pass may reach these tensors.
+
+    Under torch.func transforms that is unknown, because an outer transform may ask for gradients.
+    """
     if not torch.is_grad_enabled():
         return False
     return torch._C._are_functorch_transforms_active() or any(
@@ -55,7 +59,7 @@ def backward_may_follow(*tensors: Tensor | None) -> bool:
 
 
 # ----------------------------------------------------------------------------
-# Eager. The compiler must not trace any of it, also where it compiles what surrounds it
+# Eager mode. The compiler must not trace these functions, even if it compiles their caller
 
 
 _eager = torch.compiler.disable(
@@ -85,12 +89,12 @@ def _eager_attention_with_tangent(
 
 
 def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
-    """Whether primal and tangent may be computed together, as two ordinary results.
+    """Whether one Function may compute primal and tangent, as two ordinary results.
 
-    Not where the same dual level could afterwards be applied to a backward pass: with bare dual
-    numbers, autograd.grad inside the dual level must carry tangents, and would find that the
-    saved tensors have lost theirs. There the jvp rule of `FlashAttention` computes the tangent.
-    Under torch.func the transforms are nested, and a gradient inside a jvp is a level of its own.
+    With bare dual numbers and inputs that require grad it may not: autograd.grad inside the same
+    dual level must carry tangents, but the tensors saved by that Function would have none. Then the
+    jvp rule of `FlashAttention` computes the tangent. Under torch.func each transform has its own
+    level, so only the innermost one matters.
     """
     transforms = torch._C._functorch.get_interpreter_stack()
     if transforms:
@@ -131,18 +135,18 @@ def _differentiable(inputs: Inputs) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------
-# Compiled. The operators' registered derivatives serve a jvp inside of the compiled function, and
-# .backward() outside of it. All else leaves the graph or, with fullgraph=True, raises
+# Compiled. The operators' registered derivatives support a jvp inside the compiled function and
+# .backward() outside of it. Other transforms break the graph or, with fullgraph=True, raise
 
 
 @torch.compiler.assume_constant_result
-def _can_be_captured(moves: bool) -> bool:
-    """Whether the registered derivatives are all that the active transforms may ask for."""
+def _can_be_captured(has_tangent: bool) -> bool:
+    """Whether the registered derivatives suffice for the active transforms."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     if transforms:
         return [t.key() for t in transforms] == [torch._C._functorch.TransformType.Jvp]
     # The compiler hides the tangents of dual numbers that come from outside.
-    return moves or fwAD._current_level < 0
+    return has_tangent or fwAD._current_level < 0
 
 
 @torch.compiler.assume_constant_result

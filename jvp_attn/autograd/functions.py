@@ -1,26 +1,24 @@
-"""The derivative rules: autograd Functions over the four maps of `jvp_attn.types`.
+"""The derivative rules: autograd Functions over the four primitives of `jvp_attn.types`.
 
-    Function                               jvp rule     backward rule (VJP)
-    F   FlashAttention                     T            B
+    Function                           jvp rule     backward rule (VJP)
+    F   FlashAttention                 T            B
     T   FlashAttentionJvp              raises       BT
-    B   FlashAttentionBackward             BT           T and BT
+    B   FlashAttentionBackward         BT           T and BT
     BT  FlashAttentionJvpBackward      raises       raises
 
-The rules of B close the circle. With x = (q, k, v, mask):
+The rules of B need no further primitive. With x = (q, k, v, mask):
 
     JVP of B along (tx, tdO)        = the x part of BT with dO := tdO, dtO := dO
     VJP of B against hx: for dO     = tO of T along hx
                          for x      = the x part of BT with dO := 0, dtO := dO
 
 because <B, h> is the derivative of <dO, O> along h. Each rule takes g_lse along with dO and g_mu
-along with dtO. Residuals (see `jvp_attn.types`) go from F and T to B and BT and have no derivative.
+along with dtO. Low-order parts (see `jvp_attn.types`) go from F and T to B and BT and have no
+derivative.
 
-`.apply` takes what the maps take, tensors one by one, and works under torch.func transforms:
-
-    inputs        q, k, v, mask, cu_seqlens_q, cu_seqlens_k
-    tangents      tq, tk, tv, tmask
-    outputs       out, lse, out_lo               of F
-                  out, lse, tout, mu, out_lo, tout_lo      of T
+`.apply` takes the arguments of the primitive, tensors one by one in the order of the fields of
+`Inputs`, `Tangents` and so on (see `jvp_attn.autograd.signatures`), and works under torch.func
+transforms.
 """
 
 from __future__ import annotations
@@ -31,64 +29,67 @@ from torch import Tensor
 from torch.autograd import Function
 
 from jvp_attn.autograd import ops
+from jvp_attn.autograd.signatures import BACKWARD, FORWARD, FORWARD_JVP, JVP_BACKWARD, Signature
 from jvp_attn.autograd.vmap import vmap_attention
-from jvp_attn.types import Cotangents, Inputs, JvpOutputs, Outputs, Tangents
+from jvp_attn.types import (
+    Cotangents,
+    Gradients,
+    InputNeeds,
+    Inputs,
+    JvpCotangents,
+    JvpOutputs,
+    Outputs,
+    Tangents,
+)
 from jvp_attn.validation import check_tangents
 
 MaybeTensor = Tensor | None
 
-_INPUTS, _TANGENTS = 6, 4
-_PRIMALS = 4  # the inputs that have derivatives
+_NO_NEEDS = InputNeeds()
 
 
 class _AttentionFunction(Function):
-    _masks: ClassVar[tuple[int, ...]] = (3,)  # the places of the mask and its tangent
-    _needs: ClassVar[int | None] = None  # the place of what tells which gradients are needed
+    signature: ClassVar[Signature]
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        needs = () if cls._needs is None else arguments[cls._needs]
-        return vmap_attention(
-            cls.apply,
-            info.batch_size,
-            in_dims,
-            arguments,
-            cls._masks,
-            mask_gradients=any(needs[3::4]),
-        )
+        return vmap_attention(cls.apply, cls.signature, info.batch_size, in_dims, arguments)
 
 
 class FlashAttention(_AttentionFunction):
     """(*inputs, options) → (out, lse, out_lo), as `AttentionBackend.forward`."""
 
+    signature = FORWARD
+
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *inputs, options = arguments
-        return tuple(ops.forward(Inputs(*inputs), options))
+        return tuple(ops.forward(*FORWARD.unpack(arguments)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
-        _mark_as_constant(ctx, *output[2:])
+        _mark_non_differentiable(ctx, Outputs(*output).out_lo)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor, _: None) -> Any:
-        needs = tuple(ctx.needs_input_grad[:_PRIMALS])
         gradients = FlashAttentionBackward.apply(
-            *ctx.saved_tensors, grad_out, grad_lse, needs, ctx.options
+            *ctx.saved_tensors,
+            *Cotangents(grad_out, grad_lse),
+            FORWARD.needs(ctx.needs_input_grad),
+            ctx.options,
         )
-        return *gradients, None, None, None
+        return FORWARD.gradients({Inputs: Gradients(*gradients)}, len(ctx.needs_input_grad))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        inputs, along = Inputs(*ctx.saved_tensors[:_INPUTS]), Tangents(*tangents[:_PRIMALS])
-        check_tangents(inputs, along)
-        outputs = FlashAttentionJvp.apply(*inputs, *along, ctx.options)
-        _, _, tout, mu, *_ = outputs
-        return tout, mu, None
+    def jvp(ctx: Any, *input_tangents: Any) -> Any:
+        inputs, *_ = FORWARD.unpack(ctx.saved_tensors)
+        tangents = _tangents_of(input_tangents)
+        check_tangents(inputs, tangents)
+        outputs = JvpOutputs(*FlashAttentionJvp.apply(*inputs, *tangents, ctx.options))
+        return outputs.tout, outputs.mu, None
 
 
 class FlashAttentionJvp(_AttentionFunction):
@@ -97,19 +98,18 @@ class FlashAttentionJvp(_AttentionFunction):
     Any tangent may be None.
     """
 
-    _masks: ClassVar = (3, 9)
+    signature = FORWARD_JVP
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *tensors, options = arguments
-        inputs, tangents = Inputs(*tensors[:_INPUTS]), Tangents(*tensors[_INPUTS:])
-        return tuple(ops.forward_jvp(inputs, tangents, options))
+        return tuple(ops.forward_jvp(*FORWARD_JVP.unpack(arguments)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output)
-        _mark_as_constant(ctx, *output[4:])
+        outputs = JvpOutputs(*output)
+        _mark_non_differentiable(ctx, outputs.out_lo, outputs.tout_lo)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -121,20 +121,27 @@ class FlashAttentionJvp(_AttentionFunction):
         grad_mu: MaybeTensor,
         *_: None,
     ) -> Any:
-        tensors = ctx.saved_tensors
-        inputs = tensors[:_INPUTS]
-        needs = tuple(ctx.needs_input_grad[:_PRIMALS])
+        inputs, tangents, *outputs = FORWARD_JVP.unpack(ctx.saved_tensors)
+        n_arguments = len(ctx.needs_input_grad)
+        needs = FORWARD_JVP.needs(ctx.needs_input_grad)
         if grad_tout is None and grad_mu is None:
-            out, lse, _tout, _mu, out_lo, _tout_lo = tensors[_INPUTS + _TANGENTS :]
+            out, lse, _tout, _mu, out_lo, _tout_lo = outputs
             gradients = FlashAttentionBackward.apply(
-                *inputs, out, lse, out_lo, grad_out, grad_lse, needs, ctx.options
+                *inputs,
+                *Outputs(out, lse, out_lo),
+                *Cotangents(grad_out, grad_lse),
+                needs[: len(_NO_NEEDS)],
+                ctx.options,
             )
-            return *gradients, None, None, *_TANGENTS * (None,), None
-        needs += tuple(ctx.needs_input_grad[_INPUTS : _INPUTS + _TANGENTS])
+            return FORWARD_JVP.gradients({Inputs: Gradients(*gradients)}, n_arguments)
         gradients = FlashAttentionJvpBackward.apply(
-            *tensors, grad_out, grad_lse, grad_tout, grad_mu, needs, ctx.options
+            *(*inputs, *tangents, *outputs),
+            *JvpCotangents(grad_out, grad_lse, grad_tout, grad_mu),
+            needs,
+            ctx.options,
         )
-        return *gradients[:_PRIMALS], None, None, *gradients[_PRIMALS:], None
+        of_inputs, of_tangents = _split_gradients(gradients)
+        return FORWARD_JVP.gradients({Inputs: of_inputs, Tangents: of_tangents}, n_arguments)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -147,57 +154,57 @@ class FlashAttentionJvp(_AttentionFunction):
 class FlashAttentionBackward(_AttentionFunction):
     """(*inputs, *outputs of F, grad_out, grad_lse, needs, options) → gradients of the inputs.
 
-    A function of the inputs, grad_out and grad_lse: the outputs must be what `FlashAttention` gives
-    for the inputs, and their share of a derivative is counted in that of the inputs.
+    A function of the inputs, grad_out and grad_lse: the outputs must be those of `FlashAttention`
+    for these inputs; derivatives through them are part of those through the inputs.
     """
 
-    _needs: ClassVar = 11
+    signature = BACKWARD
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *tensors, needs, options = arguments
-        inputs, outputs = Inputs(*tensors[:6]), Outputs(*tensors[6:9])
-        return tuple(ops.backward(inputs, outputs, Cotangents(*tensors[9:]), needs, options))
+        return tuple(ops.backward(*BACKWARD.unpack(arguments)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.needs, ctx.options = inputs
-        saved = (*tensors[:_INPUTS], *tensors[9:])
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        inputs, _outputs, cotangents, ctx.needs, ctx.options = BACKWARD.unpack(inputs)
+        ctx.save_for_backward(*inputs, *cotangents)
+        ctx.save_for_forward(*inputs, *cotangents)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *directions: MaybeTensor) -> Any:
-        *inputs, grad_out, grad_lse = ctx.saved_tensors
-        options = ctx.options
-        outputs = FlashAttentionJvp.apply(*inputs, *directions, options)
-        needs = (*ctx.needs_input_grad[:_PRIMALS], *_TANGENTS * (False,))
+        inputs, grad_out, grad_lse = FORWARD.unpack(ctx.saved_tensors)
+        tangents = Tangents(*directions)
+        outputs = JvpOutputs(*FlashAttentionJvp.apply(*inputs, *tangents, ctx.options))
         gradients = FlashAttentionJvpBackward.apply(
-            *inputs, *directions, *outputs, None, None, grad_out, grad_lse, needs, options
+            *(*inputs, *tangents, *outputs),
+            *JvpCotangents(tout=grad_out, mu=grad_lse),
+            (*BACKWARD.needs(ctx.needs_input_grad), *_NO_NEEDS),
+            ctx.options,
         )
-        _, _, tout, mu, *_ = outputs
-        grad_grad_out = None if grad_out is None else tout
-        grad_grad_lse = None if grad_lse is None else mu
-        return (
-            *(*gradients[:_PRIMALS], None, None),
-            *(None, None, None),
-            *(grad_grad_out, grad_grad_lse),
-            *(None, None),
+        of_inputs, _ = _split_gradients(gradients)
+        of_cotangents = Cotangents(
+            out=None if grad_out is None else outputs.tout,
+            lse=None if grad_lse is None else outputs.mu,
+        )
+        return BACKWARD.gradients(
+            {Inputs: of_inputs, Cotangents: of_cotangents}, len(ctx.needs_input_grad)
         )
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        *inputs, grad_out, grad_lse = ctx.saved_tensors
-        along, tgrad_out, tgrad_lse = tangents[:_PRIMALS], *tangents[9:11]
-        outputs = FlashAttentionJvp.apply(*inputs, *along, ctx.options)
+    def jvp(ctx: Any, *argument_tangents: Any) -> Any:
+        inputs, grad_out, grad_lse = FORWARD.unpack(ctx.saved_tensors)
+        _, _, tcotangents, *_ = BACKWARD.unpack(argument_tangents)
+        tangents = _tangents_of(argument_tangents)
+        outputs = FlashAttentionJvp.apply(*inputs, *tangents, ctx.options)
         gradients = FlashAttentionJvpBackward.apply(
-            *(*inputs, *along, *outputs),
-            *(tgrad_out, tgrad_lse, grad_out, grad_lse),
-            (*ctx.needs, *_TANGENTS * (False,)),
+            *(*inputs, *tangents, *outputs),
+            *JvpCotangents(tcotangents.out, tcotangents.lse, tout=grad_out, mu=grad_lse),
+            (*ctx.needs, *_NO_NEEDS),
             ctx.options,
         )
-        return gradients[:_PRIMALS]
+        of_inputs, _ = _split_gradients(gradients)
+        return tuple(of_inputs)
 
 
 class FlashAttentionJvpBackward(_AttentionFunction):
@@ -207,21 +214,12 @@ class FlashAttentionJvpBackward(_AttentionFunction):
     gradients of the inputs that have some, and of the tangents; those not needed are None.
     """
 
-    _masks: ClassVar = (3, 9)
-    _needs: ClassVar = 20
+    signature = JVP_BACKWARD
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *tensors, needs, options = arguments
-        gradients, tangent_gradients = ops.jvp_backward(
-            Inputs(*tensors[:6]),
-            Tangents(*tensors[6:10]),
-            JvpOutputs(*tensors[10:16]),
-            Cotangents(*tensors[16:]),
-            needs,
-            options,
-        )
-        return *gradients, *tangent_gradients
+        of_inputs, of_tangents = ops.jvp_backward(*JVP_BACKWARD.unpack(arguments))
+        return *of_inputs, *of_tangents
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -238,10 +236,22 @@ class FlashAttentionJvpBackward(_AttentionFunction):
 
 _THIRD_DERIVATIVE = (
     "this needs a third derivative of attention, or a second one of its tangent, which the four "
-    "attention maps do not give: use `with jvp_attn.backend('math')`, which differentiates to any "
-    "order at quadratic memory"
+    "attention primitives do not give: use `with jvp_attn.backend('math')`, which differentiates "
+    "to any order at quadratic memory"
 )
 
 
-def _mark_as_constant(ctx: Any, *outputs: MaybeTensor) -> None:
+def _tangents_of(argument_tangents: tuple[Any, ...]) -> Tangents:
+    """The tangents of the inputs, which come first among the tangents of all arguments."""
+    inputs, *_ = FORWARD.unpack(argument_tangents)
+    return Tangents(*inputs.primals)
+
+
+def _split_gradients(gradients: tuple[MaybeTensor, ...]) -> tuple[Gradients, Gradients]:
+    """The gradients of the inputs and of their tangents."""
+    n = len(Gradients._fields)
+    return Gradients(*gradients[:n]), Gradients(*gradients[n:])
+
+
+def _mark_non_differentiable(ctx: Any, *outputs: MaybeTensor) -> None:
     ctx.mark_non_differentiable(*(x for x in outputs if x is not None))

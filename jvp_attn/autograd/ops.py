@@ -1,18 +1,20 @@
-"""The four maps as operators of torch, so that tracers see one node each.
+"""The primitives as torch operators, so that tracers see one node each.
 
-`torch.ops.jvp_attn.*` compute with the backend that the options name; tensors without data
-(FakeTensorMode, the device "meta") get results of the right shapes. In eager mode the derivatives
-are those of the Functions that call them; those registered here are for torch.compile, which does
-not trace a Function that has a jvp rule.
+`torch.ops.jvp_attn.*` compute with the backend that the options name. Fake and meta tensors get
+results of the right shapes. In eager mode the derivatives are those of the Functions in
+`jvp_attn.autograd.functions`; the ones registered here are for torch.compile, which does not trace
+a Function that has a jvp rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from jvp_attn.autograd.signatures import BACKWARD, FORWARD, FORWARD_JVP, JVP_BACKWARD, Signature
 from jvp_attn.backends.select import get_backend, get_meta_backend
 from jvp_attn.types import (
     AttentionBackend,
@@ -21,38 +23,16 @@ from jvp_attn.types import (
     Cotangents,
     Gradients,
     Inputs,
+    JvpCotangents,
     JvpOutputs,
     Needs,
     Outputs,
     Tangents,
 )
-from jvp_attn.validation import check_packing
-
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-_TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tmask"
-_OPTIONS = (
-    "float softmax_scale, int causal, str backend, bool return_lo, SymInt[]? max_seqlens, "
-    "bool deterministic"
-)
-_N_OPTIONS = 6
-# Results that are absent are None all the same: torch takes "Tensor?" for a result that it cannot
-# batch by itself.
-_SCHEMAS = {
-    "forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    "forward_jvp": f"({_INPUTS}, {_TANGENTS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "backward": f"({_INPUTS}, Tensor out, Tensor lse, Tensor? out_lo, "
-    f"Tensor? grad_out, Tensor? grad_lse, bool[4] needs, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "jvp_backward": f"({_INPUTS}, {_TANGENTS}, Tensor out, Tensor lse, Tensor tout, Tensor mu, "
-    "Tensor? out_lo, Tensor? tout_lo, Tensor? grad_out, Tensor? grad_lse, "
-    f"Tensor? grad_tout, Tensor? grad_mu, bool[8] needs, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
-
+from jvp_attn.validation import check_lengths
 
 # ----------------------------------------------------------------------------
-# The maps
+# Calling the operators
 
 
 def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
@@ -74,9 +54,7 @@ def backward(
 ) -> Gradients:
     """As `AttentionBackend.backward`."""
     return Gradients(
-        *torch.ops.jvp_attn.backward(
-            *inputs, *outputs, cotangents.out, cotangents.lse, needs, *_scalars(options)
-        )
+        *torch.ops.jvp_attn.backward(*inputs, *outputs, *cotangents, needs, *_scalars(options))
     )
 
 
@@ -84,19 +62,27 @@ def jvp_backward(
     inputs: Inputs,
     tangents: Tangents,
     outputs: JvpOutputs,
-    cotangents: Cotangents,
+    cotangents: JvpCotangents,
     needs: Needs,
     options: AttentionOptions,
 ) -> tuple[Gradients, Gradients]:
     """As `AttentionBackend.jvp_backward`."""
-    grads = torch.ops.jvp_attn.jvp_backward(
+    gradients = torch.ops.jvp_attn.jvp_backward(
         *inputs, *tangents, *outputs, *cotangents, needs, *_scalars(options)
     )
-    return Gradients(*grads[:4]), Gradients(*grads[4:])
+    n = len(Gradients._fields)
+    return Gradients(*gradients[:n]), Gradients(*gradients[n:])
 
 
 # ----------------------------------------------------------------------------
-# The operators
+# Options as scalars, in the order of the fields of AttentionOptions
+
+
+_OPTIONS_SCHEMA = (
+    "float softmax_scale, int causal, str backend, bool return_lo, SymInt[]? max_seqlens, "
+    "bool deterministic"
+)
+_N_OPTIONS = len(fields(AttentionOptions))
 
 
 def _scalars(options: AttentionOptions) -> tuple[Any, ...]:
@@ -122,55 +108,50 @@ def _options(
     return AttentionOptions(scale, Causal(causal), backend, return_lo, lengths, deterministic)
 
 
-def _implementations(
-    maps: Callable[[str], AttentionBackend],
-    check: Callable[[Inputs, AttentionOptions], None] = lambda inputs, options: None,
-) -> dict[str, Callable[..., Any]]:
-    """What the operators do, by their names.
+# ----------------------------------------------------------------------------
+# Registration
+
+
+def _implementation(
+    name: str, signature: Signature, get_backend: Callable[[str], AttentionBackend], *, check: bool
+) -> Callable[..., Any]:
+    """What an operator does.
 
     Args:
-        maps: those of a backend by its name.
-        check: raises where inputs hold what they must not.
+        name, signature: of the primitive.
+        get_backend: finds a backend by its name.
+        check: whether to check the values in the inputs of the forward primitives.
     """
 
-    def forward(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
-        check(inputs, options)
-        return tuple(maps(options.backend).forward(inputs, options))
+    def compute(*arguments: Any) -> Any:
+        options = _options(*arguments[-_N_OPTIONS:])
+        inputs, *others = signature.unpack(arguments[:-_N_OPTIONS])
+        if check and not is_backward:
+            check_lengths(inputs, options)
+        if is_backward:
+            *others, needs = others
+            others.append(tuple(needs))
+        results = getattr(get_backend(options.backend), name)(inputs, *others, options)
+        return tuple(results) if len(signature.results) == 1 else sum(results, start=())
 
-    def forward_jvp(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
-        check(inputs, options)
-        tangents = Tangents(*arguments[6:10])
-        return tuple(maps(options.backend).forward_jvp(inputs, tangents, options))
-
-    def backward(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
-        outputs, cotangents = Outputs(*arguments[6:9]), Cotangents(*arguments[9:11])
-        needs = tuple(arguments[11])
-        return tuple(maps(options.backend).backward(inputs, outputs, cotangents, needs, options))
-
-    def jvp_backward(*arguments: Any) -> Any:
-        inputs, options = Inputs(*arguments[:6]), _options(*arguments[-_N_OPTIONS:])
-        tangents = Tangents(*arguments[6:10])
-        outputs, cotangents = JvpOutputs(*arguments[10:16]), Cotangents(*arguments[16:20])
-        needs = tuple(arguments[20])
-        gradients, tangent_gradients = maps(options.backend).jvp_backward(
-            inputs, tangents, outputs, cotangents, needs, options
-        )
-        return *gradients, *tangent_gradients
-
-    return {f.__name__: f for f in (forward, forward_jvp, backward, jvp_backward)}
+    is_backward = signature.results[0] is Gradients
+    return compute
 
 
+_SIGNATURES = {
+    "forward": FORWARD,
+    "forward_jvp": FORWARD_JVP,
+    "backward": BACKWARD,
+    "jvp_backward": JVP_BACKWARD,
+}
 _library = torch.library.Library("jvp_attn", "DEF")
-_with_data = _implementations(get_backend, check_packing)
-_without_data = _implementations(get_meta_backend)
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
+for _name, _signature in _SIGNATURES.items():
+    _library.define(_name + _signature.schema(_OPTIONS_SCHEMA))
+    _compute = _implementation(_name, _signature, get_backend, check=True)
     for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _with_data[_name], _device)
-    torch.library.register_fake(f"jvp_attn::{_name}", _without_data[_name], lib=_library)
+        _library.impl(_name, _compute, _device)
+    _compute_meta = _implementation(_name, _signature, get_meta_backend, check=False)
+    torch.library.register_fake(f"jvp_attn::{_name}", _compute_meta, lib=_library)
 
 
 # ----------------------------------------------------------------------------
@@ -185,25 +166,27 @@ def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of_forward(ctx: Any, grad_out: Any, grad_lse: Any, _: None) -> Any:
-    inputs, outputs = Inputs(*ctx.saved_tensors[:6]), Outputs(*ctx.saved_tensors[6:])
-    needs = tuple(ctx.needs_input_grad[:4])
-    gradients = backward(inputs, outputs, Cotangents(grad_out, grad_lse), needs, ctx.options)
-    return *gradients, None, None, *_N_OPTIONS * (None,)
+    inputs, *outputs = FORWARD.unpack(ctx.saved_tensors)
+    needs = FORWARD.needs(ctx.needs_input_grad)
+    cotangents = Cotangents(grad_out, grad_lse)
+    gradients = backward(inputs, Outputs(*outputs), cotangents, needs, ctx.options)
+    return FORWARD.gradients({Inputs: gradients}, len(ctx.needs_input_grad))
 
 
 def _backward_of_forward_jvp(ctx: Any, *cotangents: Any) -> Any:
-    tensors = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[6:10])
+    inputs, tangents, *outputs = FORWARD_JVP.unpack(ctx.saved_tensors)
     grad_out, grad_lse, grad_tout, grad_mu, *_ = cotangents
     gradients, tangent_gradients = jvp_backward(
-        Inputs(*tensors[:6]),
-        Tangents(*tensors[6:10]),
-        JvpOutputs(*tensors[10:]),
-        Cotangents(grad_out, grad_lse, grad_tout, grad_mu),
-        needs,
+        inputs,
+        tangents,
+        JvpOutputs(*outputs),
+        JvpCotangents(grad_out, grad_lse, grad_tout, grad_mu),
+        FORWARD_JVP.needs(ctx.needs_input_grad),
         ctx.options,
     )
-    return *gradients, None, None, *tangent_gradients, *_N_OPTIONS * (None,)
+    return FORWARD_JVP.gradients(
+        {Inputs: gradients, Tangents: tangent_gradients}, len(ctx.needs_input_grad)
+    )
 
 
 def _backward_of_backward(ctx: Any, *cotangents: Any) -> Any:

@@ -1,10 +1,10 @@
-"""The four maps on a CPU, by the kernels of csrc/cpu: every dtype, mask and layout.
+"""The four primitives on a CPU, by the kernels of csrc/cpu: every dtype, mask and layout.
 
-They accumulate in float32, or float64 where the inputs are, and run in as many threads as torch
-does. Results do not depend on how many. Where a mask is broadcast over batch, heads or keys, its
-gradient is summed in one thread.
+They accumulate in float32 (float64 for float64 inputs) and use as many threads as torch does.
+Results do not depend on the number of threads. The gradient of a mask that is broadcast over batch,
+heads or keys is summed in one thread.
 
-No layout is copied but one: where the last dimension is not contiguous.
+A tensor is copied only if its last dimension is not contiguous.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jvp_attn.types import (
     Cotangents,
     Gradients,
     Inputs,
+    JvpCotangents,
     JvpOutputs,
     Needs,
     Outputs,
@@ -39,14 +40,14 @@ _ELEMENTS = {
 
 
 class CpuBackend:
-    """The maps of `jvp_attn.types.AttentionBackend`.
+    """Implements `jvp_attn.types.AttentionBackend`.
 
-    Residuals are what rounding took from out and tout in half precision, and what it took from lse,
-    (batch, heads, seqlen_q), in float32. In float64 there are none.
+    In half precision out_lo and tout_lo are the low-order parts of out and tout. In float32 out_lo
+    is that of lse, (batch, heads, seqlen_q). In float64 they are None.
 
     Args:
         extension: `jvp_attn._cpu`.
-        instruction_set: one of those that it tells of; the fastest by default.
+        instruction_set: one of `extension.instruction_sets()`; the fastest by default.
     """
 
     def __init__(self, extension: Any, instruction_set: str | None = None) -> None:
@@ -54,22 +55,22 @@ class CpuBackend:
         self._instruction_set = instruction_set or extension.instruction_sets()[0]
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
-        """O, lse and, if asked for, a residual."""
+        """O, lse and, if requested, a low-order part."""
         out, lse, _ = meta.forward(inputs, options)
-        outputs = Outputs(out, lse, _new_residual(out, lse) if options.return_lo else None)
+        outputs = Outputs(out, lse, _new_low_order_part(out, lse) if options.return_lo else None)
         self._run("forward", inputs, options, _named_outputs(outputs._asdict()))
         return outputs
 
     def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> JvpOutputs:
-        """O, lse, tO, mu and, if asked for, residuals."""
+        """O, lse, tO, mu and, if requested, low-order parts."""
         outputs = meta.forward_jvp(inputs, tangents, options)
         if options.return_lo:
-            residual = _new_residual(outputs.out, outputs.lse)
+            out_lo = _new_low_order_part(outputs.out, outputs.lse)
             is_half = inputs.q.dtype in (torch.float16, torch.bfloat16)
-            tresidual = torch.zeros_like(outputs.tout) if is_half else None
-            outputs = outputs._replace(out_lo=residual, tout_lo=tresidual)
+            tout_lo = torch.zeros_like(outputs.tout) if is_half else None
+            outputs = outputs._replace(out_lo=out_lo, tout_lo=tout_lo)
         tensors = _named("t", tangents) | _named_outputs(outputs._asdict())
         self._run("forward", inputs, options, tensors)
         return outputs
@@ -95,7 +96,7 @@ class CpuBackend:
         inputs: Inputs,
         tangents: Tangents,
         outputs: JvpOutputs,
-        cotangents: Cotangents,
+        cotangents: JvpCotangents,
         needs: Needs,
         options: AttentionOptions,
     ) -> tuple[Gradients, Gradients]:
@@ -118,12 +119,12 @@ class CpuBackend:
         gradients: Gradients,
         tangent_gradients: Gradients,
     ) -> None:
-        places = _named("grad_", gradients) | _named("grad_t", tangent_gradients)
-        sums = {name: _sum_of(x) for name, x in places.items() if name.endswith("mask")}
-        self._run("backward", inputs, options, tensors | places | sums)
+        targets = _named("grad_", gradients) | _named("grad_t", tangent_gradients)
+        sums = {name: _accumulator(x) for name, x in targets.items() if name.endswith("mask")}
+        self._run("backward", inputs, options, tensors | targets | sums)
         for name, total in sums.items():
-            if total is not places[name]:
-                places[name].copy_(total)
+            if total is not targets[name]:
+                targets[name].copy_(total)
 
     def _run(
         self,
@@ -132,7 +133,7 @@ class CpuBackend:
         options: AttentionOptions,
         tensors: dict[str, Tensor],
     ) -> None:
-        q, k, v, mask, cu_seqlens_q, cu_seqlens_k = inputs
+        q, k, v, mask = inputs.primals
         tensors = {"q": q, "k": k, "v": v} | tensors
         if mask is not None:
             tensors["mask"] = mask
@@ -144,16 +145,18 @@ class CpuBackend:
         params.threads = torch.get_num_threads()
         if any(_is_shared(tensors.get(x), q, k) for x in ("grad_mask", "grad_tmask")):
             params.threads = 1
-        alive = []  # as long as the kernel runs
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            alive = [cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()]
-            params.batch = len(cu_seqlens_q) - 1
-            params.cu_seqlens_q, params.cu_seqlens_k = (x.data_ptr() for x in alive)
+        alive = []  # until the kernel returns
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+            if (lengths := getattr(inputs, name)) is not None:
+                alive.append(lengths := lengths.contiguous())
+                setattr(params, name, lengths.data_ptr())
+        if is_packed := inputs.cu_seqlens_q is not None:
+            params.batch = len(inputs.cu_seqlens_q) - 1
         for name, x in tensors.items():
             if not name.endswith("mask") and x.stride(-1) != 1 and x.shape[-1] != 1:
                 x = x.contiguous()
             alive.append(x)
-            setattr(params, name, self._struct(name, x, packed=cu_seqlens_q is not None))
+            setattr(params, name, self._struct(name, x, packed=is_packed))
         getattr(self._extension, kernel)(params, self._instruction_set)
 
     def _struct(self, name: str, x: Tensor, packed: bool) -> Any:
@@ -167,7 +170,7 @@ class CpuBackend:
 
 
 class MetaCpuBackend(CpuBackend):
-    """Results of the right shapes, dtypes and strides, for tensors that hold no data."""
+    """Results of the right shapes, dtypes and strides, for fake and meta tensors."""
 
     def __init__(self) -> None:
         pass
@@ -177,24 +180,26 @@ class MetaCpuBackend(CpuBackend):
 
 
 def cpu_backend() -> CpuBackend:
-    """The maps by the installed extension.
+    """The backend with the installed extension.
 
     Raises:
-        ImportError: it is not there.
+        ImportError: the extension is not installed.
     """
     from jvp_attn import _cpu
 
     return CpuBackend(_cpu)
 
 
-def _new_residual(out: Tensor, lse: Tensor) -> Tensor | None:
+def _new_low_order_part(out: Tensor, lse: Tensor) -> Tensor | None:
     if out.dtype == torch.float64:
         return None
     return torch.zeros_like(lse if out.dtype == torch.float32 else out)
 
 
-def _named(prefix: str, tensors: Tangents | Gradients | Cotangents) -> dict[str, Tensor]:
-    """Those that are there, by their names in csrc/cpu/params.h."""
+def _named(
+    prefix: str, tensors: Tangents | Gradients | Cotangents | JvpCotangents
+) -> dict[str, Tensor]:
+    """The tensors that are present, by their names in csrc/cpu/params.h."""
     return {f"{prefix}{name}": x for name, x in tensors._asdict().items() if x is not None}
 
 
@@ -205,15 +210,15 @@ def _named_outputs(outputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return named
 
 
-def _sum_of(gradient: Tensor) -> Tensor:
-    """Where the gradient of a mask is summed: in itself, if that is precise enough."""
+def _accumulator(gradient: Tensor) -> Tensor:
+    """The tensor in which the gradient of a mask is summed, at least float32."""
     if gradient.dtype in (torch.float16, torch.bfloat16):
         return torch.zeros_like(gradient, dtype=torch.float32)
     return gradient
 
 
 def _is_shared(gradient: Tensor | None, q: Tensor, k: Tensor) -> bool:
-    """Whether threads, each with keys of one head, would add to the same element."""
+    """Whether several threads, each with the keys of one head, would add to the same element."""
     if gradient is None:
         return False
     batch, heads, _, seqlen_k = gradient.shape
@@ -221,7 +226,7 @@ def _is_shared(gradient: Tensor | None, q: Tensor, k: Tensor) -> bool:
 
 
 def why_too_long(q: Tensor, k: Tensor) -> str | None:
-    """Why sequences of queries or keys are too long for the kernels; None where they are not."""
+    """Why the sequences are too long for the kernels; None if they are not."""
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] > MAX_SEQLEN:
             return (

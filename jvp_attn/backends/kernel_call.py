@@ -1,11 +1,11 @@
-"""One attention problem on its way to the kernels: results to allocate, tensors to check.
+"""The arguments of one kernel launch: allocates results, checks tensors, fills AttentionParams.
 
-A tensor whose last dimension is not contiguous is copied; all other strides are for the kernels to
-follow.
+A tensor whose last dimension is not contiguous is copied; the kernels support all other strides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,22 +22,20 @@ from jvp_attn.backends.kernel_select import (
 from jvp_attn.backends.kernel_table import KernelEntry
 from jvp_attn.types import AttentionOptions, Inputs
 
-_SUMS = ("dq_accum", "ds_row_sums")
-
 # The enum MaskKind of csrc/params.h.
 _BOOLEAN, _ADDITIVE_ELEMENT, _ADDITIVE_FLOAT32 = 1, 2, 3
 
 
 class KernelCall:
-    """The tensors of a call, under the names that they have in csrc/params.h.
+    """The tensors of a call, by their names in csrc/params.h.
 
     Raises:
-        TypeError: the dtype is none that the kernels compute in.
+        TypeError: the kernels do not support the dtype.
         ValueError: a sequence is too long.
     """
 
     def __init__(self, inputs: Inputs, options: AttentionOptions) -> None:
-        q, k, v = inputs[:3]
+        q, k, v, _ = inputs.primals
         if q.dtype not in ELEMENT_OF_DTYPE:
             raise TypeError(
                 f"q has dtype {q.dtype}, but the CUDA kernels compute in float16 and bfloat16: use "
@@ -51,83 +49,93 @@ class KernelCall:
                 )
         self._inputs, self._options = inputs, options
         self._tensors: dict[str, Tensor] = {}
-        self.give(q=q, k=k, v=v)
+        self._lengths: list[Tensor] = []  # keeps contiguous copies alive
+        self.bind(q=q, k=k, v=v)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute: results are then as before any key is seen."""
-        lengths = self._problem()
-        return 0 in (lengths["batch"], lengths["seqlen_q"], lengths["seqlen_k"])
+        """Whether there is nothing to compute: results then keep their initial values."""
+        sizes = self._sizes()
+        return 0 in (sizes["batch"], sizes["seqlen_q"], sizes["seqlen_k"])
 
     @property
     def device(self) -> torch.device:
-        """Where it is computed."""
+        """The device of the tensors."""
         return self._inputs.q.device
 
-    def kernels_of(self, map_name: str) -> tuple[KernelEntry, ...] | None:
-        """The kernels that compute a map; None where there are none."""
-        q, _, v, mask, *_ = self._inputs
-        return kernels_of(map_name, q.dtype, q.shape[3], v.shape[3], mask is not None)
+    def kernels_of(self, primitive: str) -> tuple[KernelEntry, ...] | None:
+        """The kernels that compute a primitive; None if there are none."""
+        q, _, v, mask = self._inputs.primals
+        return kernels_of(primitive, q.dtype, q.shape[3], v.shape[3], mask is not None)
+
+    def fits_tma(self, limits: Mapping[str, int]) -> bool:
+        """Whether the kernels for Hopper support the tensors bound so far.
+
+        They load tiles by TMA, which requires aligned addresses and positive, aligned strides. They
+        apply the softmax scale after the row maximum, so the scale must be positive.
+        """
+        tensors = [x for x in self._tensors.values() if x.ndim == 4]
+        return self._options.softmax_scale > 0 and all(_fits_tma(x, limits) for x in tensors)
 
     def on_hopper(self, kernel: KernelEntry) -> KernelEntry:
-        """What computes the same on Hopper: a kernel for it alone, if there is one that can."""
-        if not self._suits_hopper:
-            return kernel
+        """The kernel for Hopper that computes the same, else the one given. See `fits_tma`."""
         q_tangent_only = not {"tk", "tv"} & self._tensors.keys()
         return on_hopper(kernel, q_tangent_only=q_tangent_only)
 
     def backward_atomic_dq(self) -> tuple[KernelEntry, ...] | None:
-        """Kernels for Hopper alone that compute `backward` by sums in an order that varies.
+        """Kernels for Hopper that compute `backward` and accumulate the gradient of q atomically.
 
-        None where there are none that can. They need `new_sums`.
+        None if there are none. They need `bind_dq_accumulators`. See `fits_tma`.
         """
-        q, _, v, mask, *_ = self._inputs
-        if mask is not None or not self._suits_hopper:
+        q, _, v, mask = self._inputs.primals
+        if mask is not None:
             return None
         return backward_atomic_dq(q.dtype, q.shape[3], v.shape[3])
 
-    @property
-    def _suits_hopper(self) -> bool:
-        """Whether the kernels for it take the tensors given.
-
-        They load tiles with the TMA, which knows tensors by strides that are multiples of
-        16 bytes, and not 0. They scale scores after they have chosen the largest, so that the
-        scale must be positive.
-        """
-        tensors = [x for x in self._tensors.values() if x.ndim == 4]
-        return self._options.softmax_scale > 0 and all(map(_suits_copy_engine, tensors))
-
     # ------------------------------------------------------------------------
-    # Results. The kernels write all of them, but for what belongs to no sequence
+    # Results. The kernels write all of them except rows beyond the last packed sequence
 
     def new_out(self) -> Tensor:
         """(batch, seqlen_q, heads, head_dim_v), as `meta.new_out`."""
-        return self._started(meta.new_out(self._inputs), 0)
+        return self._prefill(meta.new_out(self._inputs), 0)
 
     def new_rows(self, value: float) -> Tensor:
-        """(batch, heads, seqlen_q) float32, of this value where there is nothing to compute."""
-        return self._started(meta.new_rows(self._inputs), value)
+        """(batch, heads, seqlen_q) float32, with this value in rows that no kernel writes."""
+        return self._prefill(meta.new_rows(self._inputs), value)
 
     def new_gradient(self, x: Tensor) -> Tensor:
         """Contiguous, of the shape of x."""
-        return self._started(meta.new_gradient(x), 0)
+        return self._prefill(meta.new_gradient(x), 0)
 
-    def new_sums(self) -> dict[str, Tensor]:
-        """Zeros, float32, to which the kernels of `backward_atomic_dq` add."""
-        q = self._inputs.q
-        return {name: q.new_zeros(self._shape_of(name), dtype=torch.float32) for name in _SUMS}
+    def bind_dq_accumulators(self, limits: Mapping[str, int]) -> None:
+        """Allocate zeros, float32, to which the kernels of `backward_atomic_dq` add.
 
-    def _started(self, x: Tensor, value: float) -> Tensor:
+        csrc/common/dq_accum.cuh describes their layout. Head dims are multiples of 8 here.
+        """
+        batch, seqlen_q, heads, head_dim = self._inputs.q.shape
+        multiple = limits["dq_accum_row_multiple"]
+        if self._is_packed:  # the rows of each sequence start at a multiple
+            rows = (seqlen_q // multiple + self._sizes()["batch"]) * multiple
+        else:
+            rows = -(-seqlen_q // multiple) * multiple
+        shapes = {
+            "dq_accum": (batch, heads, rows * head_dim),
+            "ds_row_sums": (batch, heads, rows),
+        }
+        for name, shape in shapes.items():
+            self._tensors[name] = self._inputs.q.new_zeros(shape, dtype=torch.float32)
+
+    def _prefill(self, x: Tensor, value: float) -> Tensor:
         return x.fill_(value) if self.is_empty or self._is_packed else x
 
     # ------------------------------------------------------------------------
-    # What the kernels are given
+    # Parameters of the kernels
 
-    def give(self, **tensors: Tensor | None) -> None:
+    def bind(self, **tensors: Tensor | None) -> None:
         """Let the kernels read or write these tensors; None is absent.
 
         Raises:
-            TypeError, ValueError: a tensor does not fit, and a kernel would reach past its end.
+            TypeError, ValueError: a tensor does not fit; a kernel would access memory beyond it.
         """
         for name, x in tensors.items():
             if x is not None:
@@ -136,9 +144,9 @@ class KernelCall:
                 self._tensors[name] = x if contiguous else x.contiguous()
 
     def params(self, extension: Any) -> Any:
-        """AttentionParams that point to the tensors given, and are valid as long as this call."""
+        """AttentionParams that point to the bound tensors; valid as long as this object lives."""
         params = extension.AttentionParams()
-        for name, number in self._problem().items():
+        for name, number in self._sizes().items():
             setattr(params, name, number)
         params.softmax_scale = self._options.softmax_scale
         params.causal = int(self._options.causal)
@@ -150,16 +158,17 @@ class KernelCall:
             setattr(params, name, struct(x.data_ptr(), *strides))
         if self._inputs.mask is not None:
             params.mask = self._mask(extension, self._inputs.mask)
-        if self._is_packed:
-            self._ends = [x.contiguous() for x in self._inputs[4:] if x is not None]
-            params.cu_seqlens_q, params.cu_seqlens_k = (x.data_ptr() for x in self._ends)
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+            if (lengths := getattr(self._inputs, name)) is not None:
+                self._lengths.append(lengths := lengths.contiguous())
+                setattr(params, name, lengths.data_ptr())
         return params
 
     @property
     def _is_packed(self) -> bool:
         return self._inputs.cu_seqlens_q is not None
 
-    def _problem(self) -> dict[str, int]:
+    def _sizes(self) -> dict[str, int]:
         """The sizes in AttentionParams."""
         batch, seqlen_q, heads, head_dim = self._inputs.q.shape
         seqlen_k, heads_k, head_dim_v = self._inputs.v.shape[1:]
@@ -179,21 +188,13 @@ class KernelCall:
             "head_dim_v": head_dim_v,
         }
 
-    @property
-    def _rows_of_sums(self) -> int:
-        """In each sequence they are a multiple of so many, which csrc/common/dq_accum.cuh says."""
-        multiple, seqlen_q = 128, self._inputs.q.shape[1]
-        if self._inputs.cu_seqlens_q is None:
-            return -(-seqlen_q // multiple) * multiple
-        return (seqlen_q // multiple + self._problem()["batch"]) * multiple
-
     def _mask(self, extension: Any, mask: Tensor) -> Any:
         kind = _ADDITIVE_ELEMENT
         if mask.dtype == torch.bool:
             kind = _BOOLEAN
         elif mask.dtype == torch.float32:
             kind = _ADDITIVE_FLOAT32
-        # A dimension of 1 is read again and again.
+        # A dimension of 1 is broadcast.
         strides = (
             0 if size == 1 else stride
             for size, stride in zip(mask.shape, mask.stride(), strict=True)
@@ -213,7 +214,7 @@ class KernelCall:
     def _shape_of(self, name: str) -> tuple[int, ...]:
         batch, seqlen_q, heads, head_dim = self._inputs.q.shape
         seqlen_k, heads_k, head_dim_v = self._inputs.v.shape[1:]
-        match name.removeprefix("grad_").removesuffix("_lo").removeprefix("t"):
+        match name.removeprefix("grad_").removeprefix("t").removesuffix("_lo"):
             case "q":
                 return batch, seqlen_q, heads, head_dim
             case "k":
@@ -222,18 +223,19 @@ class KernelCall:
                 return batch, seqlen_k, heads_k, head_dim_v
             case "out":
                 return batch, seqlen_q, heads, head_dim_v
-            case "dq_accum":
-                return batch, heads, self._rows_of_sums * -(-head_dim // 8) * 8
-            case "ds_row_sums":
-                return batch, heads, self._rows_of_sums
-            case _:
+            case "lse" | "mu" | "beta" | "delta":
                 return batch, heads, seqlen_q
+        raise KeyError(f"AttentionParams have no tensor {name}")
 
 
-def _suits_copy_engine(x: Tensor) -> bool:
+def _fits_tma(x: Tensor, limits: Mapping[str, int]) -> bool:
+    elements = limits["tma_alignment_elements"]
     sizes_and_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
     return (
-        x.data_ptr() % 16 == 0
-        and x.shape[-1] % 8 == 0
-        and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in sizes_and_strides)
+        x.data_ptr() % limits["tma_alignment_bytes"] == 0
+        and x.shape[-1] % elements == 0
+        and all(
+            size == 1 or (stride > 0 and stride % elements == 0)
+            for size, stride in sizes_and_strides
+        )
     )

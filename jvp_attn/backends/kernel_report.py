@@ -1,4 +1,4 @@
-"""Which kernels would serve a problem, and why: `python -m jvp_attn.info --shape ...`."""
+"""Which kernels would compute a problem, and why: `python -m jvp_attn.info --shape ...`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from importlib import import_module
 
 import torch
 
-from jvp_attn.backends.kernel_select import HOPPER, MAPS, kernels_of, on_hopper, why_no_kernels
+from jvp_attn.backends.kernel_select import (
+    HOPPER,
+    PRIMITIVES,
+    kernels_of,
+    on_hopper,
+    why_no_kernels,
+)
 from jvp_attn.backends.kernel_table import KernelEntry, padded_head_dim
 from jvp_attn.backends.select import why_no_cpu_extension, why_no_device, why_no_extension
 from jvp_attn.validation import check_attention
@@ -15,7 +21,7 @@ from jvp_attn.validation import check_attention
 
 @dataclass(frozen=True, kw_only=True)
 class KernelUse:
-    """A kernel that would be launched; what only the compiled extension knows may be None."""
+    """A kernel that would be launched. Fields are None if only the missing extension knows them."""
 
     name: str
     tile: tuple[int, int] | None  # rows, keys
@@ -24,10 +30,10 @@ class KernelUse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapReport:
-    """How one attention map would be computed: by CUDA kernels, or else by what, and why."""
+class PrimitiveReport:
+    """How one primitive would be computed: the backend, its CUDA kernels, and why."""
 
-    map: str
+    primitive: str
     backend: str
     kernels: tuple[KernelUse, ...]
     why: str
@@ -42,19 +48,18 @@ def report_problem(
     head_dim_v: int | None = None,
     masked: bool = False,
     capability: tuple[int, int] | None = None,
-) -> list[MapReport]:
-    """Tell for each of the four maps which kernels the backend "automatic" would launch.
+) -> list[PrimitiveReport]:
+    """The kernels that the backend "automatic" would launch for each of the four primitives.
 
     Args:
         dtype: of q, k and v.
         shape: that of q, (batch, seqlen_q, heads, head_dim).
-        seqlen_k, heads_k, head_dim_v: as in q where they are None.
+        seqlen_k, heads_k, head_dim_v: as in q if they are None.
         masked: whether there is an attn_mask, itself without tangent and gradient.
-        capability: of a device that need not be here, which is taken to have the extension; None
-            is the present device.
+        capability: of any device, assumed to have the extension; None is the present device.
 
     Raises:
-        TypeError, ValueError: no attention has such shapes.
+        TypeError, ValueError: attention does not support such shapes.
     """
     batch, seqlen_q, heads, head_dim = shape
     k_shape = (batch, seqlen_q if seqlen_k is None else seqlen_k, heads_k or heads, head_dim)
@@ -69,23 +74,29 @@ def report_problem(
     reason = reason or why_no_kernels(dtype, seqlen_q, k_shape[1], capability)
     if reason:
         backend = "cpu" if is_here and why_no_device() and not why_no_cpu_extension() else "tiled"
-        return [MapReport(map=name, backend=backend, kernels=(), why=reason) for name in MAPS]
-    return [_map_report(name, dtype, head_dim, v_shape[3], masked, capability) for name in MAPS]
+        return [
+            PrimitiveReport(primitive=name, backend=backend, kernels=(), why=reason)
+            for name in PRIMITIVES
+        ]
+    return [
+        _primitive_report(name, dtype, head_dim, v_shape[3], masked, capability)
+        for name in PRIMITIVES
+    ]
 
 
-def _map_report(
+def _primitive_report(
     name: str,
     dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
     masked: bool,
     capability: tuple[int, int],
-) -> MapReport:
+) -> PrimitiveReport:
     padded = padded_head_dim(head_dim, head_dim_v)
     kernels = kernels_of(name, dtype, head_dim, head_dim_v, masked)
     if kernels is None:
         why = f"it has no kernel for head dim {padded}"
-        return MapReport(map=name, backend="tiled", kernels=(), why=why)
+        return PrimitiveReport(primitive=name, backend="tiled", kernels=(), why=why)
     dims = f"{head_dim}" if head_dim == head_dim_v else f"{head_dim} and {head_dim_v}"
     why = f"{str(dtype).removeprefix('torch.')}, head dim {dims}"
     if padded != max(head_dim, head_dim_v) or head_dim != head_dim_v:
@@ -95,17 +106,19 @@ def _map_report(
     elif capability == HOPPER and head_dim % 8 == head_dim_v % 8 == 0:
         kernels = tuple(map(_on_hopper, kernels))
         why += ", strides of multiples of 16 bytes"
-    return MapReport(map=name, backend="cuda", kernels=tuple(map(_kernel_use, kernels)), why=why)
+    return PrimitiveReport(
+        primitive=name, backend="cuda", kernels=tuple(map(_kernel_use, kernels)), why=why
+    )
 
 
 def _on_hopper(kernel: KernelEntry) -> KernelEntry:
-    """What computes the same on Hopper, if this build has it, or where there is no build."""
+    """The kernel for Hopper that computes the same, unless this build lacks it."""
     known, faster = _compiled(), on_hopper(kernel)
     return faster if faster.name in known or not known else kernel
 
 
 def _compiled() -> dict[str, dict[str, int]]:
-    """Threads and shared memory of the kernels in the extension, if it is here."""
+    """Threads and shared memory of the kernels in the extension; empty if not installed."""
     return {} if why_no_extension() else import_module("jvp_attn._C").kernels()
 
 
@@ -119,15 +132,15 @@ def _kernel_use(kernel: KernelEntry) -> KernelUse:
     )
 
 
-def as_text(reports: list[MapReport]) -> str:
-    """Lay reports out for people, one kernel a line."""
+def as_text(reports: list[PrimitiveReport]) -> str:
+    """Format reports, one kernel per line."""
     lines = []
     for report in reports:
         if report.kernels:
-            lines.append((report.map, f"kernels for {report.why}"))
+            lines.append((report.primitive, f"kernels for {report.why}"))
             lines += [("", f"  {_kernel_text(kernel)}") for kernel in report.kernels]
         else:
-            lines.append((report.map, f"{report.backend}, because {report.why}"))
+            lines.append((report.primitive, f"{report.backend}, because {report.why}"))
     return "\n".join(f"{name:<18}{text}" for name, text in lines)
 
 

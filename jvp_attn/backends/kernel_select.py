@@ -1,4 +1,4 @@
-"""Which CUDA kernels compute an attention map, and where none does, why."""
+"""Which CUDA kernels compute a primitive, or why none does."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from jvp_attn.backends.kernel_table import (
 
 ELEMENT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MIN_CAPABILITY = (8, 0)
-# Machine code for it runs on no other device, older or newer.
+# Its machine code (sm_90a) runs only on compute capability 9.0.
 HOPPER = (9, 0)
 # The kernels count rows and keys with 32 bits, and add two such numbers.
 MAX_SEQLEN = 2**30 - 1
 
-# The steps of each map, one launch each; where a map has two ways, the first is the faster.
+# The steps of each primitive, one launch each. Of two plans, the first is the faster one.
 _LAUNCH_PLANS: dict[str, tuple[tuple[str, ...], ...]] = {
     "forward": (("forward",),),
     "forward_jvp": (("forward_jvp",), ("forward", "tangent_only")),
     "backward": (("preprocess", "backward_dq", "backward_dkv"),),
     "jvp_backward": (("preprocess", "jvp_backward_dq", "jvp_backward_dkv"),),
 }
-MAPS = tuple(_LAUNCH_PLANS)
+PRIMITIVES = tuple(_LAUNCH_PLANS)
 
-# On Hopper, `backward` in one pass over its scores: blocks of keys add up the gradient of Q in an
-# order that varies, and the last step makes it of the sums.
+# `backward` on Hopper in one pass over the scores: key blocks accumulate the gradient of Q
+# atomically in float32, and the last step converts it. The order is nondeterministic.
 _BACKWARD_ATOMIC_DQ = ("preprocess", "backward", "bwd_postprocess")
 
-# What a step becomes on Hopper where neither keys nor values have tangents.
+# The faster step on Hopper if neither keys nor values have tangents.
 _Q_TANGENT_ONLY = {"forward_jvp": "forward_jvp_q"}
 
 
 def kernels_of(
-    map_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, masked: bool = False
+    primitive: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, masked: bool = False
 ) -> tuple[KernelEntry, ...] | None:
-    """The kernels that compute a map, in the order of their launches; None where there are none.
+    """The kernels that compute a primitive, in the order of launches; None if there are none.
 
     Args:
-        map_name: one of MAPS.
+        primitive: one of PRIMITIVES.
         dtype: float16 or bfloat16.
         head_dim, head_dim_v: that of q and k, and that of v.
         masked: whether there is a mask.
     """
     element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
-    for steps in _LAUNCH_PLANS[map_name]:
+    for steps in _LAUNCH_PLANS[primitive]:
         if kernels := _kernels_of_steps(steps, element, padded, masked):
             return kernels
     return None
 
 
 def on_hopper(kernel: KernelEntry, *, q_tangent_only: bool = False) -> KernelEntry:
-    """The kernel for Hopper alone that computes the same as another one; that one if there is none.
+    """The kernel for Hopper that computes the same; the given kernel if there is none.
 
-    It asks more of a problem: see `KernelCall.on_hopper`.
+    It supports fewer layouts: see `KernelCall.fits_tma`.
     """
     step = kernel.step
     if q_tangent_only:
@@ -69,10 +69,10 @@ def on_hopper(kernel: KernelEntry, *, q_tangent_only: bool = False) -> KernelEnt
 def backward_atomic_dq(
     dtype: torch.dtype, head_dim: int, head_dim_v: int
 ) -> tuple[KernelEntry, ...] | None:
-    """The kernels of `backward` on Hopper where its sums may come in an order that varies.
+    """The kernels of `backward` on Hopper that accumulate the gradient of Q atomically.
 
-    None where there are none. They need 5 products instead of 7 and memory for the sums, and ask of
-    a problem what those of `on_hopper` ask.
+    None if there are none. They need 5 matrix products instead of 7 and float32 memory for the
+    accumulator, and have the same requirements as those of `on_hopper`.
 
     Args:
         dtype, head_dim, head_dim_v: as in `kernels_of`.
@@ -88,7 +88,7 @@ def _kernels_of_steps(
     masked: bool = False,
     arch: str = "sm80",
 ) -> tuple[KernelEntry, ...] | None:
-    """A kernel for each step, named as `kernel_name` does; None where one is missing."""
+    """A kernel for each step; None if one is missing."""
     names = [
         kernel_name(step, element)
         if step in OF_ROWS
@@ -103,7 +103,7 @@ def _kernels_of_steps(
 def why_no_kernels(
     dtype: torch.dtype, seqlen_q: int, seqlen_k: int, capability: tuple[int, int]
 ) -> str | None:
-    """Why the kernels cannot compute a problem on a device; None where they can."""
+    """Why the kernels cannot compute a problem on a device; None if they can."""
     if capability < MIN_CAPABILITY:
         return (
             "the kernels need compute capability {}.{} or newer, and the device has {}.{}"

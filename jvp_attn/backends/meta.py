@@ -1,8 +1,8 @@
-"""Results of the four maps as they are before any key is seen: zeros, and −inf for lse.
+"""Results of the primitives before any key is seen: zeros, and −inf for lse.
 
-Backends start from them. Where tensors hold no data, only shapes, dtypes and strides, they are all
-there is to compute, so this module is itself a backend, for FakeTensorMode and the device "meta".
-Results as long as q lie in memory as q does; gradients are contiguous.
+Backends start from them. For fake and meta tensors, which have only shapes, dtypes and strides,
+this module is a complete backend. Outputs of q's length have q's memory layout; gradients are
+contiguous.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from jvp_attn.types import (
     Cotangents,
     Gradients,
     Inputs,
+    JvpCotangents,
     JvpOutputs,
     Needs,
     Outputs,
     Tangents,
+    split_needs,
 )
 
 
 def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
-    """O = 0, lse = −inf and no residual."""
+    """O = 0, lse = −inf and no low-order part."""
     return Outputs(new_out(inputs).zero_(), new_rows(inputs).fill_(-torch.inf), None)
 
 
 def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -> JvpOutputs:
-    """O = tO = mu = 0, lse = −inf and no residuals."""
+    """O = tO = mu = 0, lse = −inf and no low-order parts."""
     out, lse, _ = forward(inputs, options)
     return JvpOutputs(out, lse, new_out(inputs).zero_(), new_rows(inputs).zero_(), None, None)
 
@@ -48,12 +50,13 @@ def jvp_backward(
     inputs: Inputs,
     tangents: Tangents,
     outputs: JvpOutputs,
-    cotangents: Cotangents,
+    cotangents: JvpCotangents,
     needs: Needs,
     options: AttentionOptions,
 ) -> tuple[Gradients, Gradients]:
     """Zeros."""
-    return _zeros(inputs, needs[:4]), _zeros(inputs, needs[4:])
+    needs, tangent_needs = split_needs(needs)
+    return _zeros(inputs, needs), _zeros(inputs, tangent_needs)
 
 
 def new_out(inputs: Inputs) -> Tensor:
@@ -61,7 +64,7 @@ def new_out(inputs: Inputs) -> Tensor:
     strides = inputs.q.stride()
     order = [0, 1, 2, 3]
     if strides[3] == 1:
-        # What is expanded has stride 0, and comes first.
+        # An expanded dimension has stride 0, and comes first.
         order[:3] = sorted(order[:3], key=lambda i: -strides[i] if strides[i] else -torch.inf)
     shape = (*inputs.q.shape[:3], inputs.v.shape[3])
     return torch.empty_permuted(shape, order, dtype=inputs.q.dtype, device=inputs.q.device)
@@ -83,6 +86,6 @@ def _zeros(inputs: Inputs, needs: Needs) -> Gradients:
     return Gradients(
         *(
             new_gradient(x).zero_() if needed and x is not None else None
-            for x, needed in zip(inputs[:4], needs, strict=True)
+            for x, needed in zip(inputs.primals, needs, strict=True)
         )
     )

@@ -1,8 +1,8 @@
 """Backend `math`: the naive formula in plain differentiable operations, with quadratic memory.
 
-For tests and comparison. PyTorch derives every derivative of it by itself, so it shares nothing
-with the rules and maps that it checks. Everything must be finite but masks, also what is hidden;
-and derivatives taken under autocast are rounded by it, as those of torch's own operations are.
+For tests and comparison. PyTorch differentiates it, so it shares no code with the rules and
+primitives that it checks. All inputs except masks must be finite, even masked keys and padding.
+Derivatives taken under autocast are rounded by it, like those of torch's own operations.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor
     """softmax(s Q Kᵀ + mask) V and its logsumexp.
 
     Args:
-        inputs: as described there.
-        options: scale and causality.
+        inputs: see `Inputs`.
+        options: see `AttentionOptions`.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in q's dtype; lse (batch, heads, seqlen_q), float32
         (float64 for float64). A row that sees no key has out 0, lse −inf and no derivative.
     """
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
-        return _attention(inputs.q, inputs.k, inputs.v, inputs.mask, options)
+        return _attention(*inputs.primals, inputs.seqused_k, options)
     ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     places = [
         (slice(*ends_q[i : i + 2]), slice(*ends_k[i : i + 2])) for i in range(len(ends_q) - 1)
     ]
-    places.append((slice(ends_q[-1], None), slice(0, 0)))  # of no sequence: they see nothing
+    places.append((slice(ends_q[-1], None), slice(0, 0)))  # of no sequence: they see no key
     results = [
-        _attention(inputs.q[:, queries], inputs.k[:, keys], inputs.v[:, keys], None, options)
+        _attention(inputs.q[:, queries], inputs.k[:, keys], inputs.v[:, keys], None, None, options)
         for queries, keys in places
     ]
     outs, lses = zip(*results, strict=True)
@@ -42,7 +42,12 @@ def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqused_k: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     group = q.shape[2] // k.shape[2]
     queries = q.transpose(1, 2) * options.softmax_scale
@@ -53,14 +58,14 @@ def _attention(
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
         return (scores.to(q.dtype) @ values).transpose(1, 2), lse
-    visible = _visible(scores, options.causal)
+    visible = _visible(scores, options.causal, seqused_k)
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask.detach() > -torch.inf
         visible = visible & seen
         if mask.dtype != torch.bool:
             scores = scores + mask.masked_fill(~seen, 0)
     alive = visible.any(-1, keepdim=True)
-    # Rows that see nothing are computed as if they saw all, and replaced afterwards.
+    # Rows that see no key are computed without a mask, and replaced afterwards.
     scores = scores.masked_fill(~visible & alive, -torch.inf)
     # Spelt out: torch's softmax and logsumexp cannot go backward through a dual number's tangent.
     maximum = scores.detach().amax(-1, keepdim=True)
@@ -73,14 +78,17 @@ def _attention(
     return out.transpose(1, 2), lse
 
 
-def _visible(scores: Tensor, causal: Causal) -> Tensor:
-    """(seqlen_q, seqlen_k): which keys the queries see by their place."""
+def _visible(scores: Tensor, causal: Causal, seqused_k: Tensor | None) -> Tensor:
+    """Broadcastable to scores: which keys the queries see by their positions."""
     seqlen_q, seqlen_k = scores.shape[-2:]
-    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=scores.device)
+    row = torch.arange(seqlen_q, device=scores.device)[:, None]
+    column = torch.arange(seqlen_k, device=scores.device)
+    keys = seqlen_k if seqused_k is None else seqused_k[:, None, None, None]
+    visible = (column < keys) & (row >= 0)
     match causal:
         case Causal.NO:
             return visible
         case Causal.BOTTOM_RIGHT:
-            return visible.tril(seqlen_k - seqlen_q)
+            return visible & (column <= row + keys - seqlen_q)
         case Causal.TOP_LEFT:
-            return visible.tril()
+            return visible & (column <= row)

@@ -1,7 +1,7 @@
-"""Which backend computes attention: automatic, or chosen by JVP_ATTN_BACKEND or `backend(name)`.
+"""The backend that computes attention, chosen by JVP_ATTN_BACKEND or `backend(name)`.
 
-Automatic is `cuda` or `cpu` where their kernels can compute the problem, else `tiled`.
-torch.compile reads the variable when it traces, and does not see it change afterwards; it does see
+The default, "automatic", is `cuda` or `cpu` if their kernels support the problem, else `tiled`.
+torch.compile reads the environment variable when it traces and ignores later changes; it respects
 `backend(name)`.
 """
 
@@ -26,13 +26,13 @@ from jvp_attn.types import AttentionBackend
 
 @dataclass(frozen=True)
 class _Backend:
-    """The four maps, made when they are needed, and what they are for tensors without data."""
+    """A loader of a backend, and its counterpart for fake and meta tensors."""
 
-    maps: Callable[[], AttentionBackend]
-    without_data: AttentionBackend
+    load: Callable[[], AttentionBackend]
+    meta: AttentionBackend
 
 
-# `math` is not among them: it is one differentiable formula.
+# `math` has no primitives: it is one differentiable formula.
 _BACKENDS = {
     "tiled": _Backend(lambda: tiled, meta),
     "cpu": _Backend(cache(cpu.cpu_backend), cpu.MetaCpuBackend()),
@@ -42,7 +42,7 @@ _AUTOMATIC = "automatic"
 
 
 class _Choice(threading.local):
-    """One for each thread. torch.compile sees when a plain attribute changes, and compiles anew."""
+    """One per thread. torch.compile guards on a plain attribute and recompiles if it changes."""
 
     def __init__(self) -> None:
         self.backend: str | None = None
@@ -52,12 +52,12 @@ _choice = _Choice()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend` accepts besides "automatic"; those of extensions only with these."""
+    """Names that `backend` accepts besides "automatic": "cuda" and "cpu" only if installed."""
     return tuple(name for name in (*_BACKENDS, "math") if not _why_not_installed(name))
 
 
 def current_backend() -> str:
-    """The name asked for: by `backend`, else by JVP_ATTN_BACKEND, else "automatic".
+    """The name set by `backend`, else by JVP_ATTN_BACKEND, else "automatic".
 
     Raises:
         ValueError: JVP_ATTN_BACKEND names no backend.
@@ -87,10 +87,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def resolve_backend(q: Tensor, k: Tensor) -> str:
-    """The backend that an attention call made now with these queries and keys uses.
+    """The backend that computes attention of these queries and keys.
 
     Raises:
-        ValueError: "cuda" or "cpu" is asked for, and its kernels cannot compute this.
+        ValueError: "cuda" or "cpu" is requested, but its kernels cannot compute this.
     """
     name = current_backend()
     if name == _AUTOMATIC:
@@ -101,7 +101,7 @@ def resolve_backend(q: Tensor, k: Tensor) -> str:
 
 
 def why_not_cuda(q: Tensor, k: Tensor) -> str | None:
-    """Why the kernels do not compute a problem; None where they do."""
+    """Why the CUDA kernels cannot compute a problem; None if they can."""
     if q.device.type != "cuda":
         return f"q is on {q.device}, and the kernels run on CUDA devices"
     if reason := why_no_device() or why_no_extension():
@@ -111,7 +111,7 @@ def why_not_cuda(q: Tensor, k: Tensor) -> str | None:
 
 
 def why_not_cpu(q: Tensor, k: Tensor) -> str | None:
-    """Why the kernels of the CPU do not compute a problem; None where they do."""
+    """Why the CPU kernels cannot compute a problem; None if they can."""
     if q.device.type != "cpu":
         return f"q is on {q.device}, and these kernels run on the CPU"
     return why_no_cpu_extension() or cpu.why_too_long(q, k)
@@ -121,13 +121,13 @@ _KERNELS = {"cuda": why_not_cuda, "cpu": why_not_cpu}
 
 
 def why_no_device() -> str | None:
-    """Why there is nothing to run kernels on; None where there is."""
+    """Why there is no device for the CUDA kernels; None if there is one."""
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 @torch.compiler.assume_constant_result
 def why_no_extension() -> str | None:
-    """Why the CUDA extension cannot be used; None where it can."""
+    """Why the CUDA extension cannot be used; None if it can."""
     return _why_no_extension()
 
 
@@ -144,7 +144,7 @@ def _why_no_extension() -> str | None:
 
 @torch.compiler.assume_constant_result
 def why_no_cpu_extension() -> str | None:
-    """Why the CPU extension cannot be used; None where it can."""
+    """Why the CPU extension cannot be used; None if it can."""
     return _why_no_cpu_extension()
 
 
@@ -158,26 +158,28 @@ def _why_no_cpu_extension() -> str | None:
 
 
 def get_backend(name: str) -> AttentionBackend:
-    """The four maps of a backend.
+    """The backend of this name.
 
     Raises:
-        ValueError: the backend does not exist or has no maps of its own.
+        ValueError: the backend does not exist or has no primitives.
     """
-    return _backend_of(name).maps()
+    return _backend_named(name).load()
 
 
 def get_meta_backend(name: str) -> AttentionBackend:
-    """Those for tensors that hold no data, which give results of the same shapes and strides.
+    """Its counterpart for fake and meta tensors, with results of the same shapes and strides.
 
     Raises:
-        ValueError: the backend does not exist or has no maps of its own.
+        ValueError: the backend does not exist or has no primitives.
     """
-    return _backend_of(name).without_data
+    return _backend_named(name).meta
 
 
-def _backend_of(name: str) -> _Backend:
+def _backend_named(name: str) -> _Backend:
     if name not in _BACKENDS:
-        raise ValueError(f"backend {name!r} has no attention maps; those that have: {[*_BACKENDS]}")
+        raise ValueError(
+            f"backend {name!r} has no primitives; backends with primitives: {[*_BACKENDS]}"
+        )
     return _BACKENDS[name]
 
 

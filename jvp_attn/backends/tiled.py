@@ -1,12 +1,13 @@
-"""Backend `tiled`: the four maps as tiled torch operations, for every dtype and device.
+"""Backend `tiled`: the four primitives as tiled torch operations, for every dtype and device.
 
-The readable specification that the kernels must match. A block of query rows meets all the keys
-that it may see, so softmax and row sums are those of the formulas, without a running maximum.
+The readable specification that the kernels must match. A block of query rows is multiplied with all
+keys that it may see, so softmax and row sums are those of the formulas, without a running maximum.
 Memory beside the outputs is a few blocks of scores: linear in seqlen_k. Half precision is computed
 in float32, under autocast as well. Absent tangents and cotangents are None and cost nothing.
-Residuals are neither needed nor returned.
+Low-order parts are neither needed nor returned.
 
-What a row does not see has no effect on it, be it NaN. What it sees and is not finite makes it NaN.
+Masked and padded keys never affect a row, even if they are NaN. A key that a row sees makes the row
+NaN if it is not finite.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from jvp_attn.types import (
     AttentionOptions,
     Cotangents,
     Gradients,
+    InputNeeds,
     Inputs,
+    JvpCotangents,
     JvpOutputs,
     Needs,
     Outputs,
@@ -29,7 +32,7 @@ from jvp_attn.types import (
 )
 
 # ----------------------------------------------------------------------------
-# The four maps
+# The four primitives
 
 
 @without_autocast
@@ -38,11 +41,12 @@ def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
     out, lse, _ = meta.forward(inputs, options)
     for heads in head_blocks(inputs, options):
         keys = heads.load_keys(inputs.k)
-        values, hurt = _finite_part(heads, heads.load_keys(inputs.v))
+        values, nonfinite = _finite_part(heads, heads.load_keys(inputs.v))
         for rows in heads.row_blocks():
             queries = _times(rows.load(inputs.q), options.softmax_scale)
             p, row_lse = _softmax(rows, queries, keys)
-            rows.store(out, _poisoned(rows, _products((p, rows.seen(values))), hurt))
+            row_out = _products((p, rows.seen(values)))
+            rows.store(out, _propagate_nan(rows, row_out, nonfinite))
             rows.store_sums(lse, row_lse)
     return Outputs(out, lse, None)
 
@@ -53,13 +57,14 @@ def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -
     out, lse, tout, mu, *_ = meta.forward_jvp(inputs, tangents, options)
     for heads in head_blocks(inputs, options):
         keys, tkeys = heads.load_keys(inputs.k), heads.load_keys(tangents.k)
-        values, hurt = _finite_part(heads, heads.load_keys(inputs.v))
-        tvalues, thurt = _finite_part(heads, heads.load_keys(tangents.v))
+        values, nonfinite = _finite_part(heads, heads.load_keys(inputs.v))
+        tvalues, tnonfinite = _finite_part(heads, heads.load_keys(tangents.v))
         for rows in heads.row_blocks():
             queries = _times(rows.load(inputs.q), options.softmax_scale)
             tqueries = _times(rows.load(tangents.q), options.softmax_scale)
             p, row_lse = _softmax(rows, queries, keys)
-            rows.store(out, _poisoned(rows, _products((p, rows.seen(values))), hurt))
+            row_out = _products((p, rows.seen(values)))
+            rows.store(out, _propagate_nan(rows, row_out, nonfinite))
             rows.store_sums(lse, row_lse)
 
             pt = _score_tangent(rows, queries, keys, tqueries, tkeys, tangents.mask)
@@ -68,7 +73,8 @@ def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -
                 rows.store_sums(mu, row_mu)
                 pt.sub_(row_mu).mul_(p)
             row_tout = _products((pt, rows.seen(values)), (p, rows.seen(tvalues)))
-            rows.store(tout, _poisoned(rows, _poisoned(rows, row_tout, hurt), thurt))
+            row_tout = _propagate_nan(rows, row_tout, nonfinite)
+            rows.store(tout, _propagate_nan(rows, row_tout, tnonfinite))
     return JvpOutputs(out, lse, tout, mu, None, None)
 
 
@@ -80,12 +86,13 @@ def backward(
     needs: Needs,
     options: AttentionOptions,
 ) -> Gradients:
-    """The VJP of `forward`: that of `forward_jvp` where every tangent is absent."""
+    """The VJP of `forward`: that of `forward_jvp` without tangents."""
     out, lse, _ = outputs
-    # tout and mu are not read where there is no tangent.
+    # tout and mu are not read if there is no tangent.
     without_tangents = JvpOutputs(out, lse, tout=out, mu=lse, out_lo=None, tout_lo=None)
     gradients, _ = jvp_backward(
-        inputs, Tangents(), without_tangents, cotangents, (*needs, *4 * (False,)), options
+        *(inputs, Tangents(), without_tangents, JvpCotangents(*cotangents)),
+        *((*needs, *InputNeeds()), options),
     )
     return gradients
 
@@ -95,7 +102,7 @@ def jvp_backward(
     inputs: Inputs,
     tangents: Tangents,
     outputs: JvpOutputs,
-    cotangents: Cotangents,
+    cotangents: JvpCotangents,
     needs: Needs,
     options: AttentionOptions,
 ) -> tuple[Gradients, Gradients]:
@@ -109,9 +116,9 @@ def jvp_backward(
         dtq = s dT K                dtk = s dTᵀ Q                 dtv = Pᵀ dtO
         dmask = dS                  dtmask = dT
 
-    beta and delta equal dtO·O and dO·O + dtO·tO, but as row sums they carry none of the rounding of
-    a half-precision O and tO, which would leak mean(K) into dq. So would P = exp(S − lse), whose
-    rows sum to 1 only as exactly as lse is rounded: P is computed anew.
+    beta and delta equal dtO·O and dO·O + dtO·tO. As row sums they are free of the rounding errors
+    of half-precision O and tO, which would leak mean(K) into dq. P is recomputed by a softmax: rows
+    of exp(S − lse) sum to 1 only up to the rounding of lse, which would leak mean(K) too.
     """
     scale = options.softmax_scale
     gradients, tangent_gradients = meta.jvp_backward(
@@ -133,7 +140,7 @@ def jvp_backward(
             tqueries = _times(rows.load(tangents.q), scale)
             p, row_lse = _softmax(rows, queries, keys)
             g_out, g_tout = (
-                _of_live_rows(heads, rows.load(x), row_lse)
+                _zero_fully_masked_rows(heads, rows.load(x), row_lse)
                 for x in (cotangents.out, cotangents.tout)
             )
             g_lse, g_mu = rows.load_sums(cotangents.lse), rows.load_sums(cotangents.mu)
@@ -142,14 +149,14 @@ def jvp_backward(
             if tc is not None:
                 tc.sub_(rows.load_sums(outputs.mu))
             bc = rows.hide(_products((g_tout, rows.seen(values).mT)), 0)
-            bc = _centred(p, bc, g_mu)
+            bc = _subtract_row_mean(p, bc, g_mu)
             x = rows.hide(
                 _products((g_out, rows.seen(values).mT), (g_tout, _transposed(rows.seen(tvalues)))),
                 0,
             )
             if bc is not None and tc is not None:
                 x = bc * tc if x is None else x.addcmul_(bc, tc)
-            x = _centred(p, x, g_lse)
+            x = _subtract_row_mean(p, x, g_lse)
             ds, dt, ptc = (_only_seen(rows, _times(y, p)) for y in (x, bc, tc))
 
             if dq is not None:
@@ -201,12 +208,12 @@ def _score_tangent(
     tkeys: Tensor | None,
     tmask: Tensor | None,
 ) -> Tensor | None:
-    """T = s (tQ Kᵀ + Q tKᵀ) + tmask, 0 where a key is hidden; None where no tangent has a part."""
+    """T = s (tQ Kᵀ + Q tKᵀ) + tmask, 0 where a key is masked; None if all these tangents are."""
     t = _products((tqueries, rows.seen(keys).mT), (queries, _transposed(rows.seen(tkeys))))
     return rows.hide(rows.add_mask(t, tmask), 0)
 
 
-def _centred(p: Tensor, x: Tensor | None, cotangent: Tensor | None) -> Tensor | None:
+def _subtract_row_mean(p: Tensor, x: Tensor | None, cotangent: Tensor | None) -> Tensor | None:
     """Subtract rowsum(P∘x) from x and add a cotangent, in place."""
     if x is None:
         return None if cotangent is None else cotangent.expand_as(p)
@@ -215,48 +222,48 @@ def _centred(p: Tensor, x: Tensor | None, cotangent: Tensor | None) -> Tensor | 
 
 
 # ----------------------------------------------------------------------------
-# What is not finite reaches what sees it and nothing else, though 0 · NaN is NaN
+# NaN and infinity propagate to the rows that see them and to no others, although 0 · NaN is NaN
 
 
 def _only_seen(rows: RowBlock, weights: X) -> X:
-    """Weights with zeros for hidden keys also in rows that hold NaN, in place."""
+    """Set the weights of masked keys to zero, in place, also in rows with NaN."""
     if weights is None or not rows.heads.hides_keys or _is_finite(weights.sum(-1)):
         return weights
     return rows.hide(weights, 0)
 
 
 def _finite_part(heads: HeadBlock, x: X) -> tuple[X, Tensor | None]:
-    """(problems, n, dim) with zeros for vectors that are not finite; (problems, n, 1) marks them.
+    """(problems, n, dim) with zeros for nonfinite vectors, and (problems, n, 1) that marks them.
 
-    As it is, and None, where every row sees all, so that nothing needs to be kept apart.
+    Returns (x, None) if every row sees all keys or all of x is finite.
     """
     if x is None or not heads.hides_keys or _is_finite(x):
         return x, None
-    hurt = ~x.isfinite().all(-1, keepdim=True)
-    return x.masked_fill(hurt, 0), hurt.to(x.dtype)
+    nonfinite = ~x.isfinite().all(-1, keepdim=True)
+    return x.masked_fill(nonfinite, 0), nonfinite.to(x.dtype)
 
 
-def _poisoned(rows: RowBlock, x: Tensor | None, hurt: Tensor | None) -> Tensor | None:
-    """Make rows NaN, in place, that see a key whose vector is not finite."""
-    if x is None or hurt is None:
+def _propagate_nan(rows: RowBlock, x: Tensor | None, nonfinite: Tensor | None) -> Tensor | None:
+    """Set rows that see a nonfinite vector to NaN, in place."""
+    if x is None or nonfinite is None:
         return x
-    return x.masked_fill_(rows.count_seen(hurt) > 0, torch.nan)
+    return x.masked_fill_(rows.count_seen(nonfinite) > 0, torch.nan)
 
 
-def _of_live_rows(heads: HeadBlock, x: X, lse: Tensor) -> X:
-    """Cotangents of rows that see a key; the others do not count, be they NaN."""
+def _zero_fully_masked_rows(heads: HeadBlock, x: X, lse: Tensor) -> X:
+    """Cotangents, set to zero for rows that see no key, even if they are NaN."""
     if x is None or heads.mask is None:
         return x
     return x.masked_fill(lse == -torch.inf, 0)
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether all is known to be: on other devices than the CPU, looking would synchronise."""
+    """Whether x is known to be finite. False on other devices than the CPU: checking would sync."""
     return x.device.type == "cpu" and bool(x.isfinite().all())
 
 
 # ----------------------------------------------------------------------------
-# Algebra in which None is zero
+# Arithmetic in which None is zero
 
 
 def _products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:

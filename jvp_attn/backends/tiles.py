@@ -1,7 +1,8 @@
-"""How backend `tiled` cuts attention into blocks of rows, and which keys their rows see.
+"""How backend `tiled` divides attention into blocks of rows, and which keys their rows see.
 
 Query heads that share a key head are stacked as rows of one problem, so grouped heads need neither
-copies of K and V nor a reduction of their gradients.
+copies of K and V nor a reduction of their gradients. Sequences whose lengths differ, packed or
+padded, are separate blocks: padding is never read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
 from typing import TypeVar
 
 import torch
@@ -18,22 +20,22 @@ from jvp_attn.types import AttentionOptions, Causal, Inputs
 
 X = TypeVar("X", Tensor, Tensor | None)  # an absent tensor stays absent
 
-# Scores in a block: on a CPU it should stay near the cache, a GPU wants more parallel work.
+# Scores in a block: on a CPU they should fit the cache; a GPU needs more parallel work.
 _CPU_BLOCK = 2**19
 _GPU_BLOCK = 2**24
-# Fewer rows than this starve the matrix products, however long the rows are.
+# Matrix products with fewer rows than this are slow, however long the rows are.
 _MIN_ROWS = 64
 
 
 @dataclass(frozen=True)
 class HeadBlock:
-    """Some batches and key heads of one sequence: (batch, key head) pairs are separate problems.
+    """Some batches and key heads of equal seqlens: each (batch, key head) pair is one problem.
 
     Attributes:
         batches, key_heads: which.
         group: query heads per key head.
-        queries, keys: where the sequence lies.
-        diagonal: its query i sees its keys j ≤ i + diagonal; None is all.
+        queries, keys: the positions of the sequence.
+        diagonal: query i of the sequence sees its keys j ≤ i + diagonal; None is all.
         mask: as in `Inputs`.
         rows_per_block: how many rows of each query head a block of rows takes.
         device: where the tensors are.
@@ -69,7 +71,7 @@ class HeadBlock:
     def row_blocks(self) -> Iterator[RowBlock]:
         """Blocks of rows, each with the number of leading keys that its last row sees."""
         seqlen_q, seqlen_k = _length(self.queries), _length(self.keys)
-        # The first rows may see no key: they keep what the results start with.
+        # The first rows may see no key: their results keep their initial values.
         first = 0 if self.diagonal is None else max(-self.diagonal, 0)
         for start in range(first, seqlen_q, self.rows_per_block):
             stop = min(start + self.rows_per_block, seqlen_q)
@@ -87,7 +89,7 @@ class RowBlock:
 
     Attributes:
         heads: the head block.
-        rows: which, counted from the start of the sequence.
+        rows: their positions in the sequence.
         seen_keys: how many keys, from the first, are seen by any of them.
     """
 
@@ -138,13 +140,13 @@ class RowBlock:
     # What the rows see. Scores are (problems, group · rows, seen keys)
 
     def hide(self, scores: X, value: float) -> X:
-        """Fill, in place, the scores that a row does not see."""
+        """Fill the scores of keys that a row does not see, in place."""
         if scores is not None and self._hidden is not None:
             self._of_heads(scores).masked_fill_(self._hidden, value)
         return scores
 
     def add_mask(self, scores: X, mask: Tensor | None) -> X:
-        """Add a floating mask, or its tangent, to scores, in place; none are zeros."""
+        """Add a floating mask, or its tangent, to scores, in place; scores of None are zeros."""
         if mask is None or mask.dtype == torch.bool:
             return scores
         part = self._mask_part(mask)
@@ -156,7 +158,7 @@ class RowBlock:
         return scores
 
     def add_scores(self, mask: Tensor | None, scores: Tensor | None) -> None:
-        """Add scores to a tensor of the mask's shape, summed where the mask does not vary."""
+        """Add scores to a tensor of the mask's shape, summed over broadcast dimensions."""
         if mask is not None and scores is not None:
             part = self._mask_part(mask)
             part.add_(self._of_heads(scores).sum_to_size(part.shape))
@@ -170,8 +172,8 @@ class RowBlock:
 
     @cached_property
     def _hidden(self) -> Tensor | None:
-        """Broadcastable to (batches, key heads, group, rows, seen keys); None if all is seen."""
-        hidden = self._hidden_by_place()
+        """Broadcastable to (batches, key heads, group, rows, seen keys); None if all are seen."""
+        hidden = self._hidden_by_causal()
         mask = self.heads.mask
         if mask is None:
             return hidden
@@ -179,7 +181,7 @@ class RowBlock:
         by_mask = ~part if mask.dtype == torch.bool else part == -torch.inf
         return by_mask if hidden is None else by_mask | hidden
 
-    def _hidden_by_place(self) -> Tensor | None:
+    def _hidden_by_causal(self) -> Tensor | None:
         diagonal = self.heads.diagonal
         if diagonal is None or self.rows.start + diagonal + 1 >= self.seen_keys:
             return None  # the first row already sees every key of the block
@@ -218,39 +220,38 @@ class RowBlock:
     def _part(self, x: Tensor) -> Tensor:
         """(batch, seqlen_q, heads, dim) → view (batches, key heads, group, rows, dim)."""
         x = x.unflatten(2, (-1, self.heads.group))
-        return x[self.heads.batches, self._places, self.heads.key_heads].permute(0, 2, 3, 1, 4)
+        return x[self.heads.batches, self._positions, self.heads.key_heads].permute(0, 2, 3, 1, 4)
 
     def _sums_part(self, x: Tensor) -> Tensor:
         """(batch, heads, seqlen_q) → view (batches, key heads, group, rows)."""
         x = x.unflatten(1, (-1, self.heads.group))
-        return x[self.heads.batches, self.heads.key_heads, :, self._places]
+        return x[self.heads.batches, self.heads.key_heads, :, self._positions]
 
     @property
-    def _places(self) -> slice:
+    def _positions(self) -> slice:
         start = self.heads.queries.start
         return slice(start + self.rows.start, start + self.rows.stop)
 
 
 def head_blocks(inputs: Inputs, options: AttentionOptions) -> Iterator[HeadBlock]:
-    """Cut the problems so that a block of scores has about the size the device likes."""
-    batch, _, heads, _ = inputs.q.shape
-    heads_k = inputs.k.shape[2]
+    """Divide attention so that each block of scores has about the best size for the device."""
+    heads, heads_k = inputs.q.shape[2], inputs.k.shape[2]
     group = heads // heads_k
     budget = _CPU_BLOCK if inputs.q.device.type == "cpu" else _GPU_BLOCK
-    for queries, keys in _sequences(inputs):
+    for batches, queries, keys in _sequences(inputs):
         seqlen_q, seqlen_k = _length(queries), _length(keys)
-        if 0 in (batch, seqlen_q, seqlen_k):
+        if 0 in (_length(batches), seqlen_q, seqlen_k):
             continue
         rows_of_group = max(budget // seqlen_k, _MIN_ROWS)
         rows_per_block = min(max(rows_of_group // group, 1), seqlen_q)
         problems = max(budget // (group * rows_per_block * seqlen_k), 1)
-        # Whole batches where one batch fits, else some of the heads of one batch.
+        # Several batches if one batch fits, else some of the heads of one batch.
         heads_per_block = min(problems, heads_k)
         batches_per_block = max(problems // heads_k, 1)
-        for b in range(0, batch, batches_per_block):
+        for b in range(batches.start, batches.stop, batches_per_block):
             for h in range(0, heads_k, heads_per_block):
                 yield HeadBlock(
-                    slice(b, min(b + batches_per_block, batch)),
+                    slice(b, min(b + batches_per_block, batches.stop)),
                     slice(h, min(h + heads_per_block, heads_k)),
                     group,
                     queries,
@@ -262,14 +263,20 @@ def head_blocks(inputs: Inputs, options: AttentionOptions) -> Iterator[HeadBlock
                 )
 
 
-def _sequences(inputs: Inputs) -> Iterator[tuple[slice, slice]]:
-    """Where the queries and the keys of each sequence lie."""
-    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
-        yield slice(0, inputs.q.shape[1]), slice(0, inputs.k.shape[1])
-        return
-    ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-    for i in range(len(ends_q) - 1):
-        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+def _sequences(inputs: Inputs) -> Iterator[tuple[slice, slice, slice]]:
+    """(batches, queries, keys): the positions of sequences whose lengths are the same."""
+    batch, seqlen_q, seqlen_k = *inputs.q.shape[:2], inputs.k.shape[1]
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
+        ranges = (pairwise(ends.tolist()) for ends in (inputs.cu_seqlens_q, inputs.cu_seqlens_k))
+        for queries, keys in zip(*ranges, strict=True):
+            yield slice(0, 1), slice(*queries), slice(*keys)
+    elif inputs.seqused_k is not None:
+        stop = 0
+        for used, examples in groupby(inputs.seqused_k.tolist()):
+            start, stop = stop, stop + len(list(examples))
+            yield slice(start, stop), slice(0, seqlen_q), slice(0, used)
+    else:
+        yield slice(0, batch), slice(0, seqlen_q), slice(0, seqlen_k)
 
 
 def _diagonal(causal: Causal, seqlen_q: int, seqlen_k: int) -> int | None:

@@ -1,1 +1,1 @@
-"""Letting models that call torch's attention use this package's."""
+"""Replacing torch's attention in existing models."""

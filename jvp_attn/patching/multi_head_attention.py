@@ -1,8 +1,8 @@
 """torch's `multi_head_attention_forward`, computed with this package's attention.
 
-A TorchFunctionMode sees the call of that function but not the attention inside, for a mode is off
-while it handles a call. So here is the same code again, in a module of its own: torch.compile looks
-up there what the code's names mean.
+A TorchFunctionMode is off while it handles a call, so it sees the call of that function but not the
+attention inside. This module contains a copy of the function whose globals are those of torch with
+our attention; it is a module because torch.compile looks up globals in the function's module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ scaled_dot_product_attention = sdpa.scaled_dot_product_attention
 
 
 def has_torch_function(tensors: object) -> bool:
-    """Whether to offer the call to modes: not a second time."""
+    """Always False: modes have already handled the call."""
     return False
 
 

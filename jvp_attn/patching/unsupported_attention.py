@@ -1,9 +1,8 @@
-"""What `replace_sdpa` refuses: attention that does not go through torch's function.
+"""Unsupported attention in `replace_sdpa`: it bypasses torch's function, so it raises.
 
-None of it has a forward derivative, and some would lose a tangent without a word. Most of it is
-operators, which a TorchFunctionMode sees, and which are known by their names. What is no operator,
-such as a Triton kernel, it does not see: that is refused by guards in the tables by which libraries
-choose their attention.
+It has no forward derivative, and some of it would drop a tangent silently. Most of it is operators,
+which a TorchFunctionMode sees; their names identify them. The mode does not see Triton kernels and
+the like; guards in the tables where libraries register their attention functions raise for those.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ _HARMLESS = re.compile(r"^jvp_attn\.|attention_math|backward|bwd")
 
 
 class _Table(NamedTuple):
-    """Where a library keeps its attention functions by their names, and which of them to refuse."""
+    """Where a library registers its attention functions, and the names of the unsupported ones."""
 
     module: str
     owner: str
     attribute: str
-    refused: re.Pattern[str]
+    unsupported: re.Pattern[str]
     remedy: str
 
 
@@ -47,11 +46,11 @@ _TABLES = (
 _guarded_sizes: dict[str, int] = {}
 
 
-def refuse_attention(operator: Any) -> None:
-    """Check an operator of torch or of another library.
+def raise_if_attention(operator: Any) -> None:
+    """Raise if an operator of torch or of another library computes attention, by its name.
 
     Raises:
-        NotImplementedError: it computes attention, by its name.
+        NotImplementedError: it does.
     """
     name = str(operator)
     if _ATTENTION.search(name) and not _HARMLESS.search(name):
@@ -63,9 +62,9 @@ def refuse_attention(operator: Any) -> None:
 
 
 def guard_libraries(active: Callable[[], bool]) -> None:
-    """Let the libraries that are imported raise NotImplementedError where `active()`.
+    """Let unsupported attention of imported libraries raise NotImplementedError if `active()`.
 
-    Cheap once they are guarded. A library may be in the middle of being imported.
+    Cheap once the libraries are guarded. A library may be partially imported.
     """
     for table in _TABLES:
         owner = getattr(sys.modules.get(table.module), table.owner, None)
@@ -73,7 +72,7 @@ def guard_libraries(active: Callable[[], bool]) -> None:
         if len(functions) != _guarded_sizes.get(table.module, 0):
             _guarded_sizes[table.module] = len(functions)
             for name, function in functions.items():
-                if table.refused.match(name) and not hasattr(function, "guarded_by_jvp_attn"):
+                if table.unsupported.match(name) and not hasattr(function, "guarded_by_jvp_attn"):
                     functions[name] = _guarded(function, name, table, active)
 
 

@@ -71,7 +71,7 @@ def emulated_backend(capability: tuple[int, int] = MIN_CAPABILITY) -> Iterator[N
         machine = emulator.load()
         return InHalfPrecision(CudaBackend(machine, lambda _: nullcontext(0), lambda _: capability))
 
-    emulated = select._Backend(kernels, without_data=InHalfPrecision(MetaCudaBackend()))
+    emulated = select._Backend(kernels, meta=InHalfPrecision(MetaCudaBackend()))
     with (
         mock.patch.dict(select._BACKENDS, {"emulated": emulated}),
         jvp_attn.backend("emulated"),

@@ -39,6 +39,13 @@ class Recorder:
     def kernels(self) -> dict[str, None]:
         return dict.fromkeys(self._compiled)
 
+    def limits(self) -> dict[str, int]:
+        return {
+            "tma_alignment_bytes": 16,
+            "tma_alignment_elements": 8,
+            "dq_accum_row_multiple": 128,
+        }
+
     def Tensor(self, *address_and_strides: int) -> tuple[int, ...]:
         assert len(address_and_strides) == 4
         return address_and_strides

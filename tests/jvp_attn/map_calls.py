@@ -17,6 +17,7 @@ from jvp_attn.types import (
     Cotangents,
     Gradients,
     Inputs,
+    JvpCotangents,
     JvpOutputs,
     Needs,
     Outputs,
@@ -40,7 +41,7 @@ class MapCall:
     inputs: Inputs
     tangents: Tangents
     outputs: JvpOutputs
-    cotangents: Cotangents
+    cotangents: JvpCotangents
     options: AttentionOptions
     needs: Needs = OF_QKV
 
@@ -105,7 +106,7 @@ def call_of(case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool =
         inputs,
         tangents,
         JvpOutputs(out, lse, tout, mu, out.new_zeros(out.shape), out.new_zeros(out.shape)),
-        Cotangents(out=tout, lse=mu, tout=out, mu=lse.sigmoid()),
+        JvpCotangents(out=tout, lse=mu, tout=out, mu=lse.sigmoid()),
         options,
     )
 

@@ -235,5 +235,5 @@ def test_attention_on_the_wrong_device_is_refused() -> None:
 
 def test_a_backend_without_maps_has_no_functions() -> None:
     options = jvp_attn.AttentionOptions(1.0, backend="math")
-    with pytest.raises(ValueError, match="backend 'math' has no attention maps"):
-        jvp_attn.FlashAttention.apply(*Case().primals().values(), options)
+    with pytest.raises(ValueError, match="backend 'math' has no primitives"):
+        jvp_attn.FlashAttention.apply(*Case().primals().values(), *4 * (None,), options)

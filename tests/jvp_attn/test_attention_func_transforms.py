@@ -195,7 +195,9 @@ def test_flash_attention_has_every_derivative_by_itself(
     mask = case.primals().get("attn_mask")
     x, t = case.point_and_direction()
     options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
-    applied = derivative(lambda *x: FlashAttention.apply(*x, mask, None, None, options)[:2], x, t)
+    applied = derivative(
+        lambda *x: FlashAttention.apply(*x, mask, None, None, None, options)[:2], x, t
+    )
     expected = derivative(lambda *x: case.naive(*x, mask), x, t)
     assert_close(named(applied), named(expected))
 
@@ -214,7 +216,7 @@ def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
     options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
 
     def applied(*xt: Tensor) -> Tensors:
-        return FlashAttentionJvp.apply(*xt[:4], None, None, *xt[4:], options)[:4]
+        return FlashAttentionJvp.apply(*xt[:4], None, None, None, *xt[4:], options)[:4]
 
     def naive(*xt: Tensor) -> Tensors:
         return tuple(tree_leaves(jvp(case.naive, xt[:4], xt[4:])))

@@ -74,9 +74,7 @@ class Checking:
 @pytest.fixture
 def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checking]:
     maps = Checking()
-    monkeypatch.setitem(
-        select._BACKENDS, "checking", select._Backend(lambda: maps, without_data=meta)
-    )
+    monkeypatch.setitem(select._BACKENDS, "checking", select._Backend(lambda: maps, meta=meta))
     with jvp_attn.backend("checking"):
         yield maps
 
@@ -114,7 +112,7 @@ def test_residuals_accompany_dual_numbers(checking: Checking) -> None:
 def test_residuals_have_no_derivative(checking: Checking) -> None:
     options = AttentionOptions(1.0, backend="checking")
     x = [y.requires_grad_() for y in CASE.data().values()]
-    inputs = (*x[:3], None, None, None)
+    inputs = (*x[:3], None, None, None, None)
     for outputs, count in (
         (FlashAttention.apply(*inputs, options), 2),
         (FlashAttentionJvp.apply(*inputs, *x[3:], None, options), 4),

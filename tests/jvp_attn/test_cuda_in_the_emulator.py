@@ -211,7 +211,7 @@ def test_without_grad_the_same_comes_out(case: Case | PackedCase) -> None:
 def test_missing_residuals_do_not_change_a_gradient() -> None:
     case = Case(1, 20, 30, head_dim=64, head_dim_v=64)
     q, k, v, tq, tk, tv = (y.to(BF16).requires_grad_() for y in offset(case.data()).values())
-    inputs, tangents = (q, k, v, None, None, None), (tq, tk, tv, None)
+    inputs, tangents = (q, k, v, None, None, None, None), (tq, tk, tv, None)
 
     def gradients(residuals: bool) -> tuple[Tensor, ...]:
         options = AttentionOptions(0.125, backend="emulated", return_lo=residuals)

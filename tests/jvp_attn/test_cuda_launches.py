@@ -363,7 +363,7 @@ def test_cu_seqlens_of_any_stride_are_passed_as_the_kernels_read_them(
 
     monkeypatch.setattr(recorder, "launch", launch)
     call = call_of(packed_case(seqlens_q=(3, 5), seqlens_k=(6, 2)))
-    both = torch.stack(call.inputs[4:], dim=1)
+    both = torch.stack(call.inputs[4:6], dim=1)
     call.changed("inputs", cu_seqlens_q=both[:, 0], cu_seqlens_k=both[:, 1]).forward(maps)
     assert read == [[0, 3, 8], [0, 6, 8]]
 

@@ -266,7 +266,7 @@ def test_each_packed_sequence_has_whole_tiles_of_sums() -> None:
 
 def reported(map_name: str, head_dim: int, capability: tuple[int, int]) -> list[str]:
     reports = report_problem(torch.bfloat16, (2, 8, 4, head_dim), capability=capability)
-    (kernels,) = (report.kernels for report in reports if report.map == map_name)
+    (kernels,) = (report.kernels for report in reports if report.primitive == map_name)
     return [kernel.name for kernel in kernels]
 
 

@@ -47,7 +47,7 @@ class Noting:
 @contextmanager
 def noting_backend() -> Iterator[Noting]:
     maps = Noting()
-    noting = select._Backend(lambda: maps, without_data=meta)
+    noting = select._Backend(lambda: maps, meta=meta)
     with mock.patch.dict(select._BACKENDS, {"noting": noting}), jvp_attn.backend("noting"):
         yield maps
 

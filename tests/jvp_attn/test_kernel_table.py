@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jvp_attn.backends.kernel_select import MAPS, kernels_of, why_no_kernels
+from jvp_attn.backends.kernel_select import PRIMITIVES, kernels_of, why_no_kernels
 from jvp_attn.backends.kernel_table import ALLOWED_SPILL_BYTES, KERNELS, OF_ROWS, padded_head_dim
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_a_head_dim_is_padded_to_the_next(head_dim: int, head_dim_v: int, padded
 
 def test_no_kernel_serves_a_head_dim_above_256() -> None:
     assert padded_head_dim(257, 64) is None
-    assert all(kernels_of(name, torch.bfloat16, 257, 64) is None for name in MAPS)
+    assert all(kernels_of(name, torch.bfloat16, 257, 64) is None for name in PRIMITIVES)
 
 
 def names_of(map_name: str, head_dim: int) -> list[str] | None:

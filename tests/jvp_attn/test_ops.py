@@ -20,7 +20,7 @@ from jvp_attn import FlashAttention, FlashAttentionJvp
 from jvp_attn.autograd import ops
 from jvp_attn.backends import meta, select, tiled
 from jvp_attn.backends.cuda import CudaBackend, MetaCudaBackend
-from jvp_attn.types import Cotangents
+from jvp_attn.types import JvpCotangents
 from tests.jvp_attn.attention_cases import Case, assert_close, named, projection
 from tests.jvp_attn.composition_checks import metadata
 from tests.jvp_attn.emulated_backend import emulated_backend
@@ -50,7 +50,7 @@ def sparse_call(case: Case | PackedCase, backend: str) -> MapCall:
     call = call_of(replace(case, with_tangent=""), backend=backend, return_lo=False)
     return replace(
         call.changed("outputs", out_lo=None, tout_lo=None),
-        cotangents=Cotangents(lse=call.cotangents.lse),
+        cotangents=JvpCotangents(lse=call.cotangents.lse),
         options=replace(call.options, deterministic=False),
         needs=(False, True, False, False, True, False, False, False),
     )
@@ -85,7 +85,7 @@ def test_arguments_arrive_in_their_places_and_results_too(
     case: Case | PackedCase, call_of_case: Callable[..., MapCall]
 ) -> None:
     directly, through_operators = Noting(), Noting()
-    noting = select._Backend(lambda: through_operators, without_data=meta)
+    noting = select._Backend(lambda: through_operators, meta=meta)
     with mock.patch.dict(select._BACKENDS, {"noting": noting}):
         call = call_of_case(case, "noting")
         expected = call.all_four(directly)

@@ -15,7 +15,7 @@ import torch
 
 from jvp_attn import info
 from jvp_attn.backends import select
-from jvp_attn.backends.kernel_select import MAPS
+from jvp_attn.backends.kernel_select import PRIMITIVES
 from jvp_attn.backends.kernel_table import KERNELS
 
 H200 = {
@@ -158,7 +158,7 @@ def test_the_extension_knows_what_its_kernels_need(monkeypatch: pytest.MonkeyPat
 
 def test_kernels_of_a_shape_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     reports = json.loads(printed(monkeypatch, *SHAPE, "--head-dim-v", "64", "--json"))
-    assert [report["map"] for report in reports] == list(MAPS)
+    assert [report["primitive"] for report in reports] == list(PRIMITIVES)
     assert reports[0]["kernels"][0]["name"] == "forward_bf16_d256"
     assert reports[0]["why"] == "bfloat16, head dim 200 and 64 padded to 256"
 
@@ -175,7 +175,7 @@ def test_tiled_has_its_reason(
     options: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = printed(monkeypatch, *SHAPE, *options).splitlines()
-    assert len(lines) == len(MAPS)
+    assert len(lines) == len(PRIMITIVES)
     assert all("tiled, because the kernels" in line and reason in line for line in lines)
 
 
