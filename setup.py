@@ -82,12 +82,12 @@ def requested(variable: str) -> str:
 
 
 def is_wanted(name: str, obstacle: str | None) -> bool:
-    """Whether to build an extension. Says why not; fails if it is required and cannot be built."""
+    """Whether to build an extension. Warns if it cannot be built; fails if it is required."""
     variable = f"JVP_ATTN_{name}"
     value = requested(variable)
     if value == "0":
-        obstacle = f"{variable}=0"
-    elif value == "1" and obstacle:
+        return False
+    if value == "1" and obstacle:
         fail(f"{variable}=1 requires the {name} extension, but it cannot be built: {obstacle}.")
     if obstacle:
         notice(f"{obstacle}: skipping the {name} extension.")
