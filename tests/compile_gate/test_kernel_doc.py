@@ -39,9 +39,9 @@ def test_shared_scores_are_multiplied_by_whole_panels() -> None:
     kernel = KERNELS["backward_bf16_d96_sm90"]
     # Four products of 96 columns; for dQ each warpgroup has 64 columns, and 8 of row sums.
     assert tensor_core_cycles(kernel) == 64 * 128 * (4 * 96 + 2 * 72) // 2048
-    # Each warpgroup owns 64 keys: 12 KiB of keys and of queries twice, and of queries twice; 2 tiles
-    # of 16 KiB are loaded. dS is 16 KiB, written once and read by both; each reads 18 KiB of keys
-    # and ones.
+    # Each warpgroup owns 64 keys: 12 KiB of keys and of queries twice, and of queries twice; 2
+    # tiles of 16 KiB are loaded. dS is 16 KiB, written once and read by both; each reads 18 KiB of
+    # keys and ones.
     moved = 2 * (24 + 24) + 2 * 24 + 2 * 16 + (16 + 32) + 36
     assert shared_memory_cycles(kernel) == moved * 1024 // 128
 
