@@ -21,11 +21,13 @@ USES_GPU := $(or $(filter 1,$(JVP_ATTN_CUDA)),$(shell nvidia-smi -L 2>/dev/null 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-# V=1 shows the commands of compilers and of pip.
+# V=1 shows the commands of compilers and the output of pip; without it pip prints errors only.
 ifeq ($(V),1)
 QUIET :=
+PIP_QUIET :=
 else
 QUIET := --quiet
+PIP_QUIET := --quiet --quiet
 endif
 
 .PHONY: help demo test test-attn test-kernels test-rcm test-slow check format clean
@@ -82,7 +84,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	@mkdir -p $(VENV) && touch $(VENV)/unfinished && rm -f $@
 	@echo 'Setting up $(VENV): a minute or two, once.'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(QUIET) 'setuptools>=70.1' pybind11 ninja '$(TORCH)' $$($(cpu_index))
+	@$(BIN)/pip install $(PIP_QUIET) 'setuptools>=70.1' pybind11 ninja '$(TORCH)' $$($(cpu_index))
 	@$(call install,train)
 	@rm $(VENV)/unfinished && touch $@
 
@@ -92,7 +94,7 @@ $(VENV)/ready-test: $(VENV)/ready
 	@touch $@
 
 comma := ,
-install = JVP_ATTN_CPU=0 JVP_ATTN_CUDA=0 $(BIN)/pip install $(QUIET) --no-build-isolation \
+install = JVP_ATTN_CPU=0 JVP_ATTN_CUDA=0 $(BIN)/pip install $(PIP_QUIET) --no-build-isolation \
   --editable '.[$(1)]' '$(TORCH)' $$($(cpu_index))
 
 # PyTorch's own index has CPU builds, for machines without a GPU. Where it does not answer within

@@ -67,7 +67,7 @@ def modules_of(project: Path) -> set[str]:
 
 
 def info_after_installing(wheel: Path, venv: Path) -> dict:
-    """Install into a new venv that borrows the other packages of this one, and run jvp_attn.info."""
+    """Install into a new venv that borrows this one's other packages, and run jvp_attn.info."""
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)
     python = venv / "bin" / "python"
     site_packages = only_file(venv, "lib/python*/site-packages")
