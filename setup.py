@@ -1,9 +1,11 @@
 """Builds the extensions: `jvp_attn._cpu` with a C++ compiler, `jvp_attn._C` with nvcc.
 
-What cannot be built is left out, and the package works without. `JVP_ATTN_CPU=1` and
-`JVP_ATTN_CUDA=1` make that an error, `JVP_ATTN_CPU=0` and `JVP_ATTN_CUDA=0` leave one out.
-`CXX`, `TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` work as for PyTorch's own extensions.
-All else about the package is in pyproject.toml.
+An extension that cannot be built is skipped with a warning; the package works without it.
+`JVP_ATTN_CPU=1` and `JVP_ATTN_CUDA=1` turn that warning into an error; `JVP_ATTN_CPU=0` and
+`JVP_ATTN_CUDA=0` skip an extension. `CXX` chooses the C++ compiler, `TORCH_CUDA_ARCH_LIST` the GPUs
+to compile for (as in PyTorch), `MAX_JOBS` the number of parallel compilers. `V=1` shows the
+commands of nvcc. Neither extension needs torch to compile.
+All other metadata is in pyproject.toml.
 """
 
 import importlib.util
@@ -23,28 +25,27 @@ from typing import NoReturn
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# torch brings BuildExtension; with ninja, files compile in parallel.
-CUDA_REQUIREMENTS = ["torch>=2.11", "ninja"]
+# Build frontends run these to collect requirements, metadata and sources. They compile nothing.
+METADATA_COMMANDS = {"egg_info", "dist_info", "sdist"}
 
-# A build frontend runs these to collect requirements, metadata and sources: they compile nothing.
-PREPARATIONS = {"egg_info", "dist_info", "sdist"}
-
-SOURCES = {".cpp", ".cu"}
-
-# Products may become fused multiply-adds. What passes vectors by value is inlined, so that nothing
-# depends on how the ABI does that.
+# -ffp-contract=fast allows fused multiply-adds. -Wno-psabi: functions that pass vectors by value
+# are inlined, so their ABI does not matter.
 CPU_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra"]
 CPU_FLAGS += ["-Wno-psabi", "-fvisibility=hidden"]
 
-# What a compiler must understand.
+# A source that the C++ compiler must accept.
 PROBE = """
 #include <atomic>
 typedef float Vector __attribute__((vector_size(16)));
 void publish(std::atomic<int>& x, Vector& y) { x.notify_all(); y = y > y ? y : y + y; }
 """
 
-# Where the sources of the kernels go that csrc/generate.py writes.
-GENERATED = Path("build/kernels")
+# csrc/generate.py writes the sources of the CUDA kernels here.
+KERNEL_SOURCES = Path("build/kernels")
+
+# The objects of the CUDA extension, and beside each object of nvcc, in *.o.log, the report of ptxas
+# on registers and spills. tests/compile_gate reads both.
+CUDA_OBJECTS = Path("build/objects")
 
 LICENSE = "Apache-2.0"
 
@@ -60,41 +61,36 @@ class Toolkit:
 
 
 def main() -> None:
-    toolkit = None if wish_for("JVP_ATTN_CUDA") == "0" else find_toolkit()
-    if PREPARATIONS.intersection(sys.argv):
-        setup(license=LICENSE, setup_requires=CUDA_REQUIREMENTS if toolkit else [])
+    if METADATA_COMMANDS.intersection(sys.argv):
+        setup(license=LICENSE)
         return
 
-    extensions, command = [], build_ext
+    extensions = []
     if is_wanted("CPU", why_no_compiler() or why_no_pybind11()):
         extensions.append(cpu_extension())
-    if is_wanted("CUDA", why_no_torch() if toolkit else "no nvcc in CUDA_HOME, CUDA_PATH or PATH"):
+    toolkit = None if requested("JVP_ATTN_CUDA") == "0" else find_toolkit()
+    if is_wanted("CUDA", why_no_cuda(toolkit) or why_no_pybind11()):
         extensions.append(cuda_extension(toolkit))
-        command = cuda_build_command(toolkit)
-    setup(
-        license=LICENSE,
-        ext_modules=extensions,
-        cmdclass={"build_ext": ending_with_advice(command)},
-    )
+    setup(license=LICENSE, ext_modules=extensions, cmdclass={"build_ext": Build})
 
 
-def wish_for(variable: str) -> str:
-    wish = os.environ.get(variable) or "automatic"
-    if wish not in {"0", "1", "automatic"}:
-        fail(f"{variable} is {wish!r}; it can be 0, 1 or unset.")
-    return wish
+def requested(variable: str) -> str:
+    value = os.environ.get(variable) or "automatic"
+    if value not in {"0", "1", "automatic"}:
+        fail(f"{variable} is {value!r}; it can be 0, 1 or unset.")
+    return value
 
 
 def is_wanted(name: str, obstacle: str | None) -> bool:
-    """Whether to build an extension; says why not, and ends where it must be built and cannot."""
+    """Whether to build an extension. Warns if it cannot be built; fails if it is required."""
     variable = f"JVP_ATTN_{name}"
-    wish = wish_for(variable)
-    if wish == "0":
-        obstacle = f"{variable}=0"
-    elif wish == "1" and obstacle:
-        fail(f"{variable}=1 asks for the {name} extension, but it cannot be built: {obstacle}.")
+    value = requested(variable)
+    if value == "0":
+        return False
+    if value == "1" and obstacle:
+        fail(f"{variable}=1 requires the {name} extension, but it cannot be built: {obstacle}.")
     if obstacle:
-        notice(f"{obstacle}: the {name} extension is left out.")
+        notice(f"{obstacle}: skipping the {name} extension.")
     return not obstacle
 
 
@@ -107,19 +103,19 @@ def fail(text: str) -> NoReturn:
 
 
 def find_toolkit() -> Toolkit | None:
-    """Find the toolkit of the nvcc in CUDA_HOME, CUDA_PATH or PATH, in this order."""
+    """Find the toolkit of the nvcc in CUDA_HOME, CUDA_PATH or PATH, in that order."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     folders = [os.path.join(home, "bin") for home in homes] + [os.environ.get("PATH", "")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
         return None
 
-    # This nvcc may be a link or a wrapper, far from its toolkit. Only nvcc itself knows its home.
+    # This nvcc may be a link or a wrapper outside the toolkit. Only nvcc itself knows its home.
     plan = output_of(nvcc, "--dryrun", "-x", "cu", os.devnull)
     root = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     version = re.search(r"\bV(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
     if not (root and version):
-        fail(f"{nvcc} does not run as nvcc should. JVP_ATTN_CUDA=0 installs without it.")
+        fail(f"{nvcc} does not run as nvcc should. JVP_ATTN_CUDA=0 skips the CUDA extension.")
     return Toolkit(Path(root[1].strip()).resolve(), version[1])
 
 
@@ -128,16 +124,24 @@ def output_of(*command: str) -> str:
     return result.stdout
 
 
-def why_no_torch() -> str | None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
-    return None
+def why_no_cuda(toolkit: Toolkit | None) -> str | None:
+    if toolkit is None:
+        return "no nvcc in CUDA_HOME, CUDA_PATH or PATH"
+    return None if find_ninja() else "ninja is not installed"
+
+
+def find_ninja() -> str | None:
+    """Find ninja in PATH, or beside the running Python where pip installs it."""
+    folders = [os.environ.get("PATH", ""), sysconfig.get_path("scripts")]
+    return shutil.which("ninja", path=os.pathsep.join(folders))
+
+
+def cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 
 def why_no_compiler() -> str | None:
-    command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    command = cxx()
     with tempfile.TemporaryDirectory() as folder:
         probe, result = Path(folder, "probe.cpp"), Path(folder, "probe.o")
         probe.write_text(PROBE)
@@ -151,7 +155,7 @@ def why_no_compiler() -> str | None:
 
 
 def why_no_pybind11() -> str | None:
-    return None if pybind11_headers() else "there is neither pybind11 nor torch, which has it too"
+    return None if pybind11_headers() else "neither pybind11 nor torch, which has it, is installed"
 
 
 def pybind11_headers() -> str | None:
@@ -162,7 +166,7 @@ def pybind11_headers() -> str | None:
 
 
 def cpu_extension() -> Extension:
-    """Describe `jvp_attn._cpu`, which knows nothing of torch."""
+    """Describe `jvp_attn._cpu`, which does not use torch."""
     folder = Path("csrc/cpu")
     return Extension(
         "jvp_attn._cpu",
@@ -176,89 +180,144 @@ def cpu_extension() -> Extension:
 
 
 def cuda_extension(toolkit: Toolkit) -> Extension:
-    """Describe `jvp_attn._C`: no header of torch but its pybind11, no library of torch at all.
+    """Describe `jvp_attn._C`, which uses pybind11 and the CUDA runtime but not torch.
 
-    So it builds beside a CPU-only torch, and its own CUDA runtime, linked in, need not be torch's.
+    Its own CUDA runtime, linked in, may differ from torch's.
     """
-    import torch
-
     targets = code_targets(arch_list())
     definitions = {
         "JVP_ATTN_ARCHS": " ".join(targets),
         "JVP_ATTN_NVCC_VERSION": toolkit.version,
         "JVP_ATTN_GIT_HASH": git_hash(),
     }
+    common = ["-std=c++17", "-O3", "-Icsrc"]
+    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    cxx_command = [*cxx(), *common, "-DNDEBUG", *host, "-isystem", pybind11_headers()]
+    cxx_command += ["-isystem", sysconfig.get_path("include")]
+    cxx_command += [f'-D{name}="{value}"' for name, value in definitions.items()]
+    nvcc_command = [str(toolkit.root / "bin" / "nvcc"), *common, "-Xcompiler", ",".join(host)]
+    nvcc_command += ["--expt-relaxed-constexpr", "-Xptxas", "-v"]
+    nvcc_command += [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets]
+    if os.environ.get("CXX"):
+        nvcc_command += ["-ccbin", cxx()[-1]]
+
+    objects = {CUDA_OBJECTS / f"{source.stem}.o": source for source in sources(targets)}
+    CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
+    (CUDA_OBJECTS / "build.ninja").write_text(ninja_file(objects, cxx_command, nvcc_command))
     return Extension(
         "jvp_attn._C",
-        sources=[str(path) for path in sources(targets)],
-        include_dirs=[str(Path("csrc").resolve())],
+        sources=[],
+        depends=[str(path) for path in objects],
+        extra_objects=[str(path) for path in objects],
         library_dirs=[str(toolkit.root / folder) for folder in ("lib64", "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],
         # torch may load another CUDA runtime into the same process: keep this one's names private.
         extra_link_args=["-Wl,--exclude-libs,ALL"],
-        extra_compile_args={
-            "cxx": [
-                *("-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"),
-                *("-isystem", str(Path(torch.__file__).parent / "include")),
-                *(f'-D{name}="{value}"' for name, value in definitions.items()),
-            ],
-            "nvcc": [
-                *("-std=c++17", "-O3", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"),
-                *(f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets),
-                # BuildExtension switches these off because torch has half types of its own.
-                "-U__CUDA_NO_HALF_OPERATORS__",
-                "-U__CUDA_NO_HALF_CONVERSIONS__",
-                "-U__CUDA_NO_HALF2_OPERATORS__",
-                "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
-            ],
-        },
+        language="c++",
     )
 
 
 def sources(targets: list[str]) -> list[Path]:
-    """Find the sources in csrc/ and generate those of the kernels, which take longer: last."""
-    written = sorted(path for path in Path("csrc").glob("*") if path.suffix in SOURCES)
+    """Find the sources in csrc/ and generate those of the kernels. These take longest: last."""
+    bindings = sorted(path for path in Path("csrc").glob("*") if path.suffix in {".cpp", ".cu"})
     generator = runpy.run_path("csrc/generate.py")
-    # Those for compute capability 9.0 alone are empty in code for another.
+    # Kernels for compute capability 9.0 are empty in code for any other.
     archs = {"sm80", "sm90"} if "sm_90a" in targets else {"sm80"}
     kernels = [kernel for kernel in generator["kernel_table"]() if kernel.arch in archs]
-    return [*written, *generator["generate"](GENERATED, kernels)]
+    return [*bindings, *generator["generate"](KERNEL_SOURCES, kernels)]
+
+
+# nvcc's output goes to a log. The compiler's warnings, and ptxas' "(C7510) Potential Performance
+# Loss", are printed too; the rest of the report of `ptxas -v` is not.
+NINJA_RULES = r"""
+builddir = build/objects
+rule cxx
+  command = $cxx -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $name
+rule nvcc
+  command = $nvcc -MD -MF $out.d -c $in -o $out >$out.log 2>&1; status=$$?; $
+    grep -vE '^ptxas info +: [^(]|bytes stack frame|^$$' $out.log; exit $$status
+  depfile = $out.d
+  deps = gcc
+  description = $name
+"""
+
+
+def ninja_file(objects: dict[Path, Path], cxx: list[str], nvcc: list[str]) -> str:
+    """Write the rules that compile each object from its source."""
+    lines = [f"cxx = {shlex.join(cxx)}", f"nvcc = {shlex.join(nvcc)}", NINJA_RULES]
+    for target, source in objects.items():
+        if source.suffix == ".cu":
+            lines.append(f"build {target} | {target}.log: nvcc {source}")
+        else:
+            lines.append(f"build {target}: cxx {source}")
+        lines.append(f"  name = {source.stem}")
+    return "\n".join(lines) + "\n"
+
+
+def run_ninja() -> None:
+    """Compile what changed, and show progress: one line of it on a terminal, else ten."""
+    command = [find_ninja(), "-f", str(CUDA_OBJECTS / "build.ninja")]
+    if jobs := os.environ.get("MAX_JOBS"):
+        command += ["-j", jobs]
+    if os.environ.get("V") == "1":
+        subprocess.run([*command, "-v"], check=True)
+        return
+    environment = {**os.environ, "NINJA_STATUS": "CUDA kernels: [%f/%t] "}
+    if sys.stdout.isatty():
+        subprocess.run(command, env=environment, check=True)
+        return
+    tenths = 0
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as ninja:
+        for line in ninja.stdout:
+            if progress := re.match(r"CUDA kernels: \[(\d+)/(\d+)\]", line):
+                done, total = map(int, progress.groups())
+                if done * 10 // total == tenths:
+                    continue
+                tenths = done * 10 // total
+            print(line, end="", flush=True)
+    if ninja.returncode:
+        raise subprocess.CalledProcessError(ninja.returncode, command)
 
 
 def arch_list() -> str:
     """List the GPUs to compile for, as TORCH_CUDA_ARCH_LIST does: "8.0 9.0+PTX"."""
-    import torch
-
     if requested := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return requested
-    ordinals = range(torch.cuda.device_count())
-    present = {"{}.{}".format(*torch.cuda.get_device_capability(ordinal)) for ordinal in ordinals}
-    return " ".join(sorted(present)) or DEFAULT_ARCH_LIST
+    try:
+        found = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except OSError:
+        return DEFAULT_ARCH_LIST
+    return " ".join(sorted(set(re.findall(r"^\d+\.\d$", found, re.M)))) or DEFAULT_ARCH_LIST
 
 
 def code_targets(arch_list: str) -> list[str]:
-    """Turn "8.0 9.0+PTX" into nvcc's words: sm_80 is machine code, compute_90 is PTX."""
+    """Turn "8.0 9.0+PTX" into nvcc's names: sm_80 is machine code, compute_90 is PTX."""
     targets = []
     for arch in arch_list.replace(";", " ").split():
         if not (match := re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)):
             fail(f'cannot read {arch!r} in TORCH_CUDA_ARCH_LIST; write it as in "8.0;9.0+PTX".')
         major, minor, variant, ptx = match.groups()
         if int(major) < 8:
-            notice(f"skipping architecture {arch}: the kernels need compute capability 8.0.")
+            notice(
+                f"skipping architecture {arch}: the kernels need compute capability 8.0 or newer."
+            )
             continue
-        # wgmma exists in sm_90a alone, which every GPU of capability 9.0 can run.
+        # wgmma needs sm_90a. Every GPU of capability 9.0 runs it.
         targets.append(f"sm_{major}{minor}" + ("a" if major == "9" else variant))
-        # PTX is there for newer GPUs, and the PTX of a variant would not run on them.
+        # Newer GPUs run PTX, except that of a variant such as 90a.
         if ptx:
             targets.append(f"compute_{major}{minor}")
     if not targets:
-        fail("no architecture is left to compile for; see TORCH_CUDA_ARCH_LIST.")
+        fail("TORCH_CUDA_ARCH_LIST has no architecture to compile for.")
     return targets
 
 
 def git_hash() -> str:
-    """Name the commit in this folder, with "-dirty" if files differ; "unknown" in an sdist."""
-    # Without --git-dir, an sdist unpacked inside another project would tell that project's commit.
+    """The commit in this folder, with "-dirty" if files differ; "unknown" in an sdist."""
+    # Without --git-dir, an sdist unpacked inside another repository would report its commit.
     git = ["git", "--git-dir=.git", "--work-tree=."]
     describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -268,34 +327,24 @@ def git_hash() -> str:
     return result.stdout.strip()
 
 
-def cuda_build_command(toolkit: Toolkit) -> type[build_ext]:
-    """Return torch's build_ext, taught where nvcc is."""
-    import torch
-    from torch.utils import cpp_extension
+class Build(build_ext):
+    """Compiles the CUDA extension with ninja. Says what to do where a compiler fails."""
 
-    # A CPU-only torch knows neither. Without the version, ninja would miss changes in headers.
-    cpp_extension.CUDA_HOME = str(toolkit.root)
-    torch.version.cuda = ".".join(toolkit.version.split(".")[:2])
-    return cpp_extension.BuildExtension
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            names = " or ".join(extension.name for extension in self.extensions)
+            fail(
+                f"{names} did not compile: {error}\nThe compiler's messages are above.\n"
+                "JVP_ATTN_CPU=0 and JVP_ATTN_CUDA=0 skip an extension, CXX chooses another C++\n"
+                "compiler, CUDA_HOME another toolkit, TORCH_CUDA_ARCH_LIST other GPUs."
+            )
 
-
-def ending_with_advice(command: type[build_ext]) -> type[build_ext]:
-    """Teach build_ext to end with a message one can act on."""
-
-    class Build(command):
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                names = " or ".join(extension.name for extension in self.extensions)
-                fail(
-                    f"{names} did not compile: {error}\nThe compiler's own words are above.\n"
-                    "JVP_ATTN_CPU=0 and JVP_ATTN_CUDA=0 install without an extension, CXX chooses "
-                    "another C++\ncompiler, CUDA_HOME another toolkit, TORCH_CUDA_ARCH_LIST other "
-                    "GPUs."
-                )
-
-    return Build
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name == "jvp_attn._C":
+            run_ninja()
+        super().build_extension(extension)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,6 @@ jvp_backward_dkv  jvp_backward_dkv  JvpBackwardDkv  -      -       96x64    64x6
 # The classes of the steps that go row by row, one kernel for all head dims, without tiles.
 OF_ROWS = {"preprocess": "Preprocess", "bwd_postprocess": "BwdPostprocess"}
 
-# Bytes of registers that the compiler may spill to memory, by kernel; 0 for all that are not here.
-ALLOWED_SPILL_BYTES: dict[str, int] = {}
-
 
 @dataclass(frozen=True)
 class KernelEntry:
@@ -79,11 +76,6 @@ class KernelEntry:
     header: str
     cpp_class: str
     arch: str = "sm80"
-
-    @property
-    def allowed_spill_bytes(self) -> int:
-        """What the compiler may spill, stores and loads each."""
-        return ALLOWED_SPILL_BYTES.get(self.name, 0)
 
 
 def kernel_name(

@@ -1,12 +1,15 @@
-"""The compile gate: what the compiler made of every kernel, and what it must not have made.
+"""The compile gate checks what the compiler made of every CUDA kernel.
 
     python tests/compile_gate/compile_gate.py [--arch sm_80] [--kernels PATTERN] [--out FOLDER]
+    python tests/compile_gate/compile_gate.py --built ...
 
-Compiles each kernel of jvp_attn/backends/kernel_table.py by itself, reads ptxas' report and the
-machine code, prints a table and exits with 1 where a kernel breaks a limit: spills and stack beyond
-the table's, tensor cores or asynchronous copies unused, more shared memory than a block can have. The
-kernels that are for compute capability 9.0 alone compile for sm_90a alone. With --out it writes
-kernel-registers-<arch>.json. Needs nvcc and nvdisasm (PyPI: nvidia-cuda-nvdisasm), no GPU.
+The first form compiles each kernel of jvp_attn/backends/kernel_table.py by itself; the second reads
+the objects and reports that the build (setup.py, make) left in build/objects. Both print a table of
+ptxas' report and of the machine code. They exit with 1 where a kernel breaks a limit: it spills or
+uses a stack, uses neither tensor cores nor asynchronous copies, gets a warning of ptxas, or takes
+more shared memory than a block can have. Kernels for compute capability 9.0 are checked for sm_90a.
+--out writes kernel-registers-<arch>.json. Needs nvcc, nvdisasm and, for --built, cuobjdump (PyPI:
+nvidia-cuda-nvdisasm, nvidia-cuda-cuobjdump), and no GPU.
 """
 
 from __future__ import annotations
@@ -39,11 +42,12 @@ from tests.compile_gate.compiler_report import (
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
 SETUP = SimpleNamespace(**run_path(str(ROOT / "setup.py")))
+BUILT = ROOT / SETUP.CUDA_OBJECTS
 
-# What a block can have on every GPU that a kernel is for: of capability 8.0 and newer, and of 9.0.
+# The shared memory that a block can have on every GPU that runs the kernel.
 MAX_SHARED_BYTES = {"sm80": 99 * 1024, "sm90": 227 * 1024}
 
-# The instructions that a kernel with tiles must have, and what it means if it has none.
+# The instructions that a kernel with tiles must have, and what it means if there are none.
 REQUIRED = {
     "sm80": {
         "hmma": "the tensor cores are not used",
@@ -52,30 +56,26 @@ REQUIRED = {
     "sm90": {
         "hgmma": "the tensor cores are not used by warpgroups",
         "utmaldg": "the TMA is not used",
-        "usetmaxreg": "warpgroups do not share registers as they need them",
+        "usetmaxreg": "warpgroups do not reallocate registers",
     },
 }
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as the compiler left it."""
+    """One kernel as compiled. `shared_bytes` is the shared memory that its launch asks for."""
 
     ptxas: PtxasReport
     instructions: Instructions
-
-    @property
-    def shared_bytes(self) -> int:
-        """What a launch asks for; one_sm80_kernel.cuh says how it gets here."""
-        return self.ptxas.global_bytes - 1
+    shared_bytes: int
 
 
 # ----------------------------------------------------------------------------
-# Compiling
+# Compiling each kernel by itself
 
 
 class CompilationFailed(Exception):
-    """A compiler or disassembler failed; the message holds its words."""
+    """A compiler or disassembler failed; the message holds its output."""
 
 
 @cache
@@ -87,37 +87,48 @@ def nvcc() -> Path:
     return toolkit.root / "bin" / "nvcc"
 
 
-@cache
 def nvdisasm() -> Path:
-    """The disassembler: the toolkit's, one in PATH, or that of the package on PyPI."""
-    found = shutil.which("nvdisasm", path=os.pathsep.join([str(nvcc().parent), os.environ["PATH"]]))
+    return cuda_tool("nvdisasm")
+
+
+def cuobjdump() -> Path:
+    return cuda_tool("cuobjdump")
+
+
+@cache
+def cuda_tool(name: str) -> Path:
+    """A tool of the toolkit, in PATH, or from its package nvidia-cuda-<name> on PyPI."""
+    found = shutil.which(name, path=os.pathsep.join([str(nvcc().parent), os.environ["PATH"]]))
     if found is None:
         try:
-            files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+            files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
         except importlib.metadata.PackageNotFoundError:
             files = []
-        found = next((str(x.locate()) for x in files if x.name == "nvdisasm"), None)
+        found = next((str(x.locate()) for x in files if x.name == name), None)
     if found is None:
-        raise FileNotFoundError(
-            "no nvdisasm in the toolkit or PATH: pip install nvidia-cuda-nvdisasm"
-        )
+        raise FileNotFoundError(f"no {name} in the toolkit or PATH: pip install nvidia-cuda-{name}")
     return Path(found)
 
 
+def for_arch(entries: Iterable[KernelEntry], arch: str) -> list[KernelEntry]:
+    """The kernels that run on that GPU, nvcc's "sm_80"."""
+    return [entry for entry in entries if entry.arch == "sm80" or arch == "sm_90a"]
+
+
 def compile_all(entries: Iterable[KernelEntry], arch: str) -> dict[str, Compiled]:
-    """Compile kernels in parallel, as many at a time as MAX_JOBS says, or as there are cores.
+    """Compile kernels in parallel: MAX_JOBS at a time, by default one per core.
 
     Args:
         entries: kernels of the table, or like them.
         arch: nvcc's name of the GPU, such as "sm_80".
 
     Returns:
-        What came of each that is for that GPU, by its name.
+        The compiled kernels that are for that GPU, by name.
 
     Raises:
         CompilationFailed: nvcc or nvdisasm failed.
     """
-    entries = [entry for entry in entries if entry.arch == "sm80" or arch == "sm_90a"]
+    entries = for_arch(entries, arch)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         GENERATE.generate(Path(folder), entries)
@@ -128,13 +139,18 @@ def compile_all(entries: Iterable[KernelEntry], arch: str) -> dict[str, Compiled
 def compile_one(folder: Path, entry: KernelEntry, arch: str) -> Compiled:
     source, cubin = folder / f"{entry.name}.cu", folder / f"{entry.name}.cubin"
     wrapper = Path(__file__).with_name(f"one_{entry.arch}_kernel.cuh")
-    said = output_of(
+    report = output_of(
         *(nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin"),
         *("-I", ROOT / "csrc", "-include", wrapper),
         *(source, "-o", cubin),
     )
-    code = output_of(nvdisasm(), "--print-code", cubin)
-    return Compiled(read_ptxas(said), read_disassembly(code))
+    ptxas = read_ptxas(report)
+    # one_sm80_kernel.cuh defines a variable that is one byte larger than the shared memory.
+    return Compiled(ptxas, disassemble(cubin), shared_bytes=ptxas.global_bytes - 1)
+
+
+def disassemble(cubin: Path) -> Instructions:
+    return read_disassembly(output_of(nvdisasm(), "--print-code", cubin))
 
 
 def output_of(*command: object) -> str:
@@ -146,21 +162,79 @@ def output_of(*command: object) -> str:
 
 
 # ----------------------------------------------------------------------------
+# Reading what the build made
+
+
+class NotBuilt(Exception):
+    """The build has no such kernel, or none for that GPU."""
+
+
+def read_build(
+    entries: Iterable[KernelEntry], arch: str, objects: Path = BUILT
+) -> dict[str, Compiled]:
+    """Read compiled kernels from the objects and logs of the last build.
+
+    Args:
+        entries: kernels of the table.
+        arch: nvcc's name of the GPU, such as "sm_80".
+        objects: the build's folder with <kernel>.o and <kernel>.o.log.
+
+    Returns:
+        The kernels that are for that GPU, by name.
+
+    Raises:
+        NotBuilt: the build lacks a kernel, or has none for that GPU.
+        CompilationFailed: cuobjdump or nvdisasm failed.
+    """
+    entries = for_arch(entries, arch)
+    shared_bytes = shared_bytes_of_build()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = partial(read_built, Path(folder), objects=objects, arch=arch)
+        for_each = pool.map(read, entries)
+        return {
+            entry.name: Compiled(*x, shared_bytes[entry.name])
+            for entry, x in zip(entries, for_each, strict=True)
+        }
+
+
+def shared_bytes_of_build() -> dict[str, int]:
+    try:
+        from jvp_attn import _C
+    except ImportError as error:
+        raise NotBuilt(f"there is no CUDA extension: {error}") from error
+    return {name: kernel["shared_bytes"] for name, kernel in _C.kernels().items()}
+
+
+def read_built(
+    folder: Path, entry: KernelEntry, objects: Path, arch: str
+) -> tuple[PtxasReport, Instructions]:
+    path, log = objects / f"{entry.name}.o", objects / f"{entry.name}.o.log"
+    if not (path.exists() and log.exists()):
+        raise NotBuilt(f"{path} or its log is missing: run make build/cuda")
+    extract = [str(cuobjdump()), "--extract-elf", f".{arch}.", str(path.resolve())]
+    subprocess.run(extract, cwd=folder, capture_output=True, check=False)
+    cubins = list(folder.glob(f"{entry.name}.*.{arch}.cubin"))
+    if len(cubins) != 1:
+        raise NotBuilt(f"{path} has {len(cubins)} machine codes for {arch}, not one")
+    return read_ptxas(log.read_text(), arch), disassemble(cubins[0])
+
+
+# ----------------------------------------------------------------------------
 # Judging
 
 
 def faults(entry: KernelEntry, compiled: Compiled) -> list[str]:
-    """Every limit that a kernel breaks, as a sentence; none if it is as it should be."""
-    ptxas, found, allowed = compiled.ptxas, compiled.instructions, entry.allowed_spill_bytes
+    """Every limit that a kernel breaks, as a sentence."""
+    ptxas, found = compiled.ptxas, compiled.instructions
     faults = [f"ptxas warns: {warning}" for warning in ptxas.warnings]
     for what, size in (
         ("spill stores", ptxas.spill_stores),
         ("spill loads", ptxas.spill_loads),
         ("stack", ptxas.stack),
     ):
-        if size > allowed:
-            faults.append(f"{size} bytes of {what}, {allowed} are allowed")
-    if found.local and not allowed:
+        if size:
+            faults.append(f"{size} bytes of {what}")
+    if found.local:
         faults.append(f"{found.local} instructions LDL and STL, which use local memory")
     if entry.tile is not None:  # a kernel without tiles multiplies no matrices
         faults += [
@@ -180,11 +254,11 @@ def all_faults(compiled: dict[str, Compiled]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------
-# Telling
+# Reporting
 
 
 def row(compiled: Compiled) -> dict[str, int]:
-    """What the table and the JSON file tell about a kernel."""
+    """The numbers of a kernel in the table and the JSON file."""
     ptxas, count = compiled.ptxas, compiled.instructions
     return {
         "registers": ptxas.registers,
@@ -197,7 +271,7 @@ def row(compiled: Compiled) -> dict[str, int]:
 
 
 def as_table(compiled: dict[str, Compiled]) -> str:
-    """One line a kernel."""
+    """One line per kernel."""
     rows = {name: row(x) for name, x in compiled.items()}
     columns = list(next(iter(rows.values())))
     width = max(map(len, rows))
@@ -209,7 +283,7 @@ def as_table(compiled: dict[str, Compiled]) -> str:
 
 
 def as_json(compiled: dict[str, Compiled], arch: str) -> str:
-    """The same for programs, also with one line a kernel."""
+    """The same numbers as JSON, with one line per kernel."""
     kernels = (f"    {json.dumps(name)}: {json.dumps(row(x))}" for name, x in compiled.items())
     version = SETUP.find_toolkit().version
     return (
@@ -220,19 +294,20 @@ def as_json(compiled: dict[str, Compiled], arch: str) -> str:
 
 
 def main() -> None:
-    """Compile, print, judge."""
+    """Compile or read the build, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_80", help="as nvcc names it: sm_80, sm_90a, ...")
-    parser.add_argument("--kernels", default="*", help="only those whose names fit, as in forward*")
+    parser.add_argument("--kernels", default="*", help="only those whose name matches: forward*")
+    parser.add_argument("--built", action="store_true", help="read build/objects; compile nothing")
     parser.add_argument("--out", type=Path, help="write kernel-registers-<arch>.json there")
     options = parser.parse_args()
 
     entries = [entry for entry in KERNELS.values() if fnmatchcase(entry.name, options.kernels)]
     if not entries:
         sys.exit(f"no kernel is called {options.kernels}; there are {', '.join(KERNELS)}")
-    compiled = compile_all(entries, options.arch)
+    compiled = (read_build if options.built else compile_all)(entries, options.arch)
     if not compiled:
-        sys.exit(f"no kernel that fits {options.kernels} is for {options.arch}")
+        sys.exit(f"no kernel that matches {options.kernels} is for {options.arch}")
     print(as_table(compiled))
     if options.out:
         path = options.out / f"kernel-registers-{options.arch}.json"

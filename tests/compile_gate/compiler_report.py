@@ -1,4 +1,4 @@
-"""What ptxas and nvdisasm say about one compiled kernel, read from their own words."""
+"""Parses what ptxas and nvdisasm print about one compiled kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PtxasReport:
-    """What `ptxas -v` prints for a file that holds one kernel. Sizes are in bytes."""
+    """The report of `ptxas -v` on a file with one kernel. Sizes are in bytes."""
 
     registers: int
     spill_stores: int
@@ -21,23 +21,25 @@ class PtxasReport:
 
 @dataclass(frozen=True)
 class Instructions:
-    """How many instructions of each kind the machine code has, loops counted once."""
+    """The number of instructions of each kind in the machine code, each loop counted once."""
 
     total: int
     hmma: int = 0  # tensor core products of a warp
     ldgsts: int = 0  # asynchronous copies from global to shared memory
-    mufu: int = 0  # exponentials, reciprocals and their like
+    mufu: int = 0  # exponentials, reciprocals and similar
     # Loads and stores of local memory: spilled registers, or arrays indexed at run time.
     local: int = 0
     hgmma: int = 0  # tensor core products of a warpgroup
-    utmaldg: int = 0  # copies by the bulk TMA
-    usetmaxreg: int = 0  # warpgroups that hand over registers
-    # The same of the innermost loops with products of warpgroups, all together.
+    utmaldg: int = 0  # TMA loads
+    usetmaxreg: int = 0  # register reallocations of warpgroups
+    # The same in the innermost loops with products of warpgroups, summed.
     loop_total: int = 0
     loop_hgmma: int = 0
     loop_mufu: int = 0
 
 
+# The report for each GPU starts with this line.
+_START = re.compile(r"^(?=ptxas info\s*: \d+ bytes gmem)", re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _FUNCTION = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -49,7 +51,7 @@ _WARNING = re.compile(
     r"^ptxas\b(?:.*\bwarning\s*: (?=\S)|\s*info\s*: (?=\(C\d+\)))(.*)$", re.MULTILINE
 )
 
-# "/*01d0*/  @!P0 BRA `(.L_x_0) ;" is what nvdisasm and cuobjdump make of an instruction.
+# nvdisasm prints an instruction as "/*01d0*/  @!P0 BRA `(.L_x_0) ;".
 _LINE = re.compile(
     r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
     r"(?P<name>[A-Z]\w*)(?P<operands>.*)$",
@@ -58,12 +60,21 @@ _LINE = re.compile(
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
-def read_ptxas(text: str) -> PtxasReport:
-    """Read what nvcc prints with `-Xptxas -v`.
+def read_ptxas(text: str, arch: str | None = None) -> PtxasReport:
+    """Parse what nvcc prints with `-Xptxas -v`.
+
+    Args:
+        text: the output.
+        arch: the GPU, such as "sm_80", whose report is meant if nvcc compiled for several. Warnings
+            of all of them are kept.
 
     Raises:
-        ValueError: it does not describe exactly one kernel; functions that are called count too.
+        ValueError: the output does not describe exactly one kernel, or a function is not inlined.
     """
+    warnings = tuple(_WARNING.findall(text))
+    if arch is not None:
+        reports = _START.split(text)
+        text = "".join(report for report in reports if f"for '{arch}'\n" in report)
     entries, functions = _ENTRY.findall(text), _FUNCTION.findall(text)
     registers, global_bytes = _REGISTERS.findall(text), _GLOBAL.findall(text)
     if not len(entries) == len(functions) == len(registers) == len(global_bytes) == 1:
@@ -75,15 +86,15 @@ def read_ptxas(text: str) -> PtxasReport:
         spill_loads=spill_loads,
         stack=stack,
         global_bytes=int(global_bytes[0]),
-        warnings=tuple(_WARNING.findall(text)),
+        warnings=warnings,
     )
 
 
 def read_disassembly(text: str) -> Instructions:
-    """Count the instructions in what `nvdisasm --print-code` prints.
+    """Count the instructions in the output of `nvdisasm --print-code`.
 
     Raises:
-        ValueError: there is no instruction in it.
+        ValueError: the output has no instruction.
     """
     names, loops = _names_and_loops(text)
     count = Counter(names)
@@ -107,7 +118,7 @@ def read_disassembly(text: str) -> Instructions:
 
 
 def _names_and_loops(text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """All instructions, and where the loops with products of warpgroups start and end."""
+    """All instructions, and the start and end of each loop with products of warpgroups."""
     names: list[str] = []
     labels: dict[str, int] = {}
     loops, last_exit = [], -1
@@ -120,7 +131,7 @@ def _names_and_loops(text: str) -> tuple[list[str], list[tuple[int, int]]]:
             last_exit = len(names)
         target = _TARGET.search(line["operands"])
         start = labels.get(target[1], len(names)) if target else len(names)
-        # Where an exit lies between, it is a way back from code that is rarely run.
+        # A branch back across an exit comes from rarely run code and is no loop.
         if line["name"] == "BRA" and start > last_exit and "HGMMA" in names[start:]:
             loops.append((start, len(names)))
     return names, loops

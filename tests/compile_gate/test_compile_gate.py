@@ -1,4 +1,4 @@
-"""Every kernel compiles to what the table promises, and the gate sees where one does not."""
+"""Every kernel compiles without spills or warnings, and the gate finds those that do not."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from jvp_attn.backends import kernel_table
 from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 from tests.compile_gate.compile_gate import (
     MAX_SHARED_BYTES,
     SETUP,
     Compiled,
+    NotBuilt,
     all_faults,
     as_json,
     as_table,
     compile_all,
     faults,
+    read_build,
+    read_built,
+    row,
 )
 from tests.compile_gate.compiler_report import Instructions, PtxasReport
 
@@ -31,9 +34,11 @@ needs_nvcc = pytest.mark.skipif(SETUP.find_toolkit() is None, reason="nvcc is no
 TANGENT = KERNELS["forward_jvp_bf16_d128"]
 HOPPER = KERNELS["forward_jvp_bf16_d128_sm90"]
 PREPROCESS = KERNELS["preprocess_bf16"]
-REGISTERS = PtxasReport(250, 0, 0, 0, 65537, ())
-GOOD = Compiled(REGISTERS, Instructions(7800, hmma=256, ldgsts=40, mufu=32))
-GOOD_HOPPER = Compiled(REGISTERS, Instructions(4700, hgmma=55, utmaldg=16, usetmaxreg=2, mufu=60))
+REGISTERS = PtxasReport(250, 0, 0, 0, 0, ())
+GOOD = Compiled(REGISTERS, Instructions(7800, hmma=256, ldgsts=40, mufu=32), 65536)
+GOOD_HOPPER = Compiled(
+    REGISTERS, Instructions(4700, hgmma=55, utmaldg=16, usetmaxreg=2, mufu=60), 65536
+)
 
 
 # ----------------------------------------------------------------------------
@@ -41,10 +46,12 @@ GOOD_HOPPER = Compiled(REGISTERS, Instructions(4700, hgmma=55, utmaldg=16, usetm
 
 
 def regressed(good: Compiled = GOOD, **changes: object) -> Compiled:
-    """The same but for these numbers."""
+    """The same kernel with other numbers."""
+    shared_bytes = changes.pop("shared_bytes", good.shared_bytes)
     reports = (good.ptxas, good.instructions)
     return Compiled(
-        *(replace(x, **{k: v for k, v in changes.items() if hasattr(x, k)}) for x in reports)
+        *(replace(x, **{k: v for k, v in changes.items() if hasattr(x, k)}) for x in reports),
+        shared_bytes,
     )
 
 
@@ -56,15 +63,15 @@ def test_a_good_kernel_has_no_fault() -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"spill_stores": 4}, "4 bytes of spill stores, 0 are allowed"),
-        ({"spill_loads": 8}, "8 bytes of spill loads, 0 are allowed"),
-        ({"stack": 16}, "16 bytes of stack, 0 are allowed"),
+        ({"spill_stores": 4}, "4 bytes of spill stores"),
+        ({"spill_loads": 8}, "8 bytes of spill loads"),
+        ({"stack": 16}, "16 bytes of stack"),
         ({"local": 3}, "3 instructions LDL and STL, which use local memory"),
         ({"hmma": 0}, "no instruction HMMA: the tensor cores are not used"),
         ({"ldgsts": 0}, "no instruction LDGSTS: no copy is asynchronous"),
         ({"warnings": ("slow",)}, "ptxas warns: slow"),
         (
-            {"global_bytes": MAX_SHARED_BYTES["sm80"] + 2},
+            {"shared_bytes": MAX_SHARED_BYTES["sm80"] + 1},
             "101377 bytes of shared memory, a block can have 101376",
         ),
     ],
@@ -81,10 +88,10 @@ def test_each_regression_is_a_fault(changes: dict[str, object], fault: str) -> N
         ({"utmaldg": 0}, "no instruction UTMALDG: the TMA is not used"),
         (
             {"usetmaxreg": 0},
-            "no instruction USETMAXREG: warpgroups do not share registers as they need them",
+            "no instruction USETMAXREG: warpgroups do not reallocate registers",
         ),
         (
-            {"global_bytes": MAX_SHARED_BYTES["sm90"] + 2},
+            {"shared_bytes": MAX_SHARED_BYTES["sm90"] + 1},
             "232449 bytes of shared memory, a block can have 232448",
         ),
     ],
@@ -96,47 +103,65 @@ def test_each_regression_of_a_hopper_kernel_is_a_fault(
     assert faults(HOPPER, regressed(GOOD_HOPPER, **changes)) == [f"{HOPPER.name}: {fault}"]
 
 
-def test_all_the_shared_memory_that_a_block_can_have_is_no_fault() -> None:
-    assert faults(TANGENT, regressed(global_bytes=MAX_SHARED_BYTES["sm80"] + 1)) == []
-    all_of_it = regressed(GOOD_HOPPER, global_bytes=MAX_SHARED_BYTES["sm90"] + 1)
-    assert faults(HOPPER, all_of_it) == []
+def test_a_block_may_use_all_of_its_shared_memory() -> None:
+    assert faults(TANGENT, regressed(shared_bytes=MAX_SHARED_BYTES["sm80"])) == []
+    assert faults(HOPPER, regressed(GOOD_HOPPER, shared_bytes=MAX_SHARED_BYTES["sm90"])) == []
 
 
 def test_the_preprocess_kernel_multiplies_no_matrices() -> None:
     assert faults(PREPROCESS, regressed(hmma=0, ldgsts=0)) == []
 
 
-def test_the_table_can_allow_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    spilling = regressed(spill_stores=12, spill_loads=16, stack=8, local=7)
-    monkeypatch.setitem(kernel_table.ALLOWED_SPILL_BYTES, TANGENT.name, 16)
-    assert faults(TANGENT, spilling) == []
-    monkeypatch.setitem(kernel_table.ALLOWED_SPILL_BYTES, TANGENT.name, 15)
-    assert faults(TANGENT, spilling) == [f"{TANGENT.name}: 16 bytes of spill loads, 15 are allowed"]
-
-
-def test_table_and_json_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_and_json_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETUP.__dict__, "find_toolkit", lambda: SETUP.Toolkit(Path(), "13.0.88"))
     compiled = {TANGENT.name: GOOD, PREPROCESS.name: regressed(registers=40)}
     head, *lines = (line.split() for line in as_table(compiled).splitlines())
-    told = json.loads(as_json(compiled, "sm_80"))
-    assert (told["arch"], told["nvcc"]) == ("sm_80", "13.0.88")
-    assert told["kernels"] == {
+    written = json.loads(as_json(compiled, "sm_80"))
+    assert (written["arch"], written["nvcc"]) == ("sm_80", "13.0.88")
+    assert written["kernels"] == {
         name: dict(zip(head[1:], map(int, numbers), strict=True)) for name, *numbers in lines
     }
-    assert told["kernels"][TANGENT.name]["shared_bytes"] == 65536
+    assert written["kernels"][TANGENT.name]["shared_bytes"] == 65536
 
 
 # ----------------------------------------------------------------------------
-# Compiling
+# Reading the build
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_every_kernel_compiles_to_what_the_table_promises(arch: str) -> None:
-    compiled = compile_all(KERNELS.values(), arch)
+def test_no_kernel_has_a_fault(arch: str) -> None:
+    try:
+        compiled = read_build(KERNELS.values(), arch)
+    except NotBuilt as error:  # the build is for the GPU that is present
+        print(error)
+        compiled = compile_all(KERNELS.values(), arch)
     print(as_table(compiled))
     assert all_faults(compiled) == []
+
+
+@needs_nvcc
+def test_a_kernel_that_was_not_built_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotBuilt, match=r"forward_jvp_bf16_d128\.o or its log is missing"):
+        read_built(tmp_path, TANGENT, tmp_path, "sm_80")
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_build_and_the_gate_compile_the_same_code() -> None:
+    """Otherwise the registers that --out writes without --built would not be the build's."""
+    entries = [KERNELS["forward_bf16_d64"]]
+    try:
+        built = read_build(entries, "sm_80")
+    except NotBuilt as error:
+        pytest.skip(str(error))
+    alone = compile_all(entries, "sm_80")
+    assert {k: row(x) for k, x in built.items()} == {k: row(x) for k, x in alone.items()}
+
+
+# ----------------------------------------------------------------------------
+# Compiling
 
 
 def oversized(entry: KernelEntry, keys: int) -> KernelEntry:
@@ -152,27 +177,27 @@ def oversized(entry: KernelEntry, keys: int) -> KernelEntry:
 def test_a_tile_too_large_for_the_registers_is_a_fault() -> None:
     entry = oversized(TANGENT, 128)
     found = faults(entry, compile_all([entry], "sm_80")[entry.name])
-    assert any("bytes of spill stores, 0 are allowed" in fault for fault in found)
+    assert any("bytes of spill stores" in fault for fault in found)
     assert any("instructions LDL and STL" in fault for fault in found)
     assert any("bytes of shared memory, a block can have" in fault for fault in found)
 
 
 @needs_nvcc
 @pytest.mark.slow
-def test_products_of_warpgroups_that_wait_for_each_other_are_a_fault() -> None:
+def test_serialized_wgmma_is_a_fault() -> None:
     entry = oversized(HOPPER, 128)
     found = faults(entry, compile_all([entry], "sm_90a")[entry.name])
     assert any("wgmma.mma_async instructions are serialized" in fault for fault in found)
 
 
 @needs_nvcc
-def test_kernels_for_one_gpu_are_compiled_for_no_other() -> None:
+def test_hopper_kernels_are_not_compiled_for_sm_80() -> None:
     assert compile_all([HOPPER], "sm_80") == {}
 
 
 @needs_nvcc
 @pytest.mark.slow
-def test_the_script_ends_with_1_where_there_is_a_fault(tmp_path: Path) -> None:
+def test_the_script_writes_json_and_rejects_unknown_names(tmp_path: Path) -> None:
     def gate(*options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, GATE, "--kernels", "preprocess_bf16", *options]
         return subprocess.run([str(x) for x in command], capture_output=True, text=True)

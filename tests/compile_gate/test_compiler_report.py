@@ -1,4 +1,4 @@
-"""The compile gate reads ptxas and nvdisasm as they write: all text here is theirs, shortened."""
+"""The compile gate parses the output of ptxas and nvdisasm; the samples here are shortened."""
 
 from __future__ import annotations
 
@@ -93,6 +93,17 @@ def test_advice_on_slow_code_is_a_warning() -> None:
 def test_a_report_must_be_of_one_kernel(text: str) -> None:
     with pytest.raises(ValueError, match="ptxas should describe one kernel"):
         read_ptxas(text)
+
+
+def test_of_several_gpus_one_report_is_read_and_all_warnings_are_kept() -> None:
+    warning = "ptxas info    : (C7510) Potential Performance Loss: serialized\n"
+    both = CLEAN + warning + SPILLING.replace("sm_80", "sm_90a")
+    assert read_ptxas(both, "sm_80").registers == 44
+    spilling = read_ptxas(both, "sm_90a")
+    assert (spilling.registers, spilling.spill_stores) == (32, 5068)
+    assert spilling.warnings == ("(C7510) Potential Performance Loss: serialized",)
+    with pytest.raises(ValueError, match="ptxas should describe one kernel"):
+        read_ptxas(both, "sm_90")
 
 
 def test_a_function_that_is_called_is_not_inlined() -> None:

@@ -1,9 +1,10 @@
-"""Networks of diffusers, timm and transformers: unmodified, small, with random weights."""
+"""Small networks of diffusers, timm and transformers, unmodified, with random weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,8 @@ from tests.jvp_attn.attention_cases import randn
 class Network(nn.Module):
     """A module of a library as a function of the inputs that have tangents.
 
-    Its weights are random: those that a library sets to zero would hide what is behind them.
+    All weights are random: layers that a library initialises to zero would hide the layers before
+    them.
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -42,7 +44,7 @@ def _text(like: Tensor) -> Tensor:
 
 
 def wan(size: int = 8) -> Network:
-    """Self-attention, and cross-attention to a text."""
+    """Self-attention and cross-attention to a text."""
     from diffusers import WanTransformer3DModel
 
     module = WanTransformer3DModel(
@@ -64,7 +66,10 @@ def wan(size: int = 8) -> Network:
 
 
 def cosmos(size: int = 8) -> Network:
-    """As Cosmos-Predict2: the learned positions of Cosmos 1 are float32 only."""
+    """As in Cosmos-Predict2; the learned positions of Cosmos 1 are float32 only.
+
+    Without the padding mask, which diffusers resizes with torchvision.
+    """
     from diffusers import CosmosTransformer3DModel
 
     module = CosmosTransformer3DModel(
@@ -77,18 +82,18 @@ def cosmos(size: int = 8) -> Network:
         text_embed_dim=16,
         adaln_lora_dim=4,
         max_size=(4, size, size),
+        concat_padding_mask=False,
         extra_pos_embed_type=None,
     )
 
     def call(module: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        padding = torch.zeros(1, 1, size, size, dtype=x.dtype)
-        return module(x, t, _text(x), fps=16, padding_mask=padding, return_dict=False)[0]
+        return module(x, t, _text(x), fps=16, return_dict=False)[0]
 
     return Network(module, call, randn(2, 4, 1, size, size, seed="x"), _timesteps())
 
 
 def sd3(size: int = 8) -> Network:
-    """Joint attention to image and text, and a second attention to the image."""
+    """Joint attention to image and text, and a second attention to the image only."""
     from diffusers import SD3Transformer2DModel
 
     module = SD3Transformer2DModel(
@@ -114,7 +119,7 @@ def sd3(size: int = 8) -> Network:
 
 
 def dit(size: int = 8) -> Network:
-    """Of diffusers' old kind, whose attention is an `Attention` with a processor."""
+    """An older network of diffusers, whose attention is an `Attention` with a processor."""
     from diffusers import DiTTransformer2DModel
 
     module = DiTTransformer2DModel(
@@ -138,10 +143,10 @@ def dit(size: int = 8) -> Network:
 
 
 def vit(size: int = 8) -> Network:
-    """A VisionTransformer."""
-    from timm.models.vision_transformer import VisionTransformer
+    """A VisionTransformer. timm is optional: it needs a torchvision built for this torch."""
+    timm = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
 
-    module = VisionTransformer(
+    module = timm.VisionTransformer(
         img_size=size, patch_size=2, embed_dim=16, depth=1, num_heads=2, num_classes=5, qk_norm=True
     )
     return Network(module, nn.Module.__call__, randn(2, 3, size, size, seed="x"))
@@ -177,7 +182,7 @@ def bert(size: int = 8) -> Network:
 
 
 def modern_bert() -> Network:
-    """With a padding mask and local attention: rows far from all keys see none."""
+    """With a padding mask and local attention, so that some rows have no visible key."""
     from transformers import ModernBertConfig, ModernBertModel
 
     seqlen = 8

@@ -31,14 +31,14 @@ of_all = pytest.mark.parametrize("build", NETWORKS)
 
 
 def torch_math() -> AbstractContextManager[Any]:
-    """torch's attention, in the variant that has all derivatives."""
+    """torch's attention in the implementation that has all derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def derivatives(
     network: Network, around: Around, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Output, tangent, and the gradients of a projection of the tangent for all weights."""
+    """Output, tangent, and the gradients of a projection of the tangent with respect to weights."""
     inputs = tuple(x.to(dtype) for x in network.inputs)
     tangents = tuple(randn(*x.shape, seed="tangent").to(dtype) for x in inputs)
 
@@ -55,7 +55,7 @@ def derivatives(
 
 @cache
 def exact_derivatives(build: Build) -> dict[str, Tensor]:
-    """Those of torch, in float64."""
+    """The derivatives of torch's attention in float64."""
     return derivatives(build(), torch_math)
 
 
@@ -85,8 +85,8 @@ def test_errors_in_bfloat16_are_at_most_twice_torchs(build: Build) -> None:
         assert relative_error(ours[name], x) <= bound, name
 
 
-def test_rows_that_see_no_key_have_gradients() -> None:
-    """torch's would be NaN."""
+def test_rows_without_visible_keys_have_finite_gradients() -> None:
+    """torch's gradients are NaN there."""
     network = modern_bert()
     actual = derivatives(network, replace_sdpa)
     assert any(x.isnan().any() for x in derivatives(network, torch_math).values())
@@ -99,7 +99,7 @@ def test_memory_is_linear_in_the_sequence_length(build: Build) -> None:
     networks = build(16), build(24)  # with 64 and 144 tokens
 
     def growth(around: Around) -> list[float]:
-        """Of the peak, and of the largest tensor."""
+        """The growth of the memory peak and of the largest tensor."""
         memory = [
             peak_and_largest_allocation(lambda network=network: derivatives(network, around))
             for network in networks

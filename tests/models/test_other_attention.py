@@ -1,4 +1,4 @@
-"""A library that is told to compute attention by other means than torch's function is refused."""
+"""`replace_sdpa` raises where a library computes attention without torch's function."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.models.networks import Network, bert, wan
 
 
 @pytest.fixture(autouse=True)
-def _usual_attention_afterwards() -> Iterator[None]:
-    """What one model of diffusers is told, new ones do too."""
+def _restore_attention_backend() -> Iterator[None]:
+    """diffusers keeps the backend of one model as the default of new models."""
     yield
     wan().module.set_attention_backend("native")
 
@@ -25,7 +25,7 @@ def tangent(network: Network) -> torch.Tensor:
     return jvp(network, network.inputs, network.inputs)[1]
 
 
-def test_other_backends_of_diffusers() -> None:
+def test_other_backends_of_diffusers_raise() -> None:
     network = wan()
     network.module.set_attention_backend("flex")
     with replace_sdpa(), pytest.raises(NotImplementedError) as raised:
@@ -34,7 +34,7 @@ def test_other_backends_of_diffusers() -> None:
     assert "call model.set_attention_backend('native')" in str(raised.value)
 
 
-def test_other_attention_of_transformers() -> None:
+def test_other_attention_of_transformers_raises() -> None:
     network = bert()
     network.module.set_attn_implementation("flex_attention")
     with replace_sdpa(), pytest.raises(NotImplementedError) as raised:
@@ -44,7 +44,7 @@ def test_other_attention_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "_native_flash", "_native_math"])
-def test_variants_of_torchs_function_are_not_refused(backend: str) -> None:
+def test_variants_of_torchs_function_work(backend: str) -> None:
     network = wan()
     with replace_sdpa():
         expected = tangent(network)
@@ -53,7 +53,7 @@ def test_variants_of_torchs_function_are_not_refused(backend: str) -> None:
 
 
 def registered() -> dict[str, tuple[Any, Any]]:
-    """Every attention function that either library knows, with its table, by name."""
+    """Every registered attention function of both libraries: name → (registry, key)."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
     from transformers.modeling_utils import AttentionInterface
 
@@ -61,9 +61,9 @@ def registered() -> dict[str, tuple[Any, Any]]:
     return {str(getattr(n, "value", n)): (table, n) for table in tables for n in table}
 
 
-def test_attention_is_refused_whether_or_not_its_package_is_installed() -> None:
+def test_attention_of_other_packages_raises_whether_or_not_they_are_installed() -> None:
     with replace_sdpa():
-        tangent(wan())  # the tables are guarded as soon as anything runs inside
+        tangent(wan())  # replace_sdpa guards the registries on the first call inside the block
         names = registered()
         other = [n for n in names if any(x in n for x in ("flash_", "flex", "sage", "xformers"))]
         assert {"flash_hub", "flash_attention_2", "sage", "xformers"} < set(other)
@@ -74,10 +74,10 @@ def test_attention_is_refused_whether_or_not_its_package_is_installed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_outside_nothing_is_refused() -> None:
+def test_other_attention_works_outside_the_block() -> None:
     network = wan()
     with replace_sdpa():
         expected = network(*network.inputs)
     network.module.set_attention_backend("flex")
-    with torch.no_grad():  # of flex attention, there is no backward on a CPU
+    with torch.no_grad():  # flex attention has no backward on a CPU
         assert_close({"out": network(*network.inputs)}, {"out": expected})

@@ -1,129 +1,24 @@
-"""What installing this repository does, with nvcc and without it, and what the archives hold."""
+"""Wheels and the sdist: their contents, and which extensions they build on which machine."""
 
-import json
-import os
 import re
-import runpy
-import shutil
-import subprocess
 import sys
-import sysconfig
 import tarfile
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-setup_py = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
-
-needs_nvcc = pytest.mark.skipif(setup_py.find_toolkit() is None, reason="nvcc is not installed")
-
-
-# The world outside: a fresh copy of the project, and a machine with or without tools.
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    made_by_tools = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so")
-    ignore = shutil.ignore_patterns(*made_by_tools)
-    return shutil.copytree(ROOT, tmp_path / "project", ignore=ignore)
-
-
-@pytest.fixture(autouse=True)
-def neutral_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "JVP_ATTN_CUDA", "TORCH_CUDA_ARCH_LIST"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("MAKEFLAGS", raising=False)
-    monkeypatch.setenv("JVP_ATTN_CPU", "0")  # compiling it takes a minute
-
-
-@pytest.fixture
-def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = os.environ["PATH"].split(os.pathsep)
-    rest = [folder for folder in folders if not shutil.which("nvcc", path=folder)]
-    monkeypatch.setenv("PATH", os.pathsep.join(rest))
-
-
-@pytest.fixture
-def no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "no_torch"
-    folder.mkdir()
-    (folder / "torch.py").write_text("raise ImportError('torch is hidden')")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-
-
-def write_fake_nvcc(folder: Path, toolkit: Path) -> None:
-    """Write an nvcc that only says which toolkit it belongs to."""
-    folder.mkdir(parents=True)
-    nvcc = folder / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..'\necho 'release 13.0, V13.0.88'\n")
-    nvcc.chmod(0o755)
-
-
-@pytest.fixture
-def fake_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    toolkit = tmp_path / "cuda"
-    write_fake_nvcc(toolkit / "bin", toolkit)
-    monkeypatch.setenv("PATH", str(toolkit / "bin"), prepend=os.pathsep)
-    return toolkit
-
-
-def keep_kernels(project: Path, *names: str) -> None:
-    """Strike all others from the kernel table: compiling them takes minutes."""
-    with (project / "jvp_attn" / "backends" / "kernel_table.py").open("a") as table:
-        table.write(f"KERNELS = {{name: KERNELS[name] for name in {names}}}\n")
-
-
-def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def pip_wheel(project: Path) -> subprocess.CompletedProcess[str]:
-    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
-    pip = [sys.executable, "-m", "pip", "wheel", "--verbose", *offline]
-    return run(*pip, "--wheel-dir", "dist", ".", cwd=project)
-
-
-def notices(output: str) -> list[str]:
-    lines = [line.strip() for line in output.splitlines()]
-    return [line for line in lines if line.startswith("jvp-attn: ")]
-
-
-def only_file(folder: Path, pattern: str) -> Path:
-    [path] = folder.glob(pattern)
-    return path
-
-
-def names_in_wheel(wheel: Path) -> set[str]:
-    return set(zipfile.ZipFile(wheel).namelist())
-
-
-def modules_of(project: Path) -> set[str]:
-    files = [path for package in ("jvp_attn", "rcm") for path in (project / package).rglob("*")]
-    return {str(path.relative_to(project)) for path in files if path.is_file()}
-
-
-def info_after_installing(wheel: Path, venv: Path) -> dict:
-    """Install into a new venv that borrows only torch and its like, and ask the package there."""
-    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)
-    python = venv / "bin" / "python"
-    site_packages = only_file(venv, "lib/python*/site-packages")
-    (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    installed = run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=venv.parent)
-    assert installed.returncode == 0, installed.stdout
-    said = run(python, "-m", "jvp_attn.info", "--json", cwd=venv.parent)
-    assert said.returncode == 0, said.stdout
-    return json.loads(said.stdout)
-
+from tests.package.project import (
+    info_after_installing,
+    keep_kernels,
+    modules_of,
+    names_in_wheel,
+    needs_nvcc,
+    notices,
+    only_file,
+    pip_wheel,
+    run,
+    setup_py,
+)
 
 # Without nvcc.
 
@@ -138,8 +33,8 @@ def test_without_compilers_the_package_is_pure_python(
     assert result.returncode == 0, result.stdout
     assert notices(result.stdout) == [
         "jvp-attn: no C++ compiler ([Errno 2] No such file or directory: 'no-compiler'): "
-        "the CPU extension is left out.",
-        "jvp-attn: no nvcc in CUDA_HOME, CUDA_PATH or PATH: the CUDA extension is left out.",
+        "skipping the CPU extension.",
+        "jvp-attn: no nvcc in CUDA_HOME, CUDA_PATH or PATH: skipping the CUDA extension.",
     ]
     wheel = only_file(project / "dist", "*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -158,30 +53,16 @@ def test_nvcc_can_be_required(project: Path, monkeypatch: pytest.MonkeyPatch) ->
     result = pip_wheel(project)
     assert result.returncode != 0
     assert notices(result.stdout)[-1] == (
-        "jvp-attn: JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: "
+        "jvp-attn: JVP_ATTN_CUDA=1 requires the CUDA extension, but it cannot be built: "
         "no nvcc in CUDA_HOME, CUDA_PATH or PATH."
     )
 
 
-@pytest.mark.usefixtures("fake_nvcc", "no_torch")
-def test_torch_can_be_required(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JVP_ATTN_CUDA", "1")
-    result = pip_wheel(project)
-    assert result.returncode != 0
-    assert notices(result.stdout)[-1] == (
-        "jvp-attn: JVP_ATTN_CUDA=1 asks for the CUDA extension, but it cannot be built: "
-        "torch cannot be imported (torch is hidden)."
-    )
-
-
 @pytest.mark.usefixtures("fake_nvcc")
-def test_the_extension_can_be_declined(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_extensions_can_be_skipped(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_CUDA", "0")
     result = pip_wheel(project)
-    assert notices(result.stdout) == [
-        "jvp-attn: JVP_ATTN_CPU=0: the CPU extension is left out.",
-        "jvp-attn: JVP_ATTN_CUDA=0: the CUDA extension is left out.",
-    ]
+    assert notices(result.stdout) == []
     assert only_file(project / "dist", "*.whl").name.endswith("-py3-none-any.whl")
 
 
@@ -204,13 +85,13 @@ def test_a_compiler_can_be_required(
     result = pip_wheel(project)
     assert result.returncode != 0
     assert notices(result.stdout) == [
-        f"jvp-attn: JVP_ATTN_CPU=1 asks for the CPU extension, but it cannot be built: {reason}."
+        f"jvp-attn: JVP_ATTN_CPU=1 requires the CPU extension, but it cannot be built: {reason}."
     ]
 
 
 @pytest.mark.usefixtures("no_nvcc", "no_torch")
 @pytest.mark.slow
-def test_a_compiler_alone_builds_the_kernels_of_the_cpu(
+def test_a_compiler_alone_builds_the_cpu_kernels(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JVP_ATTN_CPU", "1")
@@ -229,7 +110,7 @@ def test_a_compiler_alone_builds_the_kernels_of_the_cpu(
 
 
 @pytest.mark.usefixtures("no_nvcc")
-def test_kernels_that_do_not_compile_say_what_to_do(
+def test_cpu_kernels_that_do_not_compile_say_what_to_do(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JVP_ATTN_CPU", "1")
@@ -239,100 +120,6 @@ def test_kernels_that_do_not_compile_say_what_to_do(
     assert "broken on purpose" in result.stdout
     assert "jvp_attn._cpu did not compile" in result.stdout
     assert "JVP_ATTN_CPU=0" in result.stdout
-
-
-# What an isolated build downloads.
-
-ASK_REQUIREMENTS = """
-from setuptools.build_meta import get_requires_for_build_wheel
-print("needs", *get_requires_for_build_wheel())
-"""
-
-
-@pytest.mark.usefixtures("no_nvcc")
-def test_without_nvcc_a_build_needs_no_torch(project: Path) -> None:
-    assert "needs\n" in run(sys.executable, "-c", ASK_REQUIREMENTS, cwd=project).stdout
-
-
-@pytest.mark.usefixtures("fake_nvcc")
-def test_a_declined_extension_needs_no_torch(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JVP_ATTN_CUDA", "0")
-    assert "needs\n" in run(sys.executable, "-c", ASK_REQUIREMENTS, cwd=project).stdout
-
-
-@pytest.mark.usefixtures("fake_nvcc", "no_torch")
-def test_with_nvcc_a_build_asks_for_torch(project: Path) -> None:
-    answer = run(sys.executable, "-c", ASK_REQUIREMENTS, cwd=project).stdout
-    assert "needs torch>=2.11 ninja\n" in answer
-
-
-# The parts of setup.py.
-
-
-def test_the_toolkit_is_the_one_that_nvcc_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrappers, toolkit = tmp_path / "wrappers", tmp_path / "cuda"
-    write_fake_nvcc(wrappers, toolkit)
-    monkeypatch.setenv("PATH", str(wrappers), prepend=os.pathsep)
-    assert setup_py.find_toolkit() == setup_py.Toolkit(toolkit, "13.0.88")
-
-
-def test_cuda_home_goes_before_path(
-    tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = tmp_path / "other"
-    write_fake_nvcc(other / "bin", other)
-    monkeypatch.setenv("CUDA_HOME", str(other))
-    assert setup_py.find_toolkit().root == other
-
-
-def test_an_nvcc_that_does_not_run_is_named(fake_nvcc: Path) -> None:
-    (fake_nvcc / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(SystemExit, match="bin/nvcc does not run"):
-        setup_py.find_toolkit()
-
-
-@pytest.mark.parametrize(
-    ("arch_list", "targets"),
-    [
-        (setup_py.DEFAULT_ARCH_LIST, ["sm_80", "sm_90a", "compute_90"]),
-        ("8.6;9.0a+PTX", ["sm_86", "sm_90a", "compute_90"]),
-        ("7.5 10.0a 12.0+PTX", ["sm_100a", "sm_120", "compute_120"]),
-    ],
-)
-def test_an_arch_list_becomes_code_targets(arch_list: str, targets: list[str]) -> None:
-    assert setup_py.code_targets(arch_list) == targets
-
-
-@pytest.mark.parametrize(("arch_list", "reason"), [("Hopper", "'Hopper'"), ("7.5", "no arch")])
-def test_an_arch_list_that_leads_nowhere_is_refused(arch_list: str, reason: str) -> None:
-    with pytest.raises(SystemExit, match=reason):
-        setup_py.code_targets(arch_list)
-
-
-def test_git_hash_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert setup_py.git_hash() == "unknown"
-
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    file = tmp_path / "file"
-    file.write_text("one")
-    run("git", "init", cwd=tmp_path)
-    run("git", "add", "file", cwd=tmp_path)
-    run("git", *who, "commit", "--message", "one", cwd=tmp_path)
-    head = run("git", "rev-parse", "HEAD", cwd=tmp_path).stdout
-    assert setup_py.git_hash() == head[:12]
-
-    file.write_text("two")
-    assert setup_py.git_hash() == head[:12] + "-dirty"
-
-    unpacked_sdist = tmp_path / "sdist"
-    unpacked_sdist.mkdir()
-    monkeypatch.chdir(unpacked_sdist)
-    assert setup_py.git_hash() == "unknown"
 
 
 # The archives.
@@ -346,7 +133,7 @@ def test_the_sdist_is_the_whole_project(project: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
 
     top = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
-    folders = [project / folder for folder in ("csrc", "tests", "benchmarks")]
+    folders = [project / folder for folder in ("benchmarks", "csrc", "docs", "tests")]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     expected = modules_of(project) | top | {str(path.relative_to(project)) for path in files}
     assert expected <= names
@@ -387,7 +174,7 @@ def test_an_sdist_becomes_a_wheel_with_the_extension(
 
 @needs_nvcc
 @pytest.mark.slow
-def test_a_failed_compilation_says_what_to_do(
+def test_cuda_kernels_that_do_not_compile_say_what_to_do(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_kernels(project, "preprocess_bf16")

@@ -1,6 +1,6 @@
-"""Writes the table of benchmarks/hopper.md, from the kernel table and the compiler's report:
+"""Writes the table of sm90 kernels in docs/kernels.md from the kernel table and ptxas' report:
 
-python tests/compile_gate/hopper_table.py
+python tests/compile_gate/kernel_doc.py
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from pathlib import Path
 
 from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PAGE = BENCHMARKS / "hopper.md"
-REPORT = BENCHMARKS / "results" / "kernel-registers-sm_90a.json"
-BETWEEN_MARKERS = re.compile(r"(?<=hopper_table.py -->\n).*(?=<!-- end -->\n)", re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "kernels.md"
+REPORT = ROOT / "benchmarks" / "results" / "kernel-registers-sm_90a.json"
+TABLE = re.compile(r"(<!-- python tests/compile_gate/\w+\.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 HOPPER = [x for x in KERNELS.values() if x.arch == "sm90" and x.element == "bf16"]
 PANEL_COLUMNS = 64
 SHARED_COLUMNS = PANEL_COLUMNS + 8
-BYTES_A_CYCLE = 128  # that shared memory moves
-MULTIPLY_ADDS_A_CYCLE = 2048  # of 2-byte elements, on a multiprocessor
+BYTES_PER_CYCLE = 128  # of shared memory
+MULTIPLY_ADDS_PER_CYCLE = 2048  # of 2-byte elements, per multiprocessor
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a kernel does with a tile of scores.
+    """The work of a kernel on one tile of scores.
 
     Attributes:
-        scores: products whose left factor is a tile in shared memory; there are scores of rows and
-            keys.
-        results: products whose left factor is in registers; they add to outputs or gradients.
-        streamed: tiles that arrive for it; the others stay.
-        kept: 16-byte accesses of each thread to what it keeps in shared memory for itself.
-        handed_over: matrices of float32 scores that a warpgroup writes and another reads.
-        shared: products whose left factor, rounded scores, goes from all warpgroups to all through
-            shared memory. Each has 64 rows and 64 columns of the result, and 8 of sums of the rows.
+        scores: products whose left operand is in shared memory; their result is rows x keys.
+        results: products whose left operand is in registers; they add to outputs or gradients.
+        streamed: tiles that are loaded for it; the others stay for the whole loop.
+        kept: 16-byte accesses of each thread to its own data in shared memory.
+        exchanged: float32 tiles of scores that one warpgroup writes and another reads.
+        shared: products whose left operand, rounded scores, passes from all warpgroups to all
+            through shared memory. Each has 64 rows and 64 columns of the result, and 8 columns
+            of row sums.
     """
 
     scores: int
     results: int
     streamed: int
     kept: int = 0
-    handed_over: int = 0
+    exchanged: int = 0
     shared: int = 0
 
 
@@ -56,43 +56,43 @@ SCHEDULES = {
     "backward_dq": Schedule(2, 1, 2, kept=4),
     "backward_dkv": Schedule(2, 2, 2),
     "jvp_backward_dq": Schedule(6, 3, 4, kept=8),
-    "jvp_backward_dkv": Schedule(6, 6, 4, handed_over=2),
+    "jvp_backward_dkv": Schedule(6, 6, 4, exchanged=2),
 }
 
 
 def tensor_core_cycles(kernel: KernelEntry) -> int:
-    """For all the products of a tile."""
+    """Cycles of all products of a tile."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
     multiply_adds = (schedule.scores + schedule.results) * rows * keys * head_dim_of(kernel)
     multiply_adds += schedule.shared * warpgroups_of(kernel) * 64 * keys * SHARED_COLUMNS
-    return multiply_adds // MULTIPLY_ADDS_A_CYCLE
+    return multiply_adds // MULTIPLY_ADDS_PER_CYCLE
 
 
 def shared_memory_cycles(kernel: KernelEntry) -> int:
-    """For factors, tiles that arrive, and what threads keep there or hand over."""
+    """Cycles for operands, loaded tiles, and the data that threads keep or exchange there."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
     row_bytes = 2 * head_dim_of(kernel)
     in_panels = -(-row_bytes // (2 * PANEL_COLUMNS)) * 2 * PANEL_COLUMNS
-    # Each warpgroup has 64 rows, or 64 keys, and reads all of the tile that streams by.
+    # Each warpgroup owns 64 rows, or 64 keys, and reads the whole streamed tile.
     stays, streams = (keys, rows) if keys_stay(kernel) else (rows, keys)
     warpgroups = warpgroups_of(kernel)
     left, right = stays * row_bytes, warpgroups * streams * row_bytes
     moved = schedule.scores * (left + right) + schedule.results * right
     moved += schedule.streamed * streams * in_panels
     moved += schedule.kept * 16 * 128 * warpgroups
-    moved += schedule.handed_over * 2 * 4 * rows * keys
-    # Written, and read by each warpgroup; and right factors.
+    moved += schedule.exchanged * 2 * 4 * rows * keys
+    # Written once and read by each warpgroup, with the right operands.
     moved += schedule.shared * 2 * keys * (rows + warpgroups * (64 + SHARED_COLUMNS))
-    return moved // BYTES_A_CYCLE
+    return moved // BYTES_PER_CYCLE
 
 
 def keys_stay(kernel: KernelEntry) -> bool:
-    """Whether warpgroups have keys of their own, and rows stream by."""
+    """Whether warpgroups own keys and rows are streamed."""
     return kernel.step == "backward" or "dkv" in kernel.step
 
 
 def warpgroups_of(kernel: KernelEntry) -> int:
-    """Those that multiply."""
+    """The number of warpgroups that multiply."""
     rows, keys = tile_of(kernel)
     return (keys if keys_stay(kernel) else rows) // 64
 
@@ -128,10 +128,10 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """The text with the table between its markers."""
-    text, found = BETWEEN_MARKERS.subn(lambda _: table(), page)
+    """The page with an up-to-date table between its markers."""
+    text, found = TABLE.subn(lambda markers: markers[1] + table() + markers[2], page)
     if found != 1:
-        raise ValueError(f"{PAGE} has {found} places for the table, not one")
+        raise ValueError(f"{PAGE} has {found} pairs of markers for the table, not one")
     return text
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/hopper.md tells what the compiler reports and what arithmetic gives."""
+"""The table in docs/kernels.md agrees with the compiler's report and the kernel table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jvp_attn.backends.kernel_table import KERNELS
-from tests.compile_gate.hopper_table import (
+from tests.compile_gate.kernel_doc import (
     HOPPER,
     PAGE,
     REPORT,
@@ -20,7 +20,7 @@ from tests.compile_gate.hopper_table import (
 
 def test_the_page_is_up_to_date() -> None:
     page = PAGE.read_text("utf-8")
-    assert with_table(page) == page, "run python tests/compile_gate/hopper_table.py"
+    assert with_table(page) == page, "run python tests/compile_gate/kernel_doc.py"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -35,13 +35,13 @@ def test_every_step_has_a_schedule() -> None:
     assert SCHEDULES.keys() == {kernel.step for kernel in HOPPER}
 
 
-def test_a_product_of_scores_that_are_shared_has_whole_panels() -> None:
+def test_shared_scores_are_multiplied_by_whole_panels() -> None:
     kernel = KERNELS["backward_bf16_d96_sm90"]
-    # Four products of 96 columns; of gQ each warpgroup has 64, and 8 of sums.
+    # Four products of 96 columns; for dQ each warpgroup has 64 columns, and 8 of row sums.
     assert tensor_core_cycles(kernel) == 64 * 128 * (4 * 96 + 2 * 72) // 2048
-    # One warpgroup of 64 keys each: 12 KiB of keys and of queries twice, and of queries twice; 2
-    # tiles of 16 KiB arrive. Sbar is 16 KiB, written, and read by both; 18 KiB of keys
-    # and ones are read by each.
+    # Each warpgroup owns 64 keys: 12 KiB of keys and of queries twice, and of queries twice; 2
+    # tiles of 16 KiB are loaded. dS is 16 KiB, written once and read by both; each reads 18 KiB of
+    # keys and ones.
     moved = 2 * (24 + 24) + 2 * 24 + 2 * 16 + (16 + 32) + 36
     assert shared_memory_cycles(kernel) == moved * 1024 // 128
 
@@ -50,10 +50,10 @@ def test_a_product_of_scores_that_are_shared_has_whole_panels() -> None:
     ("name", "products", "tile", "moved"),
     [
         # Two warpgroups of 64 rows read 16 KiB of Q or tQ each and 20 KiB of keys each, three
-        # times; twice 20 KiB of values three times; and 4 tiles of 20 KiB arrive.
+        # times; twice 20 KiB of values three times; and 4 tiles of 20 KiB are loaded.
         ("forward_jvp_bf16_d128_sm90", 6, 128 * 80, 3 * (32 + 40) + 3 * 40 + 4 * 20),
-        # One warpgroup of 64 keys each: 8 KiB of keys and 12 KiB of queries six times; 12 KiB six
-        # times; 4 tiles of 12 KiB; and two matrices of 24 KiB, written and read.
+        # One warpgroup of 64 keys: 8 KiB of keys and 12 KiB of queries six times; 12 KiB six times;
+        # 4 tiles of 12 KiB; and two tiles of scores of 24 KiB, written and read.
         ("jvp_backward_dkv_bf16_d64_sm90", 12, 96 * 64, 6 * 20 + 6 * 12 + 4 * 12 + 4 * 24),
     ],
 )
