@@ -15,10 +15,10 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cp
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-exhaustive check format clean
+.PHONY: help demo test test-slow check format clean
 
 help:  ## show this
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
 	@echo
 	@echo 'ARGS="..." is passed on: make demo ARGS=--help, make test ARGS="-k causal".'
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new $(VENV).'
@@ -32,6 +32,7 @@ test: check  ## check, then run the tests
 test-slow: build/extensions  ## run the tests that take long, such as the packaging
 	$(PYTEST) -m slow $(ARGS)
 
+.PHONY: test-exhaustive
 test-exhaustive: build/extensions  ## run all exhaustive kernel tests, and record that they pass
 	$(BIN)/python -m tests.kernels.exhaustive
 
