@@ -58,6 +58,9 @@ test-rcm: $(VENV)/ready-test build/cpu  ## run the default tests of rcm
 test-slow: $(VENV)/ready-test build/cpu build/cuda  ## run the tests that take long, such as the packaging
 	$(PYTEST) -m slow tests/rcm tests $(ARGS)
 
+test-exhaustive: $(VENV)/ready-test build/cpu  ## run all exhaustive kernel tests, and record that they pass
+	$(BIN)/python -m tests.kernels.exhaustive
+
 check: $(VENV)/ready-test  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-// What threads can only do together, and where they meet to do it.
+// Instructions that all threads of a warp or block execute together, and their rendezvous.
 #pragma once
 
 #include <cstdint>
@@ -12,22 +12,22 @@ namespace jvp_attn::emulator {
 struct Collective {
     const char* name;
     bool of_block;  // else of a warp
-    // Given what each thread brought, in the order of threads, writes each thread's result.
+    // Reads the arguments of all threads, in their order, and writes each thread's result.
     void (*perform)(std::span<void* const> arguments);
 };
 
-// What a thread brought.
+// The argument of a thread.
 template <class Argument>
 Argument& of_thread(std::span<void* const> arguments, std::size_t thread) {
     return *static_cast<Argument*>(arguments[thread]);
 }
 
-// All that threads may want of a collective is to meet.
+// For a collective that only synchronizes.
 inline void do_nothing(std::span<void* const>) {}
 
-// The collective that the first to arrive has come to. All others must come to the same one, from
+// The collective that the first thread to arrive executes. All others must execute the same one, at
 // the same line of the kernel.
-struct Meeting {
+struct Rendezvous {
     const Collective* collective = nullptr;
     Place where;
     uint32_t arrived = 0;  // one bit for each lane, or for each warp

@@ -1,4 +1,4 @@
-// Which thread of which block is running. There is one emulated machine, and it runs one at a time.
+// The thread that runs now. There is one emulated GPU, and it runs one thread at a time.
 #pragma once
 
 #include "report.h"
@@ -12,7 +12,7 @@ struct Current {
 
 inline Current current;
 
-// The running thread, at an instruction.
+// The running thread, and the instruction that it executes.
 inline Actor self(const char* instruction, const Place& where) {
     return {current.thread, instruction, where};
 }

@@ -1,7 +1,6 @@
 // The instructions of csrc/common/ptx.cuh on a CPU: the same names, executed by the emulator.
 //
-// An instruction that can break a rule also takes the line of the kernel that it is on, for the
-// report.
+// An instruction that can break a rule also takes the line of the kernel, for the report.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +14,8 @@
 #include <type_traits>
 
 #include "current.h"
+#include "half_types.h"
 #include "in_flight.h"
-#include "numbers.h"
 
 #define DEVICE inline
 #define __global__
@@ -25,7 +24,7 @@
 
 namespace jvp_attn {
 
-// CUDA has them without a namespace.
+// CUDA defines them in the global namespace.
 using std::max;
 using std::min;
 
@@ -33,7 +32,7 @@ namespace emulator {
 
 using Place = std::source_location;
 
-// Their definitions are in instructions.cpp, apart from the kernels, which are many.
+// Defined in instructions.cpp, so that the kernels do not compile them.
 void check_global_read(const void* address, std::size_t bytes, const Place& where);
 void check_global_write(const void* address, std::size_t bytes, const Place& where);
 void copy_async_wait(int pending);
@@ -47,7 +46,7 @@ std::string run(int blocks, int threads, std::size_t shared_bytes, int capabilit
 }  // namespace emulator
 
 // ---------------------------------------------------------------------------------------------
-// Who a thread is, and how threads meet
+// Thread indices and collectives
 
 inline int thread_index() { return emulator::current.thread; }
 
@@ -126,7 +125,7 @@ inline void multiply_add<Fp16>(float (&accumulator)[4], const Words4& a, uint32_
 }
 
 // ---------------------------------------------------------------------------------------------
-// Numbers
+// Arithmetic
 
 inline float fast_exp2(float x, emulator::Place where = emulator::Place::current()) {
     emulator::check_not_in_flight(x, "fast_exp2", where);
@@ -180,7 +179,7 @@ inline float unpack_high<Fp16>(uint32_t word) {
 // ---------------------------------------------------------------------------------------------
 // Launching
 
-// Runs the kernel to its end; there are no streams.
+// Runs the kernel before it returns; there are no streams.
 template <class Params>
 std::string launch_kernel(void (*kernel)(Params), int blocks, int threads, std::size_t shared_bytes,
                           void* /*stream*/, const Params& params) {

@@ -1,5 +1,4 @@
-// The instructions of csrc/sm90/ptx.cuh on a CPU: the same names, executed by the
-// emulator.
+// The instructions of csrc/sm90/ptx.cuh on a CPU: the same names, executed by the emulator.
 #pragma once
 
 #include <cstddef>
@@ -10,15 +9,15 @@
 
 #include "current.h"
 #include "emulated_ptx.h"
-#include "emulated_tensor_map.h"
-#include "numbers.h"
+#include "half_types.h"
+#include "tensor_map.h"
 
 namespace jvp_attn {
 
 namespace emulator {
 
-// Their definitions are in sm90_instructions.cpp.
-void ask_for_registers(const char* instruction, int registers, bool more, const Place& where);
+// Defined in sm90_instructions.cpp.
+void request_registers(const char* instruction, int registers, bool more, const Place& where);
 void wgmma_wait(int pending, const Place& where);
 void check_idle(const void* registers, const Place& where);
 void wgmma(std::span<float> accumulator, float (*widen)(uint16_t), const uint32_t* a_registers,
@@ -32,7 +31,7 @@ constexpr float (*widen)(uint16_t) = std::is_same_v<Element, Bf16> ? &float_from
 }  // namespace emulator
 
 // ---------------------------------------------------------------------------------------------
-// Who a thread is, and how warps share the registers
+// Warpgroups and their registers
 
 inline int warpgroup_index() { return emulator::current.thread / kWarpgroupThreads; }
 
@@ -40,16 +39,16 @@ bool elect_one(emulator::Place where = emulator::Place::current());
 
 template <int Registers>
 void warpgroup_reg_alloc(emulator::Place where = emulator::Place::current()) {
-    emulator::ask_for_registers("warpgroup_reg_alloc", Registers, true, where);
+    emulator::request_registers("warpgroup_reg_alloc", Registers, true, where);
 }
 
 template <int Registers>
 void warpgroup_reg_dealloc(emulator::Place where = emulator::Place::current()) {
-    emulator::ask_for_registers("warpgroup_reg_dealloc", Registers, false, where);
+    emulator::request_registers("warpgroup_reg_dealloc", Registers, false, where);
 }
 
 // ---------------------------------------------------------------------------------------------
-// How threads meet
+// Barriers and fences
 
 void warp_barrier(emulator::Place where = emulator::Place::current());
 
@@ -75,7 +74,7 @@ void mbarrier_wait(SharedAddress barrier, int phase,
 void fence_proxy_async();
 
 // ---------------------------------------------------------------------------------------------
-// Sums in global memory
+// Atomic additions to global memory
 
 void global_add(float* address, float x, emulator::Place where = emulator::Place::current());
 
@@ -83,7 +82,7 @@ void global_add4(float* address, const float (&x)[4],
                  emulator::Place where = emulator::Place::current());
 
 // ---------------------------------------------------------------------------------------------
-// The bulk TMA
+// TMA
 
 void tma_load_4d(SharedAddress target, const TensorMap& map, SharedAddress barrier, int column,
                  int row, int head, int batch, emulator::Place where = emulator::Place::current());

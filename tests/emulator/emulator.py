@@ -1,11 +1,11 @@
-"""The emulated machine in Python: kernels that are launched on NumPy arrays or CPU tensors.
+"""Launches CUDA kernels on a CPU, on NumPy arrays or CPU tensors.
 
     machine = emulator.load()
     with emulator.launching(machine, seed=1, inputs={"q": q, ...}, outputs={"out": out}):
         machine.launch("forward_bf16_d64", params, stream=0)
 
-A kernel that breaks a rule of the machine raises RuntimeError, with the kernel's name, the block,
-the thread, and the line.
+A kernel that breaks a rule of CUDA raises RuntimeError, which names the kernel, the block, the
+thread, and the line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.emulator import emulator_build
 
 @cache
 def load() -> ModuleType:
-    """Import the module with all kernels of the kernel table, built anew if it is not up to date.
+    """Import the module with all kernels of the kernel table; build it first if necessary.
 
     It has `kernels`, `launch`, `AttentionParams` and the other names of csrc/kernel_bindings.h.
     """
@@ -50,14 +50,14 @@ def launching(
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
-    """Set what holds for the launches inside of the block.
+    """Configure the emulator for the launches in the `with` block.
 
     Args:
         machine: what `load` returned.
-        seed: decides in which order blocks and threads run.
-        capability: what the machine says of itself. All the same it has every instruction.
-        inputs: memory that kernels may read, by the name that a report should give it: NumPy
-            arrays, CPU tensors, or pairs (address, bytes).
+        seed: determines the order in which blocks and threads run.
+        capability: the compute capability that kernels see. All instructions work with any.
+        inputs: memory that kernels may read, by its name in reports: NumPy arrays, CPU tensors,
+            or pairs (address, bytes).
         outputs: memory that they may also write.
 
     With neither inputs nor outputs, accesses to global memory are checked for alignment only.
@@ -77,7 +77,7 @@ def launching(
 
 
 def extent(memory: Any) -> tuple[int, int]:
-    """The address and the number of bytes of an array, of a CPU tensor, or of such a pair."""
+    """The address and the number of bytes of an array, a CPU tensor, or such a pair."""
     if isinstance(memory, tuple):
         return memory
     if isinstance(memory, np.ndarray):

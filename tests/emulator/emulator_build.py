@@ -1,7 +1,7 @@
-"""Builds the emulator with g++ alone: `python tests/emulator/emulator_build.py [--sanitize]`.
+"""Builds the emulator with g++: `python -m tests.emulator.emulator_build [--sanitize]`.
 
-Out comes a Python module, in build/emulator, with the kernels of the kernel table. Only what
-changed is compiled. CXX and MAX_JOBS are honoured.
+The result is a Python module in build/emulator, with the kernels of the kernel table. Only changed
+files are compiled. The environment variables CXX and MAX_JOBS are respected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MACHINE_SOURCES = sorted(set(HERE.glob("*.cpp")) - {MODULE_SOURCE})
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compile everything, in a folder of its own."""
+    """Compiler flags, and the folder of their build."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -42,11 +42,11 @@ SANITIZED = Variant(
     "sanitized",
     (
         *("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"),
-        # wgmma_fence looks at all registers that products have used, in scope or not.
+        # wgmma_fence reads all registers that wgmmas have used, in scope or not.
         "-fno-sanitize-address-use-after-scope",
     ),
 )
-# Switches between fibers as on machines for which there is no switch in assembly.
+# Switches fibers by ucontext, as on processors without a switch in assembly.
 PORTABLE = Variant("portable", ("-DJVP_ATTN_UCONTEXT",))
 
 FLAGS = (
@@ -57,9 +57,9 @@ FLAGS = (
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",  # nvcc's #pragma unroll
-    "-Wno-psabi",  # tensor maps are aligned to 64 bytes, which GCC 4.5 could not pass
+    "-Wno-psabi",  # about passing tensor maps, which are aligned to 64 bytes
     "-DJVP_ATTN_EMULATOR",
-    f"-fmacro-prefix-map={ROOT}/=",  # reports name files from the root of the repository on
+    f"-fmacro-prefix-map={ROOT}/=",  # so that reports name files relative to the repository
     f"-I{ROOT / 'csrc'}",
     f"-I{HERE}",
     f"-isystem {pybind11.get_include()}",
@@ -87,16 +87,16 @@ def build_kernels(
 
     Args:
         variant: how to compile it.
-        wanted: says of the name of a kernel in the kernel table whether the module shall have it.
+        wanted: whether the module contains a kernel, by its name in the kernel table.
 
     Returns:
         The module's file.
 
     Raises:
-        RuntimeError: something does not compile; with the compiler's output.
+        RuntimeError: the compilation fails; with the compiler's output.
     """
     folder = OUTPUT / variant.name / "sources"
-    with _alone_in(folder):
+    with _locked(folder):
         generator: dict[str, Any] = run_path(str(ROOT / "csrc" / "generate.py"))
         kernels = [kernel for kernel in generator["kernel_table"]() if wanted(kernel.name)]
         sources = generator["generate"](folder, kernels)
@@ -104,7 +104,7 @@ def build_kernels(
 
 
 def build_module(name: str, sources: Iterable[Path], variant: Variant = PLAIN) -> Path:
-    """Bring a module with kernels of one's own up to date.
+    """Bring a module with other kernels up to date.
 
     Args:
         name: of the module, and of its folder.
@@ -116,18 +116,18 @@ def build_module(name: str, sources: Iterable[Path], variant: Variant = PLAIN) -
     machine = _build_machine(variant)
     folder = OUTPUT / variant.name / name
     file = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with _alone_in(folder):
+    with _locked(folder):
         _write_module_manifest(folder, [MODULE_SOURCE, *sources], variant, machine, file)
         _run_ninja(folder)
     return file
 
 
 def _build_machine(variant: Variant) -> Path:
-    """Bring up to date what all modules are linked with."""
+    """Bring the library up to date that all modules are linked with."""
     folder = OUTPUT / variant.name / "machine"
     file = folder / "libmachine.a"
     objects = [f"{source.stem}.o" for source in MACHINE_SOURCES]
-    with _alone_in(folder):
+    with _locked(folder):
         _write_manifest(
             folder,
             variant,
@@ -146,7 +146,7 @@ def _write_module_manifest(
     _write_manifest(
         folder,
         Variant(variant.name, (*variant.flags, f"-DJVP_ATTN_MODULE={name}")),
-        # Precompiled, what all kernels include first takes half as long.
+        # A precompiled header halves the compile time of the kernels.
         f"build launch.cuh.gch: compile {ROOT / 'csrc' / 'sm80' / 'launch.cuh'}",
         "  language = c++-header",
         *(f"build {source.stem}.o: compile {source} | launch.cuh.gch" for source in sources),
@@ -181,8 +181,8 @@ def _run_ninja(folder: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let one process at a time build there."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

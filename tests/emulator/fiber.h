@@ -1,10 +1,10 @@
-// A fiber: a stack of its own that the processor can be switched to, in a few nanoseconds.
+// A fiber: a thread of execution with a stack of its own, switched to in a few nanoseconds.
 #pragma once
 
 #include <cstddef>
 
 #if !defined(__x86_64__) && !defined(JVP_ATTN_UCONTEXT)
-#define JVP_ATTN_UCONTEXT  // slower, but known to every Unix
+#define JVP_ATTN_UCONTEXT  // slower, but available on every Unix
 #endif
 
 #ifdef JVP_ATTN_UCONTEXT
@@ -15,20 +15,20 @@ namespace jvp_attn::emulator {
 
 class Fiber {
 public:
-    // Stands for the stack that is in use already: one can switch away from it and back.
+    // The stack that is in use already, so that others can switch back to it.
     Fiber();
-    // With a stack of its own. Which of its cache lines come first depends on the number, lest the
-    // tops of many stacks, all aligned alike, push one another out of the cache.
+    // A new stack. Its top is offset by the number, so that the tops of many stacks do not evict
+    // one another from the cache.
     explicit Fiber(int number);
     ~Fiber();
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    // The next switch to this fiber calls the body on an empty stack. What the fiber did before is
-    // forgotten, not unwound. The body must not return.
+    // The next switch to this fiber calls the body on an empty stack. The former stack is discarded
+    // without unwinding. The body must not return.
     void start(void (*body)());
 
-    // Goes on with the other fiber. Returns when some fiber switches back to this one.
+    // Runs the other fiber. Returns when some fiber switches back to this one.
     void switch_to(Fiber& next);
 
 private:

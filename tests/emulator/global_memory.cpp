@@ -10,7 +10,7 @@ namespace jvp_attn::emulator {
 
 namespace {
 
-constexpr std::size_t kGrain = 2;  // bytes: no kernel stores less
+constexpr std::size_t kGrain = 2;  // bytes; no kernel stores less
 
 std::uintptr_t number_of(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
 
@@ -21,7 +21,7 @@ void check_alignment(const Actor& actor, const void* address, std::size_t alignm
                         ", and it must be aligned to that");
 }
 
-// How far bytes are from a buffer that does not contain them, in bytes and in words.
+// The distance of an access from a buffer that does not contain it, as a number and as text.
 struct Distance {
     std::size_t bytes;
     std::string text;
@@ -49,7 +49,7 @@ void GlobalMemory::start_launch() {
         if (buffers_[i].writable) writers_[i].assign((buffers_[i].bytes + kGrain - 1) / kGrain, 0);
 }
 
-// The first that contains the bytes: the same for all threads that write the same place.
+// The first buffer that contains the bytes, so that it is the same for all writers of a place.
 const Buffer* GlobalMemory::find(std::uintptr_t start, std::size_t bytes, bool to_write) const {
     for (const Buffer& buffer : buffers_)
         if (start >= buffer.start && start - buffer.start + bytes <= buffer.bytes &&
@@ -58,8 +58,8 @@ const Buffer* GlobalMemory::find(std::uintptr_t start, std::size_t bytes, bool t
     return nullptr;
 }
 
-void GlobalMemory::complain(const Actor& actor, const std::string& access, std::uintptr_t start,
-                            std::size_t bytes) const {
+void GlobalMemory::report_bad_access(const Actor& actor, const std::string& access,
+                                     std::uintptr_t start, std::size_t bytes) const {
     const std::string what = access + " " + std::to_string(bytes) + " bytes of global memory";
     if (const Buffer* buffer = find(start, bytes, false))
         fail(actor, what + " in " + buffer->name + ", which is read-only");
@@ -78,7 +78,7 @@ void GlobalMemory::check_read(const Actor& actor, const void* address, std::size
     check_alignment(actor, address, alignment);
     if (bytes == 0 || buffers_.empty()) return;
     const std::uintptr_t start = number_of(address);
-    if (!find(start, bytes, false)) complain(actor, "reads", start, bytes);
+    if (!find(start, bytes, false)) report_bad_access(actor, "reads", start, bytes);
     const Buffer* buffer = find(start, bytes, true);
     if (!buffer) return;
     const std::vector<Writer>& writers = writers_[buffer - buffers_.data()];
@@ -102,7 +102,7 @@ void GlobalMemory::mark(const Actor& actor, const void* address, std::size_t byt
     if (buffers_.empty()) return;
     const std::uintptr_t start = number_of(address);
     const Buffer* buffer = find(start, bytes, true);
-    if (!buffer) complain(actor, "writes", start, bytes);
+    if (!buffer) report_bad_access(actor, "writes", start, bytes);
 
     std::vector<Writer>& writers = writers_[buffer - buffers_.data()];
     const std::size_t offset = start - buffer->start;

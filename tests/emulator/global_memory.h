@@ -1,6 +1,6 @@
-// The buffers in global memory that a launch may touch, and a check of every access to them.
+// The buffers in global memory that a launch may access, and the checks of every access.
 //
-// Where no buffer is named, nothing but the alignment is checked.
+// Without buffers, only the alignment is checked.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace jvp_attn::emulator {
 
-// They may overlap: the views of a packed tensor do.
+// Buffers may overlap, as the views of a packed tensor do.
 struct Buffer {
     std::string name;
     std::uintptr_t start;
@@ -24,29 +24,29 @@ class GlobalMemory {
 public:
     void set_buffers(std::vector<Buffer> buffers);
 
-    // A new launch: any thread may write any place once more.
+    // A new launch, in which no buffer has been written yet.
     void start_launch();
 
     void check_read(const Actor& actor, const void* address, std::size_t bytes,
                     std::size_t alignment) const;
 
-    // Two threads of a launch that write the same place are an error as well: the result would
-    // depend on which is the last.
+    // It is also an error if two threads of a launch write the same place: the result would depend
+    // on their order.
     void check_write(const Actor& actor, const void* address, std::size_t bytes);
 
-    // Any number of threads may add to the same place, if none of them, nor any other, writes or
-    // reads it in that launch.
+    // Any number of threads may add to the same place, if no thread reads or writes it in the same
+    // launch.
     void check_add(const Actor& actor, const void* address, std::size_t bytes);
 
 private:
-    // Per two bytes of a buffer, who wrote them in this launch: a block and a thread, 0 for nobody.
+    // The block and thread that wrote two bytes of a buffer in this launch; 0 if none did.
     using Writer = uint64_t;
-    static constexpr Writer kAdders = ~Writer{0};  // those who added to them
+    static constexpr Writer kAdders = ~Writer{0};  // threads that add to them
 
     void mark(const Actor& actor, const void* address, std::size_t bytes, Writer self);
     const Buffer* find(std::uintptr_t start, std::size_t bytes, bool to_write) const;
-    [[noreturn]] void complain(const Actor& actor, const std::string& access, std::uintptr_t start,
-                               std::size_t bytes) const;
+    [[noreturn]] void report_bad_access(const Actor& actor, const std::string& access,
+                                        std::uintptr_t start, std::size_t bytes) const;
 
     std::vector<Buffer> buffers_;
     std::vector<std::vector<Writer>> writers_;  // of each buffer

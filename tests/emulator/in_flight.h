@@ -1,5 +1,4 @@
-// What the registers of an accumulator hold while a product in the background works on them: one
-// NaN that nothing else makes.
+// The value of accumulator registers while a wgmma is in flight: a NaN that no arithmetic produces.
 #pragma once
 
 #include <bit>
@@ -9,16 +8,15 @@
 
 namespace jvp_attn::emulator {
 
-// A signalling NaN. Arithmetic makes a quiet one of it, perhaps of the other sign, and keeps the
-// rest.
+// A signalling NaN. Arithmetic makes it quiet, may change its sign, and keeps the other bits.
 constexpr uint32_t kInFlight = 0x7f91f1f1;
 constexpr uint32_t kKept = 0x7fbfffff;
 
-[[noreturn]] void complain_of_use_in_flight(const char* instruction, const Place& where);
+[[noreturn]] void report_use_in_flight(const char* instruction, const Place& where);
 
 inline void check_not_in_flight(float value, const char* instruction, const Place& where) {
     if ((std::bit_cast<uint32_t>(value) & kKept) == kInFlight)
-        complain_of_use_in_flight(instruction, where);
+        report_use_in_flight(instruction, where);
 }
 
 }  // namespace jvp_attn::emulator

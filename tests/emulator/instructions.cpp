@@ -1,11 +1,11 @@
-// The instructions of emulated_ptx.h, each in terms of the emulated machine.
+// The instructions of emulated_ptx.h, executed by the emulated GPU.
 #include <cstring>
 #include <string>
 #include <utility>
 
 #include "common/ptx.cuh"
 #include "machine.h"
-#include "matrices.h"
+#include "mma.h"
 
 namespace jvp_attn {
 
@@ -47,7 +47,7 @@ constexpr int kMatrixRowBytes = 16;
 Words4 load_matrices_with(const Collective& collective, SharedAddress row, const Place& where) {
     const Actor actor = self(collective.name, where);
     LoadMatrices x = {machine.shared.read(actor, row, kMatrixRowBytes), {}};
-    machine.meet(collective, &x, where);
+    machine.execute(collective, &x, where);
     return x.result;
 }
 
@@ -69,15 +69,15 @@ void shared_store(const char* instruction, SharedAddress address, const Value& v
 
 }  // namespace
 
-void block_barrier(Place where) { machine.meet(kBlockBarrier, nullptr, where); }
+void block_barrier(Place where) { machine.execute(kBlockBarrier, nullptr, where); }
 
 bool block_any(bool condition, Place where) {
-    machine.meet(kBlockAny, &condition, where);
+    machine.execute(kBlockAny, &condition, where);
     return condition;
 }
 
 bool warp_any(bool condition, Place where) {
-    machine.meet(kWarpAny, &condition, where);
+    machine.execute(kWarpAny, &condition, where);
     return condition;
 }
 
@@ -86,7 +86,7 @@ float shuffle_xor(float value, int mask, Place where) {
     if (mask < 0 || mask >= kWarpThreads)
         fail(self("shuffle_xor", where), "mask " + std::to_string(mask) + "; it can be 0 to 31");
     ShuffleXor x = {value, mask, 0};
-    machine.meet(kShuffleXor, &x, where);
+    machine.execute(kShuffleXor, &x, where);
     return x.result;
 }
 
@@ -141,13 +141,13 @@ void copy_async_wait(int pending) { machine.copies().wait(pending, machine.share
 void multiply_add_bf16(float (&accumulator)[4], const Words4& a, uint32_t b0, uint32_t b1,
                        const Place& where) {
     MultiplyAdd x = {accumulator, &a, b0, b1};
-    machine.meet(kMultiplyAddBf16, &x, where);
+    machine.execute(kMultiplyAddBf16, &x, where);
 }
 
 void multiply_add_fp16(float (&accumulator)[4], const Words4& a, uint32_t b0, uint32_t b1,
                        const Place& where) {
     MultiplyAdd x = {accumulator, &a, b0, b1};
-    machine.meet(kMultiplyAddFp16, &x, where);
+    machine.execute(kMultiplyAddFp16, &x, where);
 }
 
 std::string run(int blocks, int threads, std::size_t shared_bytes, int capability,

@@ -10,7 +10,7 @@ namespace jvp_attn::emulator {
 
 namespace {
 
-// Of shared memory, that a block may have.
+// The most shared memory that a block can have.
 std::size_t max_shared_bytes(int capability) { return (capability < 90 ? 163 : 227) * 1024; }
 
 std::vector<int> shuffled(int count, Random& random) {
@@ -40,7 +40,7 @@ std::string Machine::run(Launch launch) {
     scheduler_.emplace(seed_);
     Random& random = scheduler_->random();
     constexpr std::array<uint64_t, 4> switches = {1, 16, 256, 1 << 30};
-    background_mask_ = switches[random.next() >> 62] - 1;
+    tma_mask_ = switches[random.next() >> 62] - 1;
     elected_lane_ = static_cast<int>(random.next() % kWarpThreads);
     global.start_launch();
     error_.clear();
@@ -58,7 +58,7 @@ void Machine::run_block() {
     shared.start_block(launch_.shared_bytes);
     named_barriers.start_block();
     mbarriers.start_block();
-    box_loads.start_block();
+    tma_loads.start_block();
     registers.start_block(threads);
     for (int first = 0; first < threads; first += Warpgroup::kThreads)
         warpgroup_of(first).start_block(first, order.add_agent());
@@ -69,7 +69,7 @@ void Machine::run_block() {
     for (int i = 0; i < threads; ++i) {
         threads_[i].fiber.start(&Machine::run_thread);
         threads_[i].copies.forget_all();
-        threads_[i].awaited = nullptr;
+        threads_[i].waitable = nullptr;
         threads_[i].ended = false;
     }
     scheduler_->start_block(threads / kWarpThreads);
@@ -77,7 +77,7 @@ void Machine::run_block() {
     current.thread = scheduler_->next();
     caller_->switch_to(threads_[current.thread].fiber);
 
-    // Nothing can run any more: all is done, or something is wrong.
+    // No thread can run: all have ended, or there is a deadlock.
     if (error_.empty()) error_ = describe_deadlock();
 }
 
@@ -103,7 +103,7 @@ void Machine::end_thread() {
 
 void Machine::run_another() {
     Thread& self = threads_[current.thread];
-    let_background_work();
+    run_tma();
     const int next = scheduler_->next();
     if (next == current.thread) return;
     if (next < 0) {
@@ -114,63 +114,64 @@ void Machine::run_another() {
     }
 }
 
-// At the latest when no thread can run without it.
-void Machine::let_background_work() {
-    while (box_loads.any() &&
-           (scheduler_->is_idle() || (scheduler_->random().next() >> 32 & background_mask_) == 0))
-        if (Mbarrier* barrier = box_loads.land_one(scheduler_->random(), shared)) wake(*barrier);
+// Completes TMA loads at random times, at the latest when no thread can run.
+void Machine::run_tma() {
+    while (tma_loads.any() &&
+           (scheduler_->is_idle() || (scheduler_->random().next() >> 32 & tma_mask_) == 0))
+        if (Mbarrier* barrier = tma_loads.complete_one(scheduler_->random(), shared))
+            wake(*barrier);
 }
 
-void Machine::wait_for(Awaited& awaited, const Actor& actor) {
+void Machine::wait_for(Waitable& waitable, const Actor& actor) {
     Thread& self = threads_[current.thread];
-    awaited.waiting.push_back(current.thread);
-    self.awaited = &awaited;
+    waitable.waiting.push_back(current.thread);
+    self.waitable = &waitable;
     self.waiting_actor = actor;
     run_another();
-    self.awaited = nullptr;
+    self.waitable = nullptr;
 }
 
-void Machine::wake(Awaited& awaited) {
-    for (const int thread : awaited.waiting)
+void Machine::wake(Waitable& waitable) {
+    for (const int thread : waitable.waiting)
         scheduler_->set_runnable(thread / kWarpThreads, uint32_t{1} << thread % kWarpThreads);
-    awaited.waiting.clear();
+    waitable.waiting.clear();
 }
 
-void Machine::meet(const Collective& collective, void* arguments, const Place& where) {
+void Machine::execute(const Collective& collective, void* arguments, const Place& where) {
     count_step(self(collective.name, where));
     arguments_[current.thread] = arguments;
     const int warp = current.thread / kWarpThreads;
     const uint32_t lane_bit = uint32_t{1} << current.thread % kWarpThreads;
-    if (join(warps_[warp], lane_bit, kAllLanes, collective, where)) {
+    if (arrive_at(warps_[warp], lane_bit, kAllLanes, collective, where)) {
         const uint32_t all_warps = kAllLanes >> (kMaxWarps - launch_.threads / kWarpThreads);
         if (!collective.of_block)
-            conduct(collective, warp * kWarpThreads, kWarpThreads);
-        else if (join(block_, uint32_t{1} << warp, all_warps, collective, where))
-            conduct(collective, 0, launch_.threads);
+            complete(collective, warp * kWarpThreads, kWarpThreads);
+        else if (arrive_at(block_, uint32_t{1} << warp, all_warps, collective, where))
+            complete(collective, 0, launch_.threads);
     }
     run_another();
 }
 
-// Returns whether the meeting is complete.
-bool Machine::join(Meeting& meeting, uint32_t bit, uint32_t all, const Collective& collective,
-                   const Place& where) {
-    if (meeting.arrived == 0) {
-        meeting.collective = &collective;
-        meeting.where = where;
-    } else if (!meeting.is_for(collective, where)) {
+// Returns whether the rendezvous is complete.
+bool Machine::arrive_at(Rendezvous& rendezvous, uint32_t bit, uint32_t all,
+                        const Collective& collective, const Place& where) {
+    if (rendezvous.arrived == 0) {
+        rendezvous.collective = &collective;
+        rendezvous.where = where;
+    } else if (!rendezvous.is_for(collective, where)) {
         const std::string others =
-            list_of_threads(launch_.threads, [&](int i) { return waits_at(meeting, i); });
-        const std::string group = &meeting == &block_ ? "block" : "warp";
-        fail(self(collective.name, where), "must be executed by all of the " + group + ", but " +
-                                               others + " came to " + meeting.collective->name +
-                                               " (" + text(meeting.where) + ")");
+            list_of_threads(launch_.threads, [&](int i) { return waits_at(rendezvous, i); });
+        const std::string group = &rendezvous == &block_ ? "block" : "warp";
+        fail(self(collective.name, where),
+             "must be executed by all threads of the " + group + ", but " + others + " came to " +
+                 rendezvous.collective->name + " (" + text(rendezvous.where) + ")");
     }
-    meeting.arrived |= bit;
-    return meeting.arrived == all;
+    rendezvous.arrived |= bit;
+    return rendezvous.arrived == all;
 }
 
-// All have come: do it, and let them go.
-void Machine::conduct(const Collective& collective, int first_thread, int threads) {
+// All threads have arrived: execute the collective, and let them continue.
+void Machine::complete(const Collective& collective, int first_thread, int threads) {
     collective.perform({&arguments_[first_thread], static_cast<std::size_t>(threads)});
     if (collective.of_block) {
         block_.arrived = 0;
@@ -182,24 +183,24 @@ void Machine::conduct(const Collective& collective, int first_thread, int thread
     }
 }
 
-bool Machine::waits_at(const Meeting& meeting, int thread) const {
+bool Machine::waits_at(const Rendezvous& rendezvous, int thread) const {
     const int warp = thread / kWarpThreads;
-    if (&meeting == &block_) return meeting.arrived >> warp & 1;
-    return &meeting == &warps_[warp] && (meeting.arrived >> thread % kWarpThreads & 1);
+    if (&rendezvous == &block_) return rendezvous.arrived >> warp & 1;
+    return &rendezvous == &warps_[warp] && (rendezvous.arrived >> thread % kWarpThreads & 1);
 }
 
 std::string Machine::state_of(int thread) const {
     const Thread& x = threads_[thread];
     if (x.ended) return "ended";
     const std::string waiting = "waiting at ";
-    if (x.awaited != nullptr)
+    if (x.waitable != nullptr)
         return waiting + x.waiting_actor.instruction + " (" + text(x.waiting_actor.where) +
-               ") for " + x.awaited->state();
-    const Meeting& meeting = warps_[thread / kWarpThreads];
-    return waiting + meeting.collective->name + " (" + text(meeting.where) + ")";
+               ") for " + x.waitable->state();
+    const Rendezvous& rendezvous = warps_[thread / kWarpThreads];
+    return waiting + rendezvous.collective->name + " (" + text(rendezvous.where) + ")";
 }
 
-// Empty if there is none: all threads have ended.
+// Empty if there is none, since all threads have ended.
 std::string Machine::describe_deadlock() const {
     std::vector<std::string> states;
     bool some_wait = false;
@@ -221,9 +222,9 @@ std::string Machine::describe_deadlock() const {
     return report;
 }
 
-void Machine::complain_of_steps(const Actor& actor) const {
+void Machine::report_endless_loop(const Actor& actor) const {
     fail(actor, "the block has taken " + std::to_string(kMaxSteps) +
-                    " steps and has not ended: a thread seems to wait for what never comes");
+                    " steps and has not ended: a thread may be in an endless loop");
 }
 
 }  // namespace jvp_attn::emulator

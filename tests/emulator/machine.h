@@ -1,4 +1,4 @@
-// The emulated machine: it runs a grid of blocks, one after another, a fiber for each thread.
+// The emulated GPU: it runs the blocks of a grid one after another, with a fiber for each thread.
 #pragma once
 
 #include <array>
@@ -8,19 +8,19 @@
 #include <optional>
 #include <string>
 
-#include "box_loads.h"
+#include "async_copies.h"
 #include "collective.h"
-#include "copies.h"
 #include "current.h"
 #include "fiber.h"
 #include "global_memory.h"
+#include "happens_before.h"
 #include "mbarriers.h"
 #include "named_barriers.h"
-#include "order.h"
 #include "register_pool.h"
 #include "scheduler.h"
 #include "shared_memory.h"
-#include "waiting.h"
+#include "tma_loads.h"
+#include "waitable.h"
 #include "warpgroup.h"
 
 namespace jvp_attn::emulator {
@@ -35,54 +35,53 @@ struct Launch {
 
 class Machine {
 public:
-    Order order;
+    HappensBefore order;
     SharedMemory shared{order};
     GlobalMemory global;
     NamedBarriers named_barriers;
     Mbarriers mbarriers;
-    BoxLoads box_loads;
+    TmaLoads tma_loads;
     RegisterPool registers;
 
-    // The orders of blocks and threads in all further launches.
+    // Determines the order of blocks and threads in later launches.
     void set_seed(uint64_t seed) { seed_ = seed; }
 
-    // What the host is told of the machine: its compute capability, 90 for 9.0 ...
+    // The compute capability that the host sees, 90 for 9.0.
     void set_capability(int capability) { capability_ = capability; }
     int capability() const { return capability_; }
 
-    // ... and so few multiprocessors that a block of a persistent kernel has several pieces of
-    // work; how many differs from seed to seed.
+    // So few that a block of a persistent kernel has several work tiles; depends on the seed.
     int multiprocessors() const { return static_cast<int>(2 + seed_ % 3); }
 
-    // Calls the kernel once in each thread of each block. Returns what rule was broken, if any.
+    // Runs the kernel in each thread of each block. Returns an error message, or an empty string.
     std::string run(Launch launch);
 
-    // The running thread comes to a collective, and goes on when it is done.
-    void meet(const Collective& collective, void* arguments, const Place& where);
+    // The running thread executes a collective; returns when all its threads have.
+    void execute(const Collective& collective, void* arguments, const Place& where);
 
-    // The running thread waits until somebody wakes those who wait for the same.
-    void wait_for(Awaited& awaited, const Actor& actor);
-    void wake(Awaited& awaited);
+    // The running thread waits until another one wakes all that wait for the same.
+    void wait_for(Waitable& waitable, const Actor& actor);
+    void wake(Waitable& waitable);
 
-    Copies& copies() { return threads_[current.thread].copies; }
+    AsyncCopies& copies() { return threads_[current.thread].copies; }
     Warpgroup& warpgroup_of(int thread) { return warpgroups_[thread / Warpgroup::kThreads]; }
 
     // The lane of each warp that elect_one chooses.
     int elected_lane() const { return elected_lane_; }
 
-    // Counts what the threads of a block do, to find one that waits for ever.
+    // Counts the instructions of a block, to detect endless loops.
     void count_step(const Actor& actor) {
-        if (++steps_ > kMaxSteps) complain_of_steps(actor);
+        if (++steps_ > kMaxSteps) report_endless_loop(actor);
     }
 
 private:
-    static constexpr uint64_t kMaxSteps = uint64_t{1} << 27;  // in a block: seconds
+    static constexpr uint64_t kMaxSteps = uint64_t{1} << 27;  // of a block; they take seconds
 
     struct Thread {
         explicit Thread(int number) : fiber(number) {}
         Fiber fiber;
-        Copies copies;
-        const Awaited* awaited = nullptr;
+        AsyncCopies copies;
+        const Waitable* waitable = nullptr;
         Actor waiting_actor = {};
         bool ended = false;
     };
@@ -90,30 +89,30 @@ private:
     static void run_thread();
     void run_block();
     void end_thread();
-    bool join(Meeting& meeting, uint32_t bit, uint32_t all, const Collective& collective,
-              const Place& where);
-    void conduct(const Collective& collective, int first_thread, int threads);
+    bool arrive_at(Rendezvous& rendezvous, uint32_t bit, uint32_t all, const Collective& collective,
+                   const Place& where);
+    void complete(const Collective& collective, int first_thread, int threads);
     void run_another();
-    void let_background_work();
-    bool waits_at(const Meeting& meeting, int thread) const;
+    void run_tma();
+    bool waits_at(const Rendezvous& rendezvous, int thread) const;
     std::string state_of(int thread) const;
     std::string describe_deadlock() const;
-    [[noreturn]] void complain_of_steps(const Actor& actor) const;
+    [[noreturn]] void report_endless_loop(const Actor& actor) const;
 
     uint64_t seed_ = 0;
     int capability_ = 90;
     Launch launch_ = {};
-    std::deque<Thread> threads_;  // kept from launch to launch, with their stacks
+    std::deque<Thread> threads_;  // reused by later launches, with their stacks
     std::optional<Fiber> caller_;
     std::optional<Scheduler> scheduler_;
-    std::array<Meeting, kMaxWarps> warps_;
+    std::array<Rendezvous, kMaxWarps> warps_;
     std::array<Warpgroup, kMaxWarps / Warpgroup::kWarps> warpgroups_;
-    Meeting block_;
+    Rendezvous block_;
     std::array<void*, kWarpThreads * kMaxWarps> arguments_;
     int ended_threads_ = 0;
     std::string error_;
     uint64_t steps_ = 0;
-    uint64_t background_mask_ = 0;  // at one in so many switches the TMA does something
+    uint64_t tma_mask_ = 0;  // the TMA runs at one in (mask + 1) switches
     int elected_lane_ = 0;
 };
 

@@ -1,5 +1,4 @@
-// The Python module of the emulator: the kernels it is linked with, launched on the emulated
-// machine. emulator.py is its face.
+// The Python module of the emulator, with the kernels that it is linked with; see emulator.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -34,10 +33,10 @@ PYBIND11_MODULE(JVP_ATTN_MODULE, module) {
     namespace py = pybind11;
     jvp_attn::bind_kernels(module);
     module.def("set_seed", &set_seed, py::arg("seed"),
-               "Which order of blocks and threads the next launches take.");
+               "Determine the order of blocks and threads in the next launches.");
     module.def("set_capability", &set_capability, py::arg("major"), py::arg("minor"),
-               "Which compute capability the machine says it has, instead of 9.0.");
+               "Set the compute capability that the host sees, 9.0 by default.");
     module.def("set_buffers", &set_buffers, py::arg("buffers"),
-               "The memory that the next launches may touch, as (name, address, bytes, writable); "
-               "if empty, all of it.");
+               "Set the memory that the next launches may access, as (name, address, bytes, "
+               "writable); if empty, all of it.");
 }

@@ -11,16 +11,16 @@ void NamedBarrier::start_block(int number) {
     number_ = number;
 }
 
-bool NamedBarrier::arrive(const Actor& actor, int threads, Order& order) {
+bool NamedBarrier::arrive(const Actor& actor, int threads, HappensBefore& order) {
     const std::string name = "barrier " + std::to_string(number_);
     if (threads < kWarpThreads || threads % kWarpThreads != 0)
         fail(actor, name + " with " + std::to_string(threads) + " threads; it takes whole warps");
     if (arrived_ > 0 && threads != threads_)
-        fail(actor, name + " with " + std::to_string(threads) + " threads, but others came to it " +
-                        "with " + std::to_string(threads_));
+        fail(actor, name + " with " + std::to_string(threads) + " threads, but other warps with " +
+                        std::to_string(threads_));
     const int warp = actor.thread / kWarpThreads;
     if (warps_ >> warp & 1)
-        fail(actor, "the warp has come to " + name + " already, which still waits for others");
+        fail(actor, "the warp has already arrived at " + name + ", which still waits for others");
 
     threads_ = threads;
     arrived_ += kWarpThreads;
@@ -37,8 +37,8 @@ bool NamedBarrier::arrive(const Actor& actor, int threads, Order& order) {
 }
 
 std::string NamedBarrier::state() const {
-    return "barrier " + std::to_string(number_) + ", to which " + std::to_string(arrived_) +
-           " of " + std::to_string(threads_) + " threads have come";
+    return "barrier " + std::to_string(number_) + ", at which " + std::to_string(arrived_) +
+           " of " + std::to_string(threads_) + " threads have arrived";
 }
 
 void NamedBarriers::start_block() {

@@ -1,34 +1,34 @@
-// Barriers 1 to 15 of a block, at which some of its warps meet.
+// Named barriers 1 to 15 of a block (bar.sync, bar.arrive), for some of its warps.
 #pragma once
 
 #include <array>
 #include <cstdint>
 
-#include "order.h"
+#include "happens_before.h"
 #include "report.h"
-#include "waiting.h"
+#include "waitable.h"
 
 namespace jvp_attn::emulator {
 
-class NamedBarrier : public Awaited {
+class NamedBarrier : public Waitable {
 public:
     void start_block(int number);
 
-    // A warp comes. Returns whether it was the last that so many threads still lacked.
-    bool arrive(const Actor& actor, int threads, Order& order);
+    // A warp arrives. Returns whether it completes the barrier.
+    bool arrive(const Actor& actor, int threads, HappensBefore& order);
 
     uint32_t generation() const { return generation_; }
-    // What all knew who came to the latest generation that is complete.
-    const Knowledge& released() const { return released_; }
+    // The clocks of the threads that arrived in complete generations.
+    const VectorClocks& released() const { return released_; }
     std::string state() const override;
 
 private:
     int number_ = 0;
-    int threads_ = 0;  // that the present generation needs
+    int threads_ = 0;  // that this generation needs
     int arrived_ = 0;
-    uint32_t warps_ = 0;  // that have come, a bit each
+    uint32_t warps_ = 0;  // that have arrived, a bit each
     uint32_t generation_ = 0;
-    Knowledge gathered_, released_;
+    VectorClocks gathered_, released_;
 };
 
 class NamedBarriers {

@@ -1,4 +1,4 @@
-"""What the tests of the emulator share: its small kernels, launched on NumPy arrays.
+"""Launches the probe kernels of the emulator's tests on NumPy arrays.
 
 `EMULATOR_VARIANT=sanitized` (or portable) runs them in that variant of the build.
 """
@@ -23,14 +23,14 @@ ROW_COLUMNS = 64
 
 @cache
 def load() -> ModuleType:
-    """Import the module with the small kernels, built anew if it is not up to date."""
+    """Import the module with the probe kernels; build it first if it is not up to date."""
     variant = VARIANTS[os.environ.get("EMULATOR_VARIANT", "plain")]
     sources = sorted((emulator_build.HERE / "probes").glob("*.cpp"))
     return emulator.import_file(emulator_build.build_module("probe_emulator", sources, variant))
 
 
 def aligned(array: NDArray) -> NDArray:
-    """A copy that starts at a multiple of 16 bytes, as what CUDA allocates does."""
+    """A copy that starts at a multiple of 16 bytes, as CUDA allocates memory."""
     memory = np.empty(array.nbytes + 16, np.uint8)
     start = -memory.ctypes.data % 16
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -41,7 +41,7 @@ def aligned(array: NDArray) -> NDArray:
 def run_instruction(
     name: str, x: NDArray, shape: tuple[int, ...], dtype: DTypeLike, *, count: int = 0
 ) -> NDArray:
-    """What a kernel of one instruction makes of x; count is its seqlen_q."""
+    """The output of a kernel of one instruction for input x; count is its seqlen_q."""
     machine = load()
     x, result = aligned(x), aligned(np.zeros(shape, dtype))
     params = machine.AttentionParams()
@@ -54,18 +54,18 @@ def run_instruction(
 
 
 def rows(batch: int, count: int) -> NDArray[np.float32]:
-    """Rows of whole numbers, which bfloat16 holds, and whose sums float32 holds."""
+    """Rows of integers that are exact in bfloat16, and whose sums are exact in float32."""
     random = np.random.default_rng(0)
     return random.integers(-8, 9, (batch, count, ROW_COLUMNS)).astype(np.float32)
 
 
 def bfloat16_of(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of numbers that bfloat16 holds."""
+    """The bits of numbers that are exact in bfloat16."""
     return aligned((x.view(np.uint32) >> 16).astype(np.uint16))
 
 
 def sums(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the kernel of probes/row_sums.h should compute."""
+    """The expected result of the kernel of probes/row_sums.h."""
     return x @ np.arange(1, ROW_COLUMNS + 1, dtype=np.float32)
 
 
@@ -75,7 +75,7 @@ def run_row_sums(
     """The sums of rows x, by the kernel of probes/row_sums.h with a fault."""
     machine = load()
     q = bfloat16_of(x)
-    result = np.full((2, *x.shape[:2]), np.nan, np.float32)[0]  # beyond its end is no other buffer
+    result = np.full((2, *x.shape[:2]), np.nan, np.float32)[0]  # no other buffer follows
     params = machine.AttentionParams()
     params.q = machine.Tensor(q.ctypes.data, 0, 0, 0)
     params.lse = machine.RowVector(result.ctypes.data, 0, 0)
@@ -86,8 +86,8 @@ def run_row_sums(
     return result
 
 
-def whole_numbers(*shape: int, seed: int) -> NDArray[np.float32]:
-    """Of -1, 0 and 1: products of two matrices of them are whole, and bfloat16 holds them."""
+def small_integers(*shape: int, seed: int) -> NDArray[np.float32]:
+    """Random -1, 0 and 1, so that products of two matrices are exact in bfloat16."""
     return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float32)
 
 
@@ -99,7 +99,7 @@ def run_tile_products(
     *,
     seed: int = 0,
 ) -> dict[str, NDArray]:
-    """What the kernel of probes/tile_products.h with a fault leaves in its outputs, by name."""
+    """The outputs, by name, of the kernel of probes/tile_products.h with a fault."""
     machine = load()
     inputs = {name: bfloat16_of(x) for name, x in {"q": q, "k": k, "v": v}.items()}
     batch, rows_of_q, _ = q.shape

@@ -7,29 +7,29 @@
 
 #include "report.h"
 #include "scheduler.h"
-#include "waiting.h"
+#include "waitable.h"
 
 namespace jvp_attn::emulator {
 
-class RegisterPool : public Awaited {
+class RegisterPool : public Waitable {
 public:
-    // One block fills the multiprocessor: the compiler gives its threads all that there is.
+    // One block fills the multiprocessor, and its threads start with all registers.
     void start_block(int threads);
 
-    // A warp asks for so many registers a thread, more or fewer than before.
-    void ask(const Actor& actor, int registers, bool more);
-    // Whether it has them now. All threads of the warp ask until it has.
-    bool has_got(int warp);
+    // A warp requests a number of registers for each thread, more or fewer than it has.
+    void request(const Actor& actor, int registers, bool more);
+    // Whether the warp has them now. Its threads repeat this until it has.
+    bool try_acquire(int warp);
 
     std::string state() const override;
 
 private:
     struct Warp {
         int registers;
-        std::vector<int> asked;  // so far
+        std::vector<int> requests;  // all so far
     };
 
-    int free_ = 0;  // in warps: 32 times as many
+    int free_ = 0;  // for each thread of one warp
     std::array<Warp, kMaxWarps> warps_;
 };
 

@@ -28,10 +28,10 @@ std::string list_of_threads(int count, const std::function<bool(int)>& included)
     return (listed == 1 ? "thread " : "threads ") + list;
 }
 
-void fail(const Actor& actor, const std::string& complaint) {
+void fail(const Actor& actor, const std::string& message) {
     throw KernelError("block " + std::to_string(current.block) + ", thread " +
                       std::to_string(actor.thread) + ", " + actor.instruction + " (" +
-                      text(actor.where) + "): " + complaint);
+                      text(actor.where) + "): " + message);
 }
 
 }  // namespace jvp_attn::emulator

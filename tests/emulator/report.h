@@ -1,4 +1,4 @@
-// What the emulator says when a kernel breaks a rule of the machine: texts and the exception.
+// The reports of broken rules: texts, and the exception that ends a launch.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct KernelError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A thread that executes an instruction of the machine.
+// A thread, and the instruction that it executes.
 struct Actor {
     int thread;  // in its block
     const char* instruction;
@@ -32,7 +32,7 @@ std::string text(const Actor& actor);
 // "threads 0-15, 17": those among the first `count` for which `included` is true
 std::string list_of_threads(int count, const std::function<bool(int)>& included);
 
-// "block 2, thread 3, shared_store_float (csrc/sm80/forward.cuh:120): <complaint>"
-[[noreturn]] void fail(const Actor& actor, const std::string& complaint);
+// "block 2, thread 3, shared_store_float (csrc/sm80/forward.cuh:120): <message>"
+[[noreturn]] void fail(const Actor& actor, const std::string& message);
 
 }  // namespace jvp_attn::emulator

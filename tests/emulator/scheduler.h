@@ -1,4 +1,4 @@
-// Which thread of a block runs next: any order that the machine allows, drawn from a seed.
+// Chooses the thread of a block that runs next, at random from a seed.
 #pragma once
 
 #include <array>
@@ -29,8 +29,8 @@ private:
 
 class Scheduler {
 public:
-    // The seed also decides how long a warp may run ahead of the others: on average until it has to
-    // wait for them, or for 64, 8 or 1 of its threads' turns.
+    // The seed also determines how long a warp runs before another one does: until it has to wait,
+    // or for 64, 8 or 1 turns of its threads on average.
     explicit Scheduler(uint64_t seed) : random_(seed) {
         constexpr std::array<uint64_t, 4> turns = {1 << 30, 64, 8, 1};
         leave_mask_ = turns[random_.next() >> 62] - 1;
@@ -38,13 +38,13 @@ public:
 
     Random& random() { return random_; }
 
-    // All threads of all warps are runnable, and any may be the first.
+    // All threads are runnable, and any may be the first.
     void start_block(int warps) {
         for (int warp = 0; warp < warps; ++warp) set_runnable(warp);
         warp_ = static_cast<int>(random_.next() % warps);
     }
 
-    // These threads of a warp go on.
+    // These threads of a warp can continue.
     void set_runnable(int warp, uint32_t lanes = kAllLanes) {
         lanes_[warp] |= lanes;
         warps_ |= uint32_t{1} << warp;
@@ -52,7 +52,7 @@ public:
 
     bool is_idle() const { return warps_ == 0; }
 
-    // Takes a thread from the runnable ones; -1 if there is none.
+    // Removes a thread from the runnable ones; -1 if there is none.
     int next() {
         const uint64_t random = random_.next();
         if (lanes_[warp_] == 0 || (random >> 32 & leave_mask_) == 0) {
@@ -66,14 +66,14 @@ public:
     }
 
 private:
-    // The number of a set bit, the first from a place on, round the corner.
+    // The number of the first set bit from a position on, cyclically.
     static int set_bit(uint32_t bits, int from) {
         return (from + std::countr_zero(std::rotr(bits, from))) & 31;
     }
 
     Random random_;
     uint64_t leave_mask_;
-    std::array<uint32_t, kMaxWarps> lanes_ = {};  // of each warp, the runnable ones
+    std::array<uint32_t, kMaxWarps> lanes_ = {};  // the runnable ones of each warp
     uint32_t warps_ = 0;                          // that have any
     int warp_ = 0;                                // that ran last
 };

@@ -21,14 +21,14 @@ std::string text_of(SharedAddress address) {
 
 void SharedMemory::start_block(std::size_t bytes) {
     bytes_.assign(bytes, kPoison);
-    // Words stay, with all that is known to be over: to forget them takes longer.
+    // Words are kept: their accesses are settled, and clearing them would take longer.
     words_.resize((bytes + kWordBytes - 1) / kWordBytes);
     for (Word& word : words_) word.in_flight = false;
 }
 
 SharedMemory::Word* SharedMemory::words_at(const Actor& actor, SharedAddress address, int bytes,
                                            int alignment) {
-    const uint64_t offset = static_cast<uint64_t>(address) - kStart;  // huge where it is negative
+    const uint64_t offset = static_cast<uint64_t>(address) - kStart;  // huge if it is negative
     if (address % alignment != 0)
         fail(actor,
              text_of(address) + " is not aligned to " + std::to_string(alignment) + " bytes");
@@ -39,19 +39,20 @@ SharedMemory::Word* SharedMemory::words_at(const Actor& actor, SharedAddress add
     return &words_[offset / kWordBytes];
 }
 
-void SharedMemory::complain(const Access& access, const Observer& observer, const char* does,
-                            SharedAddress address, const Access& other, const char* did) const {
+void SharedMemory::report_race(const Access& access, const Observer& observer, const char* does,
+                               SharedAddress address, const Access& other, const char* did) const {
     std::string missing = "barrier";
     if (!order_.is_thread(other.agent))
         missing = "wait for it";
-    else if (observer.in_background && order_.is_over(other, {observer.knowledge, false}))
+    else if (observer.async_proxy && order_.happens_before(other, {observer.clocks, false}))
         missing = "fence_proxy_async of thread " + std::to_string(other.agent);
     fail(access.actor, std::string(does) + " " + text_of(address) + ", which " + text(other.actor) +
                            " " + did + " with no " + missing + " between");
 }
 
-void SharedMemory::check_write_is_over(const Word& word, const char* does, const Access& access,
-                                       const Observer& observer, SharedAddress address) const {
+void SharedMemory::check_write_happens_before(const Word& word, const char* does,
+                                              const Access& access, const Observer& observer,
+                                              SharedAddress address) const {
     const Access& write = word.write;
     if (word.in_flight)
         fail(access.actor,
@@ -59,16 +60,18 @@ void SharedMemory::check_write_is_over(const Word& word, const char* does, const
                  (order_.is_thread(write.agent)
                       ? "thread " + std::to_string(write.agent) + " has not waited for it"
                       : "its mbarrier does not count it yet"));
-    if (!order_.is_over(write, observer)) complain(access, observer, does, address, write, "wrote");
+    if (!order_.happens_before(write, observer))
+        report_race(access, observer, does, address, write, "wrote");
 }
 
-void SharedMemory::check_reads_are_over(const Word& word, const Access& access,
-                                        const Observer& observer, SharedAddress address) const {
-    if (!order_.is_over(word.first_read, observer))
-        complain(access, observer, "writes", address, word.first_read, "read");
+void SharedMemory::check_reads_happen_before(const Word& word, const Access& access,
+                                             const Observer& observer,
+                                             SharedAddress address) const {
+    if (!order_.happens_before(word.first_read, observer))
+        report_race(access, observer, "writes", address, word.first_read, "read");
     for (const Access& read : word.other_reads)
-        if (!order_.is_over(read, observer))
-            complain(access, observer, "writes", address, read, "read");
+        if (!order_.happens_before(read, observer))
+            report_race(access, observer, "writes", address, read, "read");
 }
 
 void SharedMemory::add_read(Word& word, const Access& access) const {
@@ -97,7 +100,7 @@ const std::byte* SharedMemory::read(const Access& access, const Observer& observ
                                     SharedAddress address, int bytes, int alignment) {
     Word* words = words_at(access.actor, address, bytes, alignment);
     for (int i = 0; i < bytes / kWordBytes; ++i) {
-        check_write_is_over(words[i], "reads", access, observer, address);
+        check_write_happens_before(words[i], "reads", access, observer, address);
         add_read(words[i], access);
     }
     return at(address);
@@ -107,8 +110,8 @@ std::byte* SharedMemory::write(const Access& access, const Observer& observer,
                                SharedAddress address, int bytes, int alignment) {
     Word* words = words_at(access.actor, address, bytes, alignment);
     for (int i = 0; i < bytes / kWordBytes; ++i) {
-        check_write_is_over(words[i], "writes", access, observer, address);
-        check_reads_are_over(words[i], access, observer, address);
+        check_write_happens_before(words[i], "writes", access, observer, address);
+        check_reads_happen_before(words[i], access, observer, address);
         words[i].first_read = {};
         words[i].other_reads.clear();
         words[i].write = access;

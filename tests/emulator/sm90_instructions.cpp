@@ -1,11 +1,11 @@
-// The instructions of emulated_ptx_sm90.h, each in terms of the emulated machine.
+// The instructions of emulated_ptx_sm90.h, executed by the emulated GPU.
 #include <array>
 #include <cstring>
 #include <span>
 #include <string>
 
 #include "machine.h"
-#include "matrices.h"
+#include "mma.h"
 #include "sm90/ptx.cuh"
 
 namespace jvp_attn {
@@ -15,27 +15,27 @@ using namespace emulator;
 namespace {
 
 void order_accesses_of_warp(std::span<void* const> threads) {
-    Knowledge all;
+    VectorClocks all;
     for (void* thread : threads) machine.order.release(*static_cast<int*>(thread), all);
     for (void* thread : threads) machine.order.acquire(*static_cast<int*>(thread), all);
 }
 
-struct AskForRegisters {
+struct RequestRegisters {
     Actor actor;
     int registers;
     bool more;
 };
 
-void ask_for_registers_of_warp(std::span<void* const> arguments) {
-    const auto& x = of_thread<AskForRegisters>(arguments, 0);
-    machine.registers.ask(x.actor, x.registers, x.more);
+void request_registers_of_warp(std::span<void* const> arguments) {
+    const auto& x = of_thread<RequestRegisters>(arguments, 0);
+    machine.registers.request(x.actor, x.registers, x.more);
 }
 
 struct ArriveAtBarrier {
     Actor actor;
     int barrier;
     int threads;
-    uint32_t generation;  // that it has come to
+    uint32_t generation;  // at which it arrives
 };
 
 void arrive_at_barrier_of_warp(std::span<void* const> arguments) {
@@ -67,30 +67,29 @@ void store_matrices_of_warp(std::span<void* const> arguments) {
         }
 }
 
-void start_product_of_warp(std::span<void* const> arguments) {
-    std::array<const StartProduct*, kWarpThreads> lanes;
+void start_wgmma_of_warp(std::span<void* const> arguments) {
+    std::array<const WgmmaArguments*, kWarpThreads> lanes;
     for (int lane = 0; lane < kWarpThreads; ++lane)
-        lanes[lane] = &of_thread<StartProduct>(arguments, lane);
+        lanes[lane] = &of_thread<WgmmaArguments>(arguments, lane);
     Warpgroup& warpgroup = machine.warpgroup_of(lanes[0]->actor.thread);
     if (warpgroup.start(lanes, machine.order, machine.shared)) machine.wake(warpgroup);
 }
 
-void commit_products_of_warp(std::span<void* const> threads) {
+void commit_wgmma_of_warp(std::span<void* const> threads) {
     const int thread = of_thread<int>(threads, 0);
     machine.warpgroup_of(thread).commit(thread / kWarpThreads % Warpgroup::kWarps);
 }
 
 constexpr Collective kElectOne = {"elect_one", false, do_nothing};
 constexpr Collective kWarpBarrier = {"warp_barrier", false, order_accesses_of_warp};
-constexpr Collective kClaimRegisters = {"warpgroup_reg_alloc", false, ask_for_registers_of_warp};
-constexpr Collective kReleaseRegisters = {"warpgroup_reg_dealloc", false,
-                                          ask_for_registers_of_warp};
+constexpr Collective kRegAlloc = {"warpgroup_reg_alloc", false, request_registers_of_warp};
+constexpr Collective kRegDealloc = {"warpgroup_reg_dealloc", false, request_registers_of_warp};
 constexpr Collective kBarrierSync = {"named_barrier_sync", false, arrive_at_barrier_of_warp};
 constexpr Collective kBarrierArrive = {"named_barrier_arrive", false, arrive_at_barrier_of_warp};
 constexpr Collective kStoreMatrices = {"store_matrices", false, store_matrices_of_warp};
-constexpr Collective kWgmma = {"wgmma", false, start_product_of_warp};
+constexpr Collective kWgmma = {"wgmma", false, start_wgmma_of_warp};
 constexpr Collective kWgmmaFence = {"wgmma_fence", false, do_nothing};
-constexpr Collective kWgmmaCommit = {"wgmma_commit", false, commit_products_of_warp};
+constexpr Collective kWgmmaCommit = {"wgmma_commit", false, commit_wgmma_of_warp};
 constexpr Collective kWgmmaWait = {"wgmma_wait", false, do_nothing};
 
 constexpr int kMatrixRowBytes = 16;
@@ -111,18 +110,18 @@ void arrive(const Actor& actor, SharedAddress address, int bytes) {
 }  // namespace
 
 bool elect_one(Place where) {
-    machine.meet(kElectOne, nullptr, where);
+    machine.execute(kElectOne, nullptr, where);
     return current.thread % kWarpThreads == machine.elected_lane();
 }
 
 void warp_barrier(Place where) {
     int thread = current.thread;
-    machine.meet(kWarpBarrier, &thread, where);
+    machine.execute(kWarpBarrier, &thread, where);
 }
 
 void named_barrier_sync(int number, int threads, Place where) {
     ArriveAtBarrier x = {self("named_barrier_sync", where), number, threads, 0};
-    machine.meet(kBarrierSync, &x, where);
+    machine.execute(kBarrierSync, &x, where);
     NamedBarrier& barrier = machine.named_barriers.at(x.actor, number);
     while (barrier.generation() == x.generation) machine.wait_for(barrier, x.actor);
     machine.order.acquire(current.thread, barrier.released());
@@ -130,7 +129,7 @@ void named_barrier_sync(int number, int threads, Place where) {
 
 void named_barrier_arrive(int number, int threads, Place where) {
     ArriveAtBarrier x = {self("named_barrier_arrive", where), number, threads, 0};
-    machine.meet(kBarrierArrive, &x, where);
+    machine.execute(kBarrierArrive, &x, where);
 }
 
 void mbarrier_init(SharedAddress barrier, int arrivals, Place where) {
@@ -138,7 +137,7 @@ void mbarrier_init(SharedAddress barrier, int arrivals, Place where) {
                            machine.order);
 }
 
-void fence_mbarrier_init() { machine.mbarriers.show(current.thread); }
+void fence_mbarrier_init() { machine.mbarriers.make_visible(current.thread); }
 
 void mbarrier_arrive(SharedAddress barrier, Place where) {
     arrive(self("mbarrier_arrive", where), barrier, 0);
@@ -173,25 +172,25 @@ void tma_load_4d(SharedAddress target, const TensorMap& map, SharedAddress addre
                  int row, int head, int batch, Place where) {
     const Actor actor = self("tma_load_4d", where);
     machine.count_step(actor);
-    Mbarrier& barrier = machine.mbarriers.at_in_background(actor, address, machine.shared);
-    machine.box_loads.issue(actor, target, map, barrier, {column, row, head, batch}, machine.order,
+    Mbarrier& barrier = machine.mbarriers.at_for_tma(actor, address, machine.shared);
+    machine.tma_loads.issue(actor, target, map, barrier, {column, row, head, batch}, machine.order,
                             machine.shared, machine.global);
 }
 
 void store_matrices(SharedAddress row, const Words4& x, Place where) {
     StoreMatrices argument = {
         machine.shared.write(self("store_matrices", where), row, kMatrixRowBytes), &x};
-    machine.meet(kStoreMatrices, &argument, where);
+    machine.execute(kStoreMatrices, &argument, where);
 }
 
 void wgmma_fence(Place where) {
-    machine.meet(kWgmmaFence, nullptr, where);
+    machine.execute(kWgmmaFence, nullptr, where);
     machine.warpgroup_of(current.thread).registers(current.thread).fence();
 }
 
 void wgmma_commit(Place where) {
     int thread = current.thread;
-    machine.meet(kWgmmaCommit, &thread, where);
+    machine.execute(kWgmmaCommit, &thread, where);
 }
 
 std::string current_device(DeviceFacts& facts) {
@@ -201,30 +200,30 @@ std::string current_device(DeviceFacts& facts) {
 
 namespace emulator {
 
-void ask_for_registers(const char* instruction, int registers, bool more, const Place& where) {
-    AskForRegisters x = {self(instruction, where), registers, more};
-    machine.meet(more ? kClaimRegisters : kReleaseRegisters, &x, where);
+void request_registers(const char* instruction, int registers, bool more, const Place& where) {
+    RequestRegisters x = {self(instruction, where), registers, more};
+    machine.execute(more ? kRegAlloc : kRegDealloc, &x, where);
     const int warp = current.thread / kWarpThreads;
-    while (!machine.registers.has_got(warp)) machine.wait_for(machine.registers, x.actor);
+    while (!machine.registers.try_acquire(warp)) machine.wait_for(machine.registers, x.actor);
     machine.wake(machine.registers);
 }
 
 void wgmma(std::span<float> accumulator, float (*widen)(uint16_t), const uint32_t* a_registers,
            Major major_a, Major major_b, uint64_t a, uint64_t b, bool accumulate,
            const Place& where) {
-    StartProduct x = {self("wgmma", where),
-                      {static_cast<int>(2 * accumulator.size()), widen, a_registers != nullptr,
-                       major_a, major_b, a, b, accumulate},
-                      accumulator,
-                      a_registers};
-    machine.meet(kWgmma, &x, where);
+    WgmmaArguments x = {self("wgmma", where),
+                        {static_cast<int>(2 * accumulator.size()), widen, a_registers != nullptr,
+                         major_a, major_b, a, b, accumulate},
+                        accumulator,
+                        a_registers};
+    machine.execute(kWgmma, &x, where);
 }
 
 void wgmma_wait(int pending, const Place& where) {
-    machine.meet(kWgmmaWait, nullptr, where);
+    machine.execute(kWgmmaWait, nullptr, where);
     Warpgroup& warpgroup = machine.warpgroup_of(current.thread);
     const int warp = current.thread / kWarpThreads % Warpgroup::kWarps;
-    const uint32_t products = warpgroup.products_before(warp, pending);
+    const uint32_t products = warpgroup.wgmmas_before(warp, pending);
     while (!warpgroup.have_started(products))
         machine.wait_for(warpgroup, self("wgmma_wait", where));
     warpgroup.finish(current.thread, products, machine.order, machine.shared);

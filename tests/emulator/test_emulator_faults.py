@@ -1,4 +1,4 @@
-"""The emulator says of a broken kernel what is wrong, where; and nothing of a correct one."""
+"""The emulator reports what is wrong in a faulty kernel, and where; a correct kernel passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORTS = {
     "overwritten_too_early": ("copy_async", rf"writes {UNORDERED}"),
     "missing_wait": ("load_matrices", STILL_COPYING),
     "missing_commit": ("load_matrices", STILL_COPYING),
-    "unfinished_copies": ("copy_async", "the thread ends while 4 of its copies are under way"),
+    "unfinished_copies": ("copy_async", "the thread ends while 4 of its copies are in flight"),
     "shared_index_out_of_range": (
         "shared_store_float",
         r"4 bytes at shared_memory\(\) \+ 4224 are outside of the block's 4224 bytes",
@@ -46,33 +46,34 @@ REPORTS = {
     "misaligned_store": ("global_store", "the global address is 2 bytes past a multiple of 4"),
     "divergent_shuffle": (
         "shuffle_xor",
-        rf"must be executed by all of the warp, but threads? [\d, -]+ came to shuffle_xor {HERE}",
+        r"must be executed by all threads of the warp, but threads? [\d, -]+ came to "
+        rf"shuffle_xor {HERE}",
     ),
     "divergent_instructions": (
         "(shuffle_xor|warp_any)",
-        rf"must be executed by all of the warp, but threads? [\d, -]+ came to "
+        rf"must be executed by all threads of the warp, but threads? [\d, -]+ came to "
         rf"(shuffle_xor|warp_any) {HERE}",
     ),
     "divergent_barrier": (
         "block_barrier",
-        rf"must be executed by all of the block, but threads (0-31|32-63) came to block_barrier "
-        rf"{HERE}",
+        r"must be executed by all threads of the block, but threads (0-31|32-63) came to "
+        rf"block_barrier {HERE}",
     ),
-    "endless_wait": ("shared_load_float", r"the block has taken \d+ steps and has not ended"),
+    "endless_loop": ("shared_load_float", r"the block has taken \d+ steps and has not ended"),
 }
 DEADLOCKS = {
-    "lane_leaves_early": rf"waiting at load_matrices {HERE}: threads 0-4, 6-31; ended: thread 5; "
+    "lane_exits_early": rf"waiting at load_matrices {HERE}: threads 0-4, 6-31; ended: thread 5; "
     rf"waiting at block_barrier {HERE}: threads 32-63",
-    "warp_leaves_early": rf"waiting at block_barrier {HERE}: threads 0-31; ended: threads 32-63",
+    "warp_exits_early": rf"waiting at block_barrier {HERE}: threads 0-31; ended: threads 32-63",
 }
-# These break no rule of the machine: the result is wrong.
+# These break no rule of CUDA; their results are wrong.
 WRONG_RESULTS = ("other_swizzle", "half_a_tile")
 
 SEEDS = range(5)
 
 
 def rows_for(fault: str) -> np.ndarray:
-    # With a second tile it would show when that overwrites the first.
+    # With one tile, so that no second tile overwrites the first.
     return rows(batch=2, count=32 if fault == "missing_barrier" else 64)
 
 
@@ -84,22 +85,22 @@ def test_the_correct_kernel_passes_in_every_order(seed: int) -> None:
 
 @pytest.mark.parametrize("fault", REPORTS)
 def test_a_broken_rule_is_reported_in_every_order(fault: str) -> None:
-    instruction, complaint = REPORTS[fault]
-    report = rf"^kernel {fault}: block \d, thread \d+, {instruction} {HERE}: {complaint}"
-    for seed in SEEDS if fault != "endless_wait" else [0]:
+    instruction, message = REPORTS[fault]
+    report = rf"^kernel {fault}: block \d, thread \d+, {instruction} {HERE}: {message}"
+    for seed in SEEDS if fault != "endless_loop" else [0]:
         with pytest.raises(RuntimeError, match=report):
             run_row_sums(fault, rows_for(fault), seed=seed)
 
 
 @pytest.mark.parametrize("fault", DEADLOCKS)
-def test_a_deadlock_says_who_waits_where(fault: str) -> None:
+def test_a_deadlock_report_names_threads_and_lines(fault: str) -> None:
     report = rf"^kernel {fault}: block \d: deadlock, no thread can run; {DEADLOCKS[fault]}$"
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=report):
             run_row_sums(fault, rows_for(fault), seed=seed)
 
 
-def test_every_fault_is_tried() -> None:
+def test_every_fault_is_tested() -> None:
     names = list(load().kernels())
     faults = {x for x in names[names.index("none") + 1 :] if not x.startswith("sm90_")}
     assert faults == {*REPORTS, *DEADLOCKS, *WRONG_RESULTS}
@@ -112,22 +113,22 @@ def test_a_reader_with_another_swizzle_computes_wrong_sums() -> None:
     assert wrong.sum() > 20
 
 
-def test_shared_memory_that_nobody_wrote_is_nan() -> None:
+def test_uninitialized_shared_memory_is_nan() -> None:
     x = rows(batch=2, count=32)
     result = run_row_sums("half_a_tile", x)
     np.testing.assert_array_equal(result[:, :16], sums(x)[:, :16])
     assert np.isnan(result[:, 16:]).all()
 
 
-def test_a_launch_that_failed_leaves_nothing_behind() -> None:
+def test_a_failed_launch_does_not_affect_the_next() -> None:
     x = rows(batch=2, count=64)
-    for fault in ("missing_wait", "divergent_shuffle", "lane_leaves_early", "unfinished_copies"):
+    for fault in ("missing_wait", "divergent_shuffle", "lane_exits_early", "unfinished_copies"):
         with pytest.raises(RuntimeError):
             run_row_sums(fault, x)
         np.testing.assert_array_equal(run_row_sums("none", x), sums(x))
 
 
-def test_the_seed_alone_decides_the_order() -> None:
+def test_the_seed_determines_the_order() -> None:
     def reports(fault: str) -> list[str]:
         texts = []
         for seed in range(8):

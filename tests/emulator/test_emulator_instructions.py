@@ -1,4 +1,4 @@
-"""Each instruction computes what the machine's does."""
+"""Each emulated instruction computes what the GPU's does."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_pack_rounds_to_nearest_even_around_every_element(element: str) -> None:
 
 
 @each_element
-def test_pack_makes_every_nan_the_same(element: str) -> None:
+def test_pack_maps_every_nan_to_one(element: str) -> None:
     nans = np.array([0x7F800001, 0x7FC00000, 0xFFC00000, 0xFFFFFFFF], np.uint32)
     packed = run_instruction(f"pack_{element}", nans, (4,), np.uint16, count=4)
     assert (packed == 0x7FFF).all()
 
 
-def test_fast_exp2_flushes_what_is_below_the_normal_numbers() -> None:
+def test_fast_exp2_flushes_subnormal_results_to_zero() -> None:
     x = np.linspace(-160, 130, 2000, dtype=np.float32)
     x = np.concatenate([x, np.array([0, -126, -126.001, 1e-45, -np.inf, np.inf], np.float32)])
     y = run_instruction("fast_exp2", x, x.shape, np.float32, count=x.size)
@@ -78,7 +78,7 @@ def test_shuffle_xor_swaps_lanes() -> None:
     np.testing.assert_array_equal(result, lanes[:, None] ^ lanes)
 
 
-def test_any_asks_all_threads_of_the_warp_or_the_block() -> None:
+def test_any_combines_all_threads_of_the_warp_or_the_block() -> None:
     conditions = np.zeros((67, 64), np.float32)  # none, all, only the first warp, one thread each
     conditions[1] = 1
     conditions[2, :32] = 1
@@ -89,7 +89,7 @@ def test_any_asks_all_threads_of_the_warp_or_the_block() -> None:
     np.testing.assert_array_equal(of_block, conditions.any(-1, keepdims=True).repeat(64, axis=-1))
 
 
-def test_copy_async_fills_with_zeros_what_it_does_not_copy() -> None:
+def test_copy_async_fills_the_rest_with_zeros() -> None:
     source = np.arange(1, 17 * 16 + 1, dtype=np.uint16).astype(np.uint8).reshape(17, 16) | 1
     copied = run_instruction("copy_async", source, (17, 16), np.uint8)
     expected = np.where(np.arange(16) < np.arange(17)[:, None], source, 0)
@@ -97,7 +97,7 @@ def test_copy_async_fills_with_zeros_what_it_does_not_copy() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_load_matrices_gives_each_lane_its_elements(transposed: bool) -> None:
+def test_load_matrices_distributes_elements_to_lanes(transposed: bool) -> None:
     matrices = np.arange(4 * 8 * 8, dtype=np.uint16).reshape(4, 8, 8)
     name = "load_matrices_transposed" if transposed else "load_matrices"
     registers = run_instruction(name, matrices, (32, 4, 2), np.uint16)

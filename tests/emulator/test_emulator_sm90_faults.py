@@ -1,11 +1,11 @@
-"""The emulator says of a broken kernel for compute capability 9.0 what is wrong, where."""
+"""The emulator reports what is wrong in a faulty sm90 kernel, and where."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tests.emulator.probe_kernels import load, run_tile_products, whole_numbers
+from tests.emulator.probe_kernels import load, run_tile_products, small_integers
 
 BATCH, KEYS = 2, 320
 
@@ -33,9 +33,9 @@ REPORTS = {
         r"fence_proxy_async of (?P=reader) between",
     ),
     "missing_named_barrier": ("wgmma", rf"reads {LAST_WORD} barrier between"),
-    "named_barrier_of_different": (
+    "named_barrier_counts_differ": (
         "named_barrier_sync",
-        r"barrier [12] with (128|256) threads, but others came to it with (128|256)",
+        r"barrier [12] with (128|256) threads, but other warps with (128|256)",
     ),
     "missing_barrier_after_init": (
         r"mbarrier_(wait|arrive_expect)",
@@ -57,32 +57,38 @@ REPORTS = {
         rf"arrives at {MBARRIER}.*: all arrivals of the phase|(touches|writes) .*",
     ),
     "released_too_early": ("tma_load_4d", f"writes {NOT_WAITED}"),
-    "misaligned_box": ("tma_load_4d", f"{SHARED} is not aligned to 1024 bytes"),
-    "box_of_no_tensor": ("tma_load_4d", "the tensor map is of no tensor"),
-    "unfinished_box": (
+    "misaligned_tma_target": ("tma_load_4d", f"{SHARED} is not aligned to 1024 bytes"),
+    "null_tensor_map": ("tma_load_4d", "the tensor map is null"),
+    "unfinished_tma_load": (
         "(tma_load_4d|mbarrier_arrive_expect)",
-        rf"the block ends(, and nobody has waited for what is counted by| with) {MBARRIER}",
+        rf"the block ends(, and no thread has waited for the bytes of| with) {MBARRIER}",
     ),
     "missing_wgmma_fence": ("wgmma", "there is no wgmma_fence since the last wgmma_wait"),
-    "missing_wgmma_wait": ("pack", "its operand comes from an accumulator that a wgmma still"),
-    "missing_wgmma_commit": ("pack", "its operand comes from an accumulator that a wgmma still"),
-    "unfinished_product": ("wgmma", "the thread ends before the wgmma_wait"),
-    "accumulator_changed": ("wgmma", "its accumulator was changed before the wgmma_wait"),
-    "accumulator_pinned": (
-        "warpgroup_fence_operand",
-        rf"pins registers that thread \d+'s wgmma {HERE} works on",
+    "missing_wgmma_wait": (
+        "pack",
+        "its operand comes from an accumulator of a wgmma that is still in flight",
     ),
-    "factor_changed": ("wgmma", "its factor in registers was changed before the wgmma_wait"),
-    "factor_changed_after_fence": (
+    "missing_wgmma_commit": (
+        "pack",
+        "its operand comes from an accumulator of a wgmma that is still in flight",
+    ),
+    "unfinished_wgmma": ("wgmma", "the thread ends before the wgmma_wait"),
+    "accumulator_changed": ("wgmma", "its accumulator was changed before the wgmma_wait"),
+    "accumulator_fenced": (
+        "warpgroup_fence_operand",
+        rf"fences registers that thread \d+'s wgmma {HERE} works on",
+    ),
+    "operand_changed": ("wgmma", "its operand in registers was changed before the wgmma_wait"),
+    "operand_changed_after_fence": (
         "wgmma",
-        "a factor in registers was changed after the last wgmma_fence",
+        "an operand in registers was changed after the last wgmma_fence",
     ),
     "misaligned_descriptor": (
         "wgmma",
         "the descriptor starts in row 1 of the swizzle pattern, and its base offset is 0",
     ),
-    "other_swizzle": ("wgmma", "the descriptor's swizzle is of kind 2; only 1"),
-    "different_products": (
+    "other_swizzle": ("wgmma", "the descriptor's swizzle mode is 2; only 1"),
+    "divergent_wgmma": (
         "wgmma",
         rf"must be the same for all threads of the warpgroup, but it differs from thread \d+'s "
         rf"wgmma {HERE}",
@@ -90,13 +96,13 @@ REPORTS = {
     "fewer_registers": ("warpgroup_reg_alloc", "160 registers are fewer than the 168"),
     "different_registers": (
         "warpgroup_reg_alloc",
-        r"(232|240) registers, but warp \d+ of the warpgroup has asked for (232|240)",
+        r"(232|240) registers, but warp \d+ of the warpgroup has requested (232|240)",
     ),
-    "stored_instead_of_added": (
+    "store_instead_of_add": (
         "global_store",
         r"writes byte \d+ of delta, which thread \d+ of block \d has written in this launch",
     ),
-    "stored_where_others_add": (
+    "store_where_others_add": (
         "global_(store|add)",
         r"writes byte \d+ of delta, which (threads add to|thread \d+ of block \d has written) "
         "in this launch",
@@ -105,17 +111,20 @@ REPORTS = {
         "global_load",
         r"reads byte \d+ of delta, which threads add to in this launch",
     ),
-    "added_beyond_the_end": (
+    "add_out_of_range": (
         "global_add4",
         "writes 16 bytes of global memory outside of every buffer: the nearest, mu, has 1024 bytes",
     ),
-    "misaligned_sums": ("global_add4", "the global address is 8 bytes past a multiple of 16"),
-    "sums_in_flight": ("global_add4", "its operand comes from an accumulator that a wgmma still"),
+    "misaligned_add": ("global_add4", "the global address is 8 bytes past a multiple of 16"),
+    "add_in_flight": (
+        "global_add4",
+        "its operand comes from an accumulator of a wgmma that is still in flight",
+    ),
 }
 DEADLOCKS = {
-    "named_barrier_of_more": (
-        rf"waiting at named_barrier_sync {HERE} for barrier 1, to which 128 of 160 threads have "
-        "come: threads 128-255"
+    "named_barrier_of_too_many": (
+        rf"waiting at named_barrier_sync {HERE} for barrier 1, at which 128 of 160 threads have "
+        "arrived: threads 128-255"
     ),
     "expects_too_much": (
         rf"waiting at mbarrier_wait {HERE} for {MBARRIER} and 16 bytes missing: threads 128-383"
@@ -124,24 +133,24 @@ DEADLOCKS = {
         rf"waiting at mbarrier_wait {HERE} for the mbarrier at {SHARED}, in phase 0 with 1 of 2 "
         "arrivals: threads 128-383"
     ),
-    "warp_without_product": (
-        rf"waiting at wgmma_wait {HERE} for products that not all warps of the warpgroup have "
-        "started: they have 4 4 4 0: threads 128-223, 256-351$"
+    "warp_without_wgmma": (
+        rf"waiting at wgmma_wait {HERE} for wgmmas that not all warps of the warpgroup have "
+        "issued: they have issued 4 4 4 0: threads 128-223, 256-351$"
     ),
     "too_many_registers": (
-        rf"waiting at warpgroup_reg_alloc {HERE} for registers, of which 16 a thread of a warp are "
+        rf"waiting at warpgroup_reg_alloc {HERE} for registers: 16 for each thread of a warp are "
         f"free: {THREADS}"
     ),
 }
-# The wrong bytes: somebody else's, of which the emulator may know that they are not to be read.
-WRONG_BYTES = ("wrong_phase", "wrong_leading_offset", "wrong_stride_offset")
+# Accesses to wrong addresses, which the emulator reports if they race.
+WRONG_ADDRESSES = ("wrong_phase", "wrong_leading_offset", "wrong_stride_offset")
 
 SEEDS = range(5)
 
 
 def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     q, k, v = ((128, 64), (KEYS, 64), (KEYS, 128))
-    return tuple(whole_numbers(BATCH, *shape, seed=i) for i, shape in enumerate((q, k, v)))
+    return tuple(small_integers(BATCH, *shape, seed=i) for i, shape in enumerate((q, k, v)))
 
 
 def run(fault: str, seed: int) -> dict[str, np.ndarray]:
@@ -158,30 +167,30 @@ def test_the_correct_kernel_passes_in_every_order(seed: int) -> None:
     first_elements = k[..., 0].reshape(BATCH, KEYS // 64, 64).sum(1)
     np.testing.assert_array_equal(found["lse"], np.tile(first_elements, (1, 4)))
     np.testing.assert_array_equal(found["delta"], 4 * first_elements)
-    # Of 8 warps lane 4g + t has the rows g and g + 8, and of each the columns 2t and 2t + 1.
+    # Lane 4g + t of each warp has rows g and g + 8, and of these the columns 2t and 2t + 1.
     of_lanes = expected[..., :8].reshape(BATCH, 8, 2, 8, 4, 2).sum(1).transpose(0, 2, 3, 1, 4)
     np.testing.assert_array_equal(found["mu"], of_lanes.reshape(BATCH, 128))
 
 
 @pytest.mark.parametrize("fault", REPORTS)
 def test_a_broken_rule_is_reported_in_every_order(fault: str) -> None:
-    instruction, complaint = REPORTS[fault]
-    report = rf"^kernel sm90_{fault}: block \d, thread \d+, {instruction} {HERE}: ({complaint})"
+    instruction, message = REPORTS[fault]
+    report = rf"^kernel sm90_{fault}: block \d, thread \d+, {instruction} {HERE}: ({message})"
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=report):
             run(fault, seed)
 
 
 @pytest.mark.parametrize("fault", DEADLOCKS)
-def test_a_deadlock_says_who_waits_for_what(fault: str) -> None:
+def test_a_deadlock_report_names_threads_and_barriers(fault: str) -> None:
     report = rf"^kernel sm90_{fault}: block \d: deadlock, no thread can run; .*{DEADLOCKS[fault]}"
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=report):
             run(fault, seed)
 
 
-@pytest.mark.parametrize("fault", WRONG_BYTES)
-def test_wrong_bytes_are_reported_or_make_wrong_results(fault: str) -> None:
+@pytest.mark.parametrize("fault", WRONG_ADDRESSES)
+def test_wrong_addresses_are_reported_or_give_wrong_results(fault: str) -> None:
     q, k, v = matrices()
     expected = (q @ k.transpose(0, 2, 1)) @ v
     for seed in SEEDS:
@@ -192,13 +201,13 @@ def test_wrong_bytes_are_reported_or_make_wrong_results(fault: str) -> None:
         assert not np.array_equal(found["out"], expected)
 
 
-def test_every_fault_is_tried() -> None:
+def test_every_fault_is_tested() -> None:
     names = {name for name in load().kernels() if name.startswith("sm90_")}
-    tried = {"none", *REPORTS, *DEADLOCKS, *WRONG_BYTES}
+    tried = {"none", *REPORTS, *DEADLOCKS, *WRONG_ADDRESSES}
     assert names == {f"sm90_{fault}" for fault in tried}
 
 
-def test_a_launch_that_failed_leaves_nothing_behind() -> None:
+def test_a_failed_launch_does_not_affect_the_next() -> None:
     expected = run("none", 0)["out"]
     for fault in ("missing_proxy_fence", "expects_too_much", "missing_wgmma_wait"):
         with pytest.raises(RuntimeError):

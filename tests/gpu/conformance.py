@@ -1,6 +1,6 @@
-"""What the kernels of conformance.cu are given, and what they should answer, in NumPy.
+"""The inputs and expected outputs of the kernels of conformance.cu, in NumPy.
 
-`Probe` and what runs one also serve conformance_sm90.py.
+conformance_sm90.py uses `Probe` and its functions too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ ROOT = HERE.parents[1]
 
 Array = np.ndarray[Any, Any]
 RANDOM = np.random.default_rng(0)
-BEFORE = 77  # each byte of an answer, before there is one
+BEFORE = 77  # each byte of an output before the launch
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One kernel: its input, and the exact output.
+    """A kernel, its input, and the exact output.
 
     Attributes:
         given: params.q; a tensor (batch, rows, heads, columns) of elements, or any array.
         more: further inputs, by their names in AttentionParams.
-        ulps: how far results may be from the exact output, in units of the last place.
-        absolute: how far they may be besides, where float32 sums may be rounded in any order.
+        ulps: the relative tolerance, in units in the last place.
+        absolute: an additional tolerance, for float32 sums in any order.
     """
 
     kernel: str
@@ -47,17 +47,17 @@ class Probe:
     ulps: int = 0
     absolute: float = 0
 
-    def assert_answered(self, answer: Array, expected: Array | None = None) -> None:
-        """The answer is the expected one, bit for bit where no tolerance is set."""
+    def assert_agrees(self, output: Array, expected: Array | None = None) -> None:
+        """The output is the expected one, bit for bit if there is no tolerance."""
         expected = self.expected if expected is None else expected
-        assert answer.shape == expected.shape
+        assert output.shape == expected.shape
         if not (self.ulps or self.absolute):
-            assert answer.tobytes() == expected.tobytes()
+            assert output.tobytes() == expected.tobytes()
             return
         finite = np.isfinite(expected)
-        assert np.array_equal(answer[~finite], expected[~finite], equal_nan=True)
+        assert np.array_equal(output[~finite], expected[~finite], equal_nan=True)
         tolerance = self.ulps * np.spacing(np.abs(expected[finite])) + self.absolute
-        assert np.all(np.abs(answer[finite].astype(float) - expected[finite]) <= tolerance)
+        assert np.all(np.abs(output[finite].astype(float) - expected[finite]) <= tolerance)
 
 
 # ----------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def values_of(bits: Array, element: str) -> Array:
 
 
 def floats_to_round(element: str) -> Array:
-    """Numbers of every size, halves between elements, what overflows, and what is no number."""
+    """Numbers of all magnitudes, midpoints between elements, overflowing numbers, and infinity."""
     ordinary = RANDOM.standard_normal(4096) * 2.0 ** RANDOM.integers(-40, 40, 4096)
     below = values_of(RANDOM.integers(0, 0x7000, 2048).astype(np.uint16), element)
     above = values_of(bits_of(below, element) + 1, element)
@@ -102,7 +102,7 @@ def floats_to_round(element: str) -> Array:
 
 
 def every_number(element: str) -> Array:
-    """All elements but those that are no number, whose bits may change."""
+    """All elements except NaN, whose bits may change."""
     bits = np.arange(2**16, dtype=np.uint16)
     return bits[~np.isnan(values_of(bits, element))]
 
@@ -223,73 +223,71 @@ PROBES = [
 
 
 # ----------------------------------------------------------------------------
-# Answers
+# Launches
 
 
-def params_of(machine: ModuleType, probe: Probe, address: Callable[[str], int], answer: int) -> Any:
-    """AttentionParams with the addresses of the inputs and of the answer, and their shapes."""
-    params = machine.AttentionParams()
-    params.out = machine.Tensor(answer, 0, 0, 0)
+def params_of(module: ModuleType, probe: Probe, address: Callable[[str], int], output: int) -> Any:
+    """AttentionParams with the addresses and shapes of the inputs and of the output."""
+    params = module.AttentionParams()
+    params.out = module.Tensor(output, 0, 0, 0)
     params.heads = params.heads_k = 1
     if probe.given.ndim == 4:
         params.batch, params.seqlen_q, params.heads, params.head_dim = probe.given.shape
-        params.q = machine.Tensor(address("q"), *strides_of(probe.given))
+        params.q = module.Tensor(address("q"), *strides_of(probe.given))
     else:
-        # As if it were rows of 8 elements, where a tensor map of it is made.
+        # For tensor maps: rows of 8 elements.
         params.batch = params.seqlen_q = len(probe.given)
         params.head_dim = 8
-        params.q = machine.Tensor(address("q"), 8, 8, 8)
+        params.q = module.Tensor(address("q"), 8, 8, 8)
     for name, x in probe.more.items():
         params.seqlen_k = len(x)
         if name == "v":
             _, params.seqlen_k, params.heads_k, params.head_dim_v = x.shape
-            params.v = machine.Tensor(address("v"), *strides_of(x))
+            params.v = module.Tensor(address("v"), *strides_of(x))
         else:
             setattr(params, name, address(name))
     return params
 
 
 def strides_of(x: Array) -> list[int]:
-    """Of batches, rows and heads, in elements."""
+    """The strides of batch, row and head, in elements."""
     return [stride // x.itemsize for stride in x.strides[:3]]
 
 
 def inputs_of(probe: Probe) -> dict[str, Array]:
-    """All that the kernel reads, by name; as CUDA allocates it, at multiples of 16 bytes."""
+    """All inputs by name, at multiples of 16 bytes, as CUDA allocates memory."""
     return {name: aligned(x) for name, x in {"q": probe.given, **probe.more}.items()}
 
 
-def answer_of_the_emulator(machine: ModuleType, probe: Probe) -> Array:
-    """What the kernel does in the emulator."""
-    answer = aligned(np.full(probe.expected.nbytes, BEFORE, np.uint8).view(probe.expected.dtype))
-    inputs, answer = inputs_of(probe), answer.reshape(probe.expected.shape)
-    with emulator.launching(machine, seed=1, inputs=inputs, outputs={"answer": answer}):
-        params = params_of(
-            machine, probe, lambda name: inputs[name].ctypes.data, answer.ctypes.data
-        )
-        machine.launch(probe.kernel, params, 0)
-    return answer
+def run_in_the_emulator(module: ModuleType, probe: Probe) -> Array:
+    """The output of the kernel in the emulator."""
+    output = aligned(np.full(probe.expected.nbytes, BEFORE, np.uint8).view(probe.expected.dtype))
+    inputs, output = inputs_of(probe), output.reshape(probe.expected.shape)
+    with emulator.launching(module, seed=1, inputs=inputs, outputs={"output": output}):
+        params = params_of(module, probe, lambda name: inputs[name].ctypes.data, output.ctypes.data)
+        module.launch(probe.kernel, params, 0)
+    return output
 
 
-def answer_of_the_gpu(machine: ModuleType, probe: Probe) -> Array:
-    """What the kernel does on the current GPU."""
+def run_on_the_gpu(module: ModuleType, probe: Probe) -> Array:
+    """The output of the kernel on the current GPU."""
     inputs = {
         name: torch.from_numpy(x.ravel().view(np.uint8)).cuda()
         for name, x in inputs_of(probe).items()
     }
-    answer = torch.full((probe.expected.nbytes,), BEFORE, dtype=torch.uint8, device="cuda")
+    output = torch.full((probe.expected.nbytes,), BEFORE, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
-    params = params_of(machine, probe, lambda name: inputs[name].data_ptr(), answer.data_ptr())
-    machine.launch(probe.kernel, params, stream)
-    return answer.cpu().numpy().view(probe.expected.dtype).reshape(probe.expected.shape)
+    params = params_of(module, probe, lambda name: inputs[name].data_ptr(), output.data_ptr())
+    module.launch(probe.kernel, params, stream)
+    return output.cpu().numpy().view(probe.expected.dtype).reshape(probe.expected.shape)
 
 
 def build_for_gpu(folder: Path, source: str, arch: str) -> Path:
-    """Compile the kernels of a source file as a module of its name and `_gpu`, with nvcc.
+    """Compile the kernels of a source file with nvcc, as a module of its name plus `_gpu`.
 
     Args:
-        folder: where to.
-        source: its name, in this folder.
+        folder: where the module is written.
+        source: a file name in tests/gpu.
         arch: such as "sm_80".
     """
     toolkit = run_path(str(ROOT / "setup.py"))["find_toolkit"]()

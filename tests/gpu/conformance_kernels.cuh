@@ -1,7 +1,6 @@
-// Kernels that show what the instructions of csrc/common/ptx.cuh do which are of no use alone:
-// who a thread is, how threads meet, and how they share memory. Those of one instruction each are
-// in tests/emulator/probes/instructions.h, also from an array in params.q to an array in
-// params.out.
+// Kernels that test the instructions of csrc/common/ptx.cuh that need others: thread indices,
+// barriers and shared memory. Kernels of one instruction each are in
+// tests/emulator/probes/instructions.h. All compute an array in params.out from one in params.q.
 #pragma once
 
 #include "probes/instructions.h"
@@ -36,7 +35,7 @@ struct ReverseFloats : TwoWarps {
     }
 };
 
-// The same of 16 bytes a thread.
+// The same with 16 bytes for each thread.
 struct ReverseWords : TwoWarps {
     static constexpr int kSharedBytes = 16 * kThreads;
 
@@ -49,7 +48,7 @@ struct ReverseWords : TwoWarps {
     }
 };
 
-// Three groups of copies, each read in reverse as soon as it must be there: 3 x 64 x 16 bytes.
+// Three groups of copies, each read in reverse after its wait: 3 x 64 x 16 bytes.
 struct CopyGroups : TwoWarps {
     static constexpr int kSharedBytes = 3 * 16 * kThreads;
 
@@ -76,7 +75,7 @@ private:
     }
 };
 
-// Without bytes to copy the source may be anything, and the target becomes 0.
+// A copy of 0 bytes reads no source, and fills the target with 0.
 struct CopyNothing : OneWarp {
     static constexpr int kSharedBytes = 16 * kThreads;
 
@@ -89,7 +88,7 @@ struct CopyNothing : OneWarp {
     }
 };
 
-// seqlen_q numbers of another size than a word, as words.
+// seqlen_q numbers of 1 or 2 bytes, widened to words.
 template <class Value>
 struct Widen : OneWarp {
     DEVICE static void run(const AttentionParams& p) {

@@ -1,5 +1,5 @@
-// Kernels that show what the instructions of csrc/sm90/ptx.cuh do, most of them from an
-// array in params.q to an array in params.out.
+// Kernels that test the instructions of csrc/sm90/ptx.cuh. Most compute an array in params.out from
+// one in params.q.
 #pragma once
 
 #include "sm90/launch.cuh"
@@ -17,7 +17,7 @@ DEVICE Value* output(const Params& params) {
     return static_cast<Value*>(params.attention.out.data);
 }
 
-// What kernels need that take no tensor maps.
+// The members of kernels without tensor maps.
 template <int Count>
 struct Threads {
     static constexpr int kThreads = Count;
@@ -28,10 +28,10 @@ struct Threads {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Who a thread is, and how warps share the registers
+// Warpgroups and their registers
 
-// For each thread: its warpgroup, its index once more, how many lanes elect_one chooses, and
-// whether it chooses others the next time.
+// For each thread: its warpgroup, its index again, how many lanes elect_one chooses, and whether it
+// chooses other lanes the next time.
 struct Identities : Threads<256> {
     DEVICE static void run(const Params& params) {
         uint32_t* const row = output<uint32_t>(params) + 4 * thread_index();
@@ -57,7 +57,7 @@ struct ShareRegisters : Threads<384> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// How threads meet. 64 float32 become the same in reverse.
+// Barriers. The output is 64 float32 in reverse.
 
 struct Reverse : Threads<64> {
     static constexpr int kSharedBytes = 4 * kThreads;
@@ -68,7 +68,7 @@ struct Reverse : Threads<64> {
     DEVICE static void put(float value) {
         shared_store_float(shared_memory() + 4 * thread_index(), value);
     }
-    // What another thread has put.
+    // The value that another thread has stored.
     DEVICE static void store(const Params& params, int place, int other) {
         global_store(output<float>(params) + place, shared_load_float(shared_memory() + 4 * other));
     }
@@ -83,7 +83,7 @@ struct ReverseInWarp : Reverse {
     }
 };
 
-// One warp waits for the other, which does not; and then the other way round.
+// One warp waits for the other, which only arrives; then the roles change.
 struct ReverseByNamedBarriers : Reverse {
     DEVICE static void run(const Params& params) {
         const int warp = thread_index() / 32;
@@ -123,7 +123,7 @@ struct ReverseByMbarriers : Reverse {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Sums in global memory
+// Atomic additions to global memory
 
 // Each of 8 x 128 numbers is added to one of 128, four at a time by a thread; and the first of each
 // four to one of 32 more.
@@ -139,10 +139,10 @@ struct AddToGlobal : Threads<256> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// The bulk TMA
+// TMA
 
-// For each of seqlen_k boxes of q, that start at the (column, row, head, batch) in seqused_k: the
-// bytes of a panel of 24 rows, as they are in shared memory.
+// For each of seqlen_k boxes of q, which start at the (column, row, head, batch) in seqused_k: the
+// bytes of a panel of 24 rows in shared memory.
 struct LoadBoxes : Threads<128> {
     static constexpr int kRowBox = 24;
     using Panel = Tile<kRowBox, kPanelColumns>;
@@ -176,7 +176,7 @@ struct LoadBoxes : Threads<128> {
 // ---------------------------------------------------------------------------------------------
 // Matrices
 
-// What the 32 lanes hold of four matrices below one another becomes 32 x 8 elements.
+// From the 32 lanes' registers of four matrices, one below another, to 32 x 8 elements.
 struct StoreMatrices : Threads<32> {
     static constexpr int kSharedBytes = 32 * 16;
 
@@ -188,8 +188,8 @@ struct StoreMatrices : Threads<32> {
     }
 };
 
-// A B (64 x N, float32) in two steps of 16. A is in q, B in v: 64 x 32 and N x 32 where the columns
-// are summed over, 32 x 64 and 32 x N where the rows are.
+// A B (64 x N, float32) in two steps of 16. A is in q, B in v: 64 x 32 and N x 32 if the columns
+// are the summed index, 32 x 64 and 32 x N if the rows are.
 template <class Element, int N, Major kMajorA, Major kMajorB, bool kFromRegisters>
 struct Product : Threads<128> {
     static constexpr int kDepth = 32;

@@ -4,7 +4,7 @@
 
 namespace jvp_attn::sm90 {
 
-constexpr Major kColumns = Major::contraction, kRows = Major::result;  // that are summed over
+constexpr Major kColumns = Major::contraction, kRows = Major::result;  // the summed index
 
 template <class K>
 Kernel kernel(const char* name) {
@@ -29,7 +29,7 @@ const std::vector<jvp_attn::Kernel>& jvp_attn::all_kernels() {
         kernel<ReverseByNamedBarriers>("reverse_by_named_barriers"),
         kernel<ReverseByMbarriers>("reverse_by_mbarriers"),
         kernel<AddToGlobal>("add_to_global"),
-        kernel<LoadBoxes>("tma_load_4des"),
+        kernel<LoadBoxes>("tma_load_boxes"),
         kernel<StoreMatrices>("store_matrices"),
         PRODUCTS(bf16, Bf16, 48),
         PRODUCTS(bf16, Bf16, 64),

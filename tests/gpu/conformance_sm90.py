@@ -1,4 +1,4 @@
-"""What the kernels of conformance_sm90.cu are given, and what they should answer, in NumPy."""
+"""The inputs and expected outputs of the kernels of conformance_sm90.cu, in NumPy."""
 
 from __future__ import annotations
 
@@ -49,27 +49,25 @@ def reverse_by_mbarriers() -> Probe:
 
 
 def add_to_global() -> Probe:
-    """To what there is: a large number, and like those added a multiple of 16, so that no sum on
-    the way is rounded.
-    """
+    """The initial value and all summands are multiples of 16, so that no partial sum is rounded."""
     x = 16 * RANDOM.integers(-1000, 1001, (8, 128)).astype(np.float32)
     before = np.full(4, BEFORE, np.uint8).view(np.float32)
     sums = np.concatenate([x.sum(0), x[:, ::4].sum(0)])
     return Probe("add_to_global", x, before + sums)
 
 
-def tma_load_4des() -> Probe:
+def tma_load_boxes() -> Probe:
     """Boxes within a tensor, and across each of its borders; by (column, row, head, batch)."""
     x = random_bytes(2, 40, 3, 72, 2).view(np.uint16)[..., 0].copy()
     starts = [(0, 0, 0, 0), (0, 16, 2, 1), (64, 0, 1, 1), (5, 30, 0, 1), (-9, -7, 1, 0)]
     starts += [(0, 40, 0, 0), (0, -24, 0, 0), (72, 0, 0, 0), (-64, 0, 0, 0), (0, 1 << 30, 0, 0)]
     starts += [(0, 0, -1, 0), (0, 0, 3, 0), (0, 0, 0, -1), (0, 0, 0, 2)]
     expected = np.stack([panel_of_box(x, start) for start in starts])
-    return Probe("tma_load_4des", x, expected, {"seqused_k": np.array(starts, np.int32)})
+    return Probe("tma_load_boxes", x, expected, {"seqused_k": np.array(starts, np.int32)})
 
 
 def panel_of_box(x: Array, start: tuple[int, int, int, int]) -> Array:
-    """A box in shared memory: chunks of 8 elements change places within their row."""
+    """A box in shared memory: the swizzle permutes the chunks of 8 elements of a row."""
     column, row, head, batch = start
     panel = np.zeros((BOX_ROWS, 8, 8), np.uint16)
     for i, j in np.ndindex(BOX_ROWS, BOX_COLUMNS):
@@ -87,7 +85,7 @@ def store_matrices() -> Probe:
 
 
 def product(kernel: str) -> Probe:
-    """A (64 x 32) B (32 x N), each stored as its letter says: c, columns are summed over, or r."""
+    """A (64 x 32) B (32 x N). The letter of each is the summed index: c for columns, r for rows."""
     found = re.fullmatch(r"product_(bf16|fp16)_(\d+)_([cr])([cr])_\w+", kernel)
     assert found
     element, n, major_a, major_b = found[1], int(found[2]), found[3], found[4]
@@ -98,8 +96,8 @@ def product(kernel: str) -> Probe:
     return Probe(kernel, given, exact.astype(np.float32), {"v": v}, absolute=4e-5)
 
 
-def names_of_products() -> list[str]:
-    """Those that conformance_sm90.cu has."""
+def product_kernels() -> list[str]:
+    """The names of the wgmma kernels in conformance_sm90.cu."""
     source = (ROOT / "tests" / "gpu" / "conformance_sm90.cu").read_text()
     several = [
         f"product_{element}_{n}_{form}"
@@ -112,6 +110,6 @@ def names_of_products() -> list[str]:
 PROBES = [
     *(identities(), share_registers()),
     *(reverse_in_warp(), reverse_by_named_barriers(), reverse_by_mbarriers()),
-    *(add_to_global(), tma_load_4des(), store_matrices()),
-    *(product(name) for name in names_of_products()),
+    *(add_to_global(), tma_load_boxes(), store_matrices()),
+    *(product(name) for name in product_kernels()),
 ]

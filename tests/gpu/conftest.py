@@ -1,7 +1,7 @@
 """Each of these tests runs on a GPU at realistic sizes, and on a CPU at small ones.
 
-The CPU shows that a test is right: there the backend `tiled` passes it. Tests marked `cuda` run
-where there is an NVIDIA GPU; elsewhere one line says how many did not.
+On the CPU they run with the backend `tiled`, which tests the tests. Tests marked `cuda` need an
+NVIDIA GPU; without one, the summary of pytest says how many were skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # One after the other: a single one may fill the memory of a GPU.
+    # One after another, since a single test may need most of the memory of a GPU.
     on_a_gpu = pytest.mark.xdist_group("gpu")
     if not torch.cuda.is_available():
         on_a_gpu = pytest.mark.skip(reason="torch finds no NVIDIA GPU")

@@ -1,7 +1,7 @@
-"""Kernels of an extension on a device, for tests that were written for the emulator.
+"""Runs the kernel tests, which were written for the emulator, on a device.
 
-tests/kernels lays out tensors in the memory of the CPU, launches kernels there and looks what
-became of that memory. Here the same memory is copied to a device, byte for byte, and back.
+tests/kernels launches kernels on tensors in CPU memory, and checks that memory afterwards. Here the
+same memory is copied to a device, byte for byte, and back.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def _described(kind: str, address: int, *rest: int) -> _Described:
 
 
 class KernelsOnDevice:
-    """Stands in for the module tests/emulator/emulator.py, and for the machine that it loads.
+    """Replaces the module tests/emulator/emulator.py, and the extension module that it loads.
 
     Args:
         extension: `jvp_attn._C`, or a module with the same kernels.
-        device: where it runs them.
+        device: where the kernels run.
     """
 
     AttentionParams = SimpleNamespace
@@ -50,7 +50,7 @@ class KernelsOnDevice:
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def load(self) -> KernelsOnDevice:
-        """The machine."""
+        """The module with the kernels."""
         return self
 
     @contextmanager
@@ -63,7 +63,7 @@ class KernelsOnDevice:
         outputs: Mapping[str, Tensor],
     ) -> Iterator[None]:
         """Copy all memory to the device, and back after the launches; inputs must be unchanged."""
-        del machine, seed  # no one chooses the order in which a GPU runs threads
+        del machine, seed  # the order of threads on a GPU cannot be chosen
         self._copies = [self._copy(x) for x in (*inputs.values(), *outputs.values())]
         yield
         for name, (host, copy) in zip((*inputs, *outputs), self._copies, strict=True):
@@ -86,7 +86,7 @@ class KernelsOnDevice:
         self._extension.launch(name, on_device, stream)
 
     def _copy(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All bytes around a tensor, and their copy."""
+        """All bytes of a tensor's storage, and their copy."""
         host = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
         return host, host.to(self._device, copy=True)
 

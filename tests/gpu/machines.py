@@ -18,20 +18,20 @@ from tests.jvp_attn.attention_cases import (
     without_tangents,
 )
 
-# Scores of so many rows, and their derivatives in float64, fit into the memory of a GPU.
+# The scores of so many rows, and their derivatives in float64, fit in the memory of a GPU.
 ROWS_OF_A_CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where tests run, with which backend, and how much smaller than on a GPU their sizes are."""
+    """The device and backend of tests, and the factor by which sizes are smaller than on a GPU."""
 
     device: torch.device
     backend: str
     shrink: int
 
     def scaled(self, size: int) -> int:
-        """A length or a number of heads, as this machine can bear it."""
+        """A length or a number of heads, reduced for this machine."""
         return max(size // self.shrink, 1)
 
     def data(self, case: Case) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def outputs_and_gradients(
 # ----------------------------------------------------------------------------
 # Exact values
 
-# The dimension of the rows, in what has rows; all else has keys.
+# The dimension of the rows; other tensors have keys.
 _ROWS = {"q": 1, "tq": 1, "out": 1, "out_tangent": 1, "lse": 2, "mu": 2}
 
 
@@ -119,7 +119,7 @@ def _part(name: str, x: Tensor, rows: range, keys: int) -> Tensor:
 def assert_accurate(
     found: Mapping[str, Tensor], case: Case, data: Named, cotangents: Named
 ) -> None:
-    """Each error is at most twice that of torch's own attention.
+    """Each error is at most twice that of torch's attention.
 
     That computes half precision in float32 and rounds the results. One rounding is always allowed,
     and as float32 outputs come from half-precision inputs, it is one of the inputs' dtype.

@@ -1,9 +1,9 @@
-"""Runs every kernel under compute-sanitizer: `python tests/gpu/sanitize.py [TOOL ...]`.
+"""Runs every kernel under compute-sanitizer: `python -m tests.gpu.sanitize [TOOL ...]`.
 
-memcheck finds accesses outside of memory, racecheck shared memory that is read and written without
-a barrier between, synccheck barriers that not all threads reach. The kernels run on the small
-problems of tests/kernels, by test_gpu_kernels.py. Ends with 1 where a tool finds something or a
-test fails. Needs a GPU, the extension, and compute-sanitizer, which comes with the CUDA toolkit.
+memcheck finds accesses out of bounds, racecheck finds races in shared memory, and synccheck finds
+barriers that not all threads reach. The kernels run on the small problems of tests/kernels, in
+test_gpu_kernels.py. The exit status is 1 if a tool finds an error or a test fails. Needs a GPU, the
+CUDA extension, and compute-sanitizer, which is part of the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TESTS = "tests/gpu/test_gpu_kernels.py"
 
-# Of the tool itself, told apart from pytest's.
-FOUND_SOMETHING = 99
+# Exit status of the tool, different from those of pytest.
+TOOL_FOUND_ERRORS = 99
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def find_sanitizer() -> Path:
-    """compute-sanitizer of PATH, or of the toolkit that the build would use."""
+    """compute-sanitizer in PATH, or in the toolkit that the build uses."""
     folders = os.environ["PATH"].split(os.pathsep)
     if toolkit := run_path(str(ROOT / "setup.py"))["find_toolkit"]():
         folders += [str(toolkit.root / "bin"), str(toolkit.root / "compute-sanitizer")]
@@ -48,13 +48,13 @@ def find_sanitizer() -> Path:
 
 
 def passes(sanitizer: Path, tool: str) -> bool:
-    """Whether the tests pass under a tool and it finds nothing."""
+    """Whether the tests pass under a tool, and it finds no errors."""
     print(f"--- {tool}", flush=True)
     command = [
-        *(str(sanitizer), "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING)),
+        *(str(sanitizer), "--tool", tool, "--error-exitcode", str(TOOL_FOUND_ERRORS)),
         *(sys.executable, "-m", "pytest", "-m", "cuda", "-rs", TESTS),
     ]
-    # With an allocation for each tensor, memcheck sees where one ends.
+    # With one allocation for each tensor, memcheck knows its bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(
         command,
@@ -65,9 +65,9 @@ def passes(sanitizer: Path, tool: str) -> bool:
         text=True,
     )
     print(result.stdout)
-    if result.returncode == FOUND_SOMETHING:
+    if result.returncode == TOOL_FOUND_ERRORS:
         print(f"{tool} found errors; they are above")
-    # Skipped tests show nothing.
+    # A skipped test is a failure.
     return result.returncode == 0 and " skipped" not in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""Outputs and gradients of half precision against float64, at the sizes that networks have."""
+"""Outputs and gradients of half precision against float64, at realistic sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ over_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "caus
 def case_of(
     machine: Machine, seqlen_q: int, seqlen_k: int, head_dim: int, **others: object
 ) -> Case:
-    """One batch of two heads that share their keys, unless told otherwise."""
+    """One batch, two heads that share their keys, unless arguments say otherwise."""
     lengths = {"seqlen_q": machine.scaled(seqlen_q), "seqlen_k": machine.scaled(seqlen_k)}
     shape = {"batch": 1, "heads": 2, "heads_k": 1, "head_dim": head_dim, "head_dim_v": head_dim}
     return Case(**{**lengths, **shape, **others})
@@ -60,7 +60,7 @@ def test_out_and_lse_and_gradients_through_them(
 @over_masks
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
 @over_data
-def test_gradients_by_sums_nondeterministic(
+def test_nondeterministic_gradients(
     machine: Machine, kind: Kind, head_dim: int, causal: bool
 ) -> None:
     moving = case_of(machine, 2000, 2300, head_dim, causal=causal, dtype=torch.bfloat16)
@@ -121,7 +121,7 @@ def test_grouped_heads(machine: Machine, heads: int, heads_k: int) -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 128), (128, 64), (33, 95), (8, 1)])
-def test_values_of_another_head_dim(machine: Machine, head_dim: int, head_dim_v: int) -> None:
+def test_other_head_dim_of_values(machine: Machine, head_dim: int, head_dim_v: int) -> None:
     case = case_of(machine, 1000, 700, head_dim, head_dim_v=head_dim_v, dtype=torch.bfloat16)
     check_outputs_and_gradients(machine, case)
 

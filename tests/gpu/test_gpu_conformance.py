@@ -1,4 +1,4 @@
-"""Every instruction under csrc does the same on a GPU, in the emulator and in NumPy."""
+"""Every instruction in csrc/ gives the same results on a GPU, in the emulator and in NumPy."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.gpu import conformance, conformance_sm90
 from tests.gpu.conformance import (
     ROOT,
     Probe,
-    answer_of_the_emulator,
-    answer_of_the_gpu,
     build_for_gpu,
+    run_in_the_emulator,
+    run_on_the_gpu,
 )
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Instructions, and the kernels that try them.
+class InstructionSet:
+    """Instructions of an architecture, and the kernels that test them.
 
     Attributes:
         source: of the kernels, in this folder.
-        kernels: all files that they consist of.
+        kernels: all files with these kernels.
         instructions: the files that define the instructions.
-        arch: what to compile for where there is no GPU.
+        arch: the architecture to compile for without a GPU.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Machine:
         return self.modules["emulated"]
 
     def on_gpu(self, folder: Path) -> ModuleType:
-        """The kernels on the current GPU; skips the test where it is none for them."""
+        """The kernels on the current GPU; skips the test if the GPU does not support them."""
         capability = torch.cuda.get_device_capability()
         if self.arch == "sm_90a" and capability != (9, 0):
             pytest.skip("the GPU's compute capability is not 9.0")
@@ -59,15 +59,15 @@ class Machine:
         return self.modules["gpu"]
 
 
-MACHINES = {
-    "sm80": Machine(
+INSTRUCTION_SETS = {
+    "sm80": InstructionSet(
         "conformance.cu",
         conformance.PROBES,
         ["tests/gpu/conformance_kernels.cuh", "tests/emulator/probes/instructions.h"],
         ["csrc/common/ptx.cuh"],
         "sm_80",
     ),
-    "sm90": Machine(
+    "sm90": InstructionSet(
         "conformance_sm90.cu",
         conformance_sm90.PROBES,
         ["tests/gpu/conformance_kernels_sm90.cuh"],
@@ -76,50 +76,52 @@ MACHINES = {
     ),
 }
 
-over_machines = pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+over_instruction_sets = pytest.mark.parametrize(
+    "isa", INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS
+)
 over_probes = pytest.mark.parametrize(
-    ("machine", "probe"),
+    ("isa", "probe"),
     [
-        pytest.param(machine, probe, id=f"{name}-{probe.kernel}")
-        for name, machine in MACHINES.items()
-        for probe in machine.probes
+        pytest.param(isa, probe, id=f"{name}-{probe.kernel}")
+        for name, isa in INSTRUCTION_SETS.items()
+        for probe in isa.probes
     ],
 )
 
 
 @over_probes
-def test_the_emulator_does_what_numpy_expects(machine: Machine, probe: Probe) -> None:
-    probe.assert_answered(answer_of_the_emulator(machine.emulated(), probe))
+def test_the_emulator_agrees_with_numpy(isa: InstructionSet, probe: Probe) -> None:
+    probe.assert_agrees(run_in_the_emulator(isa.emulated(), probe))
 
 
 @pytest.mark.cuda
 @over_probes
-def test_a_gpu_does_what_the_emulator_does(
-    machine: Machine, probe: Probe, tmp_path_factory: pytest.TempPathFactory
+def test_a_gpu_agrees_with_the_emulator(
+    isa: InstructionSet, probe: Probe, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    gpu = machine.on_gpu(tmp_path_factory.mktemp("conformance"))
-    emulated = answer_of_the_emulator(machine.emulated(), probe)
-    probe.assert_answered(answer_of_the_gpu(gpu, probe), emulated)
+    gpu = isa.on_gpu(tmp_path_factory.mktemp("conformance"))
+    emulated = run_in_the_emulator(isa.emulated(), probe)
+    probe.assert_agrees(run_on_the_gpu(gpu, probe), emulated)
 
 
-@over_machines
-def test_every_kernel_has_a_probe(machine: Machine) -> None:
-    assert sorted(probe.kernel for probe in machine.probes) == sorted(machine.emulated().kernels())
+@over_instruction_sets
+def test_every_kernel_has_a_probe(isa: InstructionSet) -> None:
+    assert sorted(probe.kernel for probe in isa.probes) == sorted(isa.emulated().kernels())
 
 
-@over_machines
-def test_every_instruction_is_in_a_kernel(machine: Machine) -> None:
-    source = "".join((ROOT / file).read_text() for file in machine.instructions)
-    kernels = "".join((ROOT / file).read_text() for file in machine.kernels)
+@over_instruction_sets
+def test_every_instruction_is_in_a_kernel(isa: InstructionSet) -> None:
+    source = "".join((ROOT / file).read_text() for file in isa.instructions)
+    kernels = "".join((ROOT / file).read_text() for file in isa.kernels)
     instructions = set(re.findall(r"^ *DEVICE .*?(\w+)\(", source, re.MULTILINE))
     assert len(instructions) > 15
     assert {x for x in instructions if not re.search(rf"\b{x}\b", kernels)} == set()
 
 
-def test_every_width_of_a_product_is_tried() -> None:
+def test_every_wgmma_width_is_tested() -> None:
     source = (ROOT / "csrc" / "sm90" / "wgmma.cuh").read_text()
     widths = set(re.findall(r"^JVP_ATTN_WGMMA\((\d+),", source, re.MULTILINE))
-    tried = {name.split("_")[2] for name in conformance_sm90.names_of_products()}
+    tried = {name.split("_")[2] for name in conformance_sm90.product_kernels()}
     assert widths
     assert widths == tried
 
@@ -128,7 +130,7 @@ def test_every_width_of_a_product_is_tried() -> None:
     run_path(str(ROOT / "setup.py"))["find_toolkit"]() is None, reason="nvcc is not installed"
 )
 @pytest.mark.slow
-@over_machines
-def test_the_kernels_compile_for_a_gpu(machine: Machine, tmp_path: Path) -> None:
-    module = emulator.import_file(build_for_gpu(tmp_path, machine.source, machine.arch))
-    assert sorted(probe.kernel for probe in machine.probes) == sorted(module.kernels())
+@over_instruction_sets
+def test_the_kernels_compile_for_a_gpu(isa: InstructionSet, tmp_path: Path) -> None:
+    module = emulator.import_file(build_for_gpu(tmp_path, isa.source, isa.arch))
+    assert sorted(probe.kernel for probe in isa.probes) == sorted(module.kernels())

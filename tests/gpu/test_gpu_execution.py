@@ -1,4 +1,4 @@
-"""Streams, devices, CUDA graphs, batches, compilation: whatever runs the kernels, they agree."""
+"""Streams, devices, CUDA graphs, batches and compilation do not change the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shrunk(machine: Machine, case: Case) -> Case:
 
 
 # ----------------------------------------------------------------------------
-# Everywhere
+# On a CPU and on a GPU
 
 
 @over_cases
@@ -83,7 +83,7 @@ on_a_gpu = pytest.mark.parametrize(
 
 
 @on_a_gpu
-def test_without_a_choice_half_precision_on_a_gpu_is_for_the_kernels(machine: Machine) -> None:
+def test_default_backend_of_half_precision_on_a_gpu_is_cuda(machine: Machine) -> None:
     case = shrunk(machine, CASES[0])
     data, cotangents = machine.data(case), machine.cotangents(case)
     expected = outputs_and_gradients(case.ours, data, cotangents)
@@ -93,7 +93,7 @@ def test_without_a_choice_half_precision_on_a_gpu_is_for_the_kernels(machine: Ma
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
-def test_without_a_choice_full_precision_on_a_gpu_is_tiled(
+def test_default_backend_of_full_precision_on_a_gpu_is_tiled(
     machine: Machine, dtype: torch.dtype
 ) -> None:
     case = replace(shrunk(machine, CASES[0]), dtype=dtype)
@@ -115,7 +115,9 @@ def test_kernels_run_on_the_current_stream(machine: Machine, case: Case) -> None
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # cycles; a kernel on another stream would read the zeros
+        torch.cuda._sleep(
+            200_000_000
+        )  # cycles, in which a kernel on another stream would read the zeros
         for name, x in late.items():
             x.copy_(data[name])
         found = outputs_and_gradients(case.ours, late, cotangents)
@@ -124,7 +126,7 @@ def test_kernels_run_on_the_current_stream(machine: Machine, case: Case) -> None
 
 
 @on_a_gpu
-def test_two_streams_do_not_disturb_each_other(machine: Machine) -> None:
+def test_two_streams_do_not_interfere(machine: Machine) -> None:
     problems = []
     for case in CASES:
         data, cotangents = machine.data(case), machine.cotangents(case)
@@ -158,7 +160,7 @@ def test_tensors_may_be_on_another_device_than_the_current(machine: Machine, cas
 
 
 def captured_in_a_graph(evaluate: Callable[[], Tensors]) -> tuple[torch.cuda.CUDAGraph, Tensors]:
-    """A graph, and the results that a replay of it computes anew."""
+    """A graph, and the results that each replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm-up

@@ -1,4 +1,4 @@
-"""Every kernel by itself, on the problems of tests/kernels: masks, packed sequences, any layout."""
+"""Each kernel alone on a GPU, on the problems of tests/kernels: masks, packed sequences, …"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.emulator import emulator
 from tests.gpu.kernels_on_device import KernelsOnDevice
 from tests.kernels import harness
 from tests.kernels.cases import FAMILIES, Family, axes_of, covering
-from tests.kernels.trial import trial
+from tests.kernels.kernel_case import kernel_test
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -28,18 +28,18 @@ def test_kernels_on_a_gpu(family: Family, monkeypatch: pytest.MonkeyPatch) -> No
     assert {case["kernel"] for case in cases} == {x.name for x in family.kernels}
     faults = {}
     for case in cases:
-        attempt = trial(case)
-        if found := attempt.faults(attempt.run()):
+        test = kernel_test(case)
+        if found := test.faults(test.run()):
             faults[str(case)] = found
     assert not faults
 
 
 @pytest.mark.slow
 @over_families
-def test_the_same_by_the_emulator(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On copies of memory too, but on this machine: it shows that the copies are right."""
+def test_kernels_in_the_emulator(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On copies in CPU memory, which tests KernelsOnDevice without a GPU."""
     kernels = KernelsOnDevice(emulator.load(), torch.device("cpu"))
     monkeypatch.setattr(harness, "emulator", kernels)
     for case in islice(covering(axes_of(family), strength=1), 3):
-        attempt = trial(case)
-        assert attempt.faults(attempt.run()) == []
+        test = kernel_test(case)
+        assert test.faults(test.run()) == []

@@ -1,4 +1,4 @@
-"""Inputs of any strides, and tensors so large that 32 bits do not count their elements."""
+"""Inputs with any strides, and tensors with more elements than 32 bits can index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @over_layouts
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
-def test_layout_of_the_inputs_does_not_matter(
+def test_results_do_not_depend_on_the_layout_of_inputs(
     machine: Machine, head_dim: int, layout: Callable[[Tensor], Tensor]
 ) -> None:
     lengths = (machine.scaled(500), machine.scaled(700))
@@ -42,8 +42,8 @@ def test_layout_of_the_inputs_does_not_matter(
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
-def test_alignment_of_the_inputs_does_not_matter(machine: Machine, offset: int) -> None:
-    """A view that starts in the middle of memory need not be aligned for wide loads."""
+def test_results_do_not_depend_on_the_alignment_of_inputs(machine: Machine, offset: int) -> None:
+    """A view may start at any element, without alignment for wide loads."""
     lengths = (machine.scaled(500), machine.scaled(700))
     case = Case(1, *lengths, 2, 1, 64, 64, dtype=DTYPE)
     data, cotangents = machine.data(case), machine.cotangents(case)

@@ -1,4 +1,4 @@
-"""Tensors laid out in memory in every way, amid poison that must not be read nor overwritten."""
+"""Tensors in all memory layouts, surrounded by poison that kernels must neither read nor write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a (batch, rows, heads, columns) tensor lies in memory; its columns are contiguous.
+    """The strides of a (batch, rows, heads, columns) tensor, whose columns are contiguous.
 
     Attributes:
         order: "b", "r" and "h" from the outermost to the innermost. A dimension that is left out is
             expanded: its stride is 0.
         column_gap: unused elements after the columns.
         gap: unused elements after each of the outer dimensions.
-        offset: elements between a multiple of 16 bytes and the first.
+        offset: elements between a multiple of 16 bytes and the first element.
     """
 
     order: str = "brh"
@@ -54,7 +54,7 @@ LAYOUTS = {
     "heads first": Layout("bhr"),
     "batch last": Layout("rhb"),
     "part of a larger tensor": Layout(column_gap=8, gap=24),
-    # Loads of 16 bytes need addresses and strides that are multiples of them. Here these are not.
+    # Layouts that do not allow loads of 16 bytes.
     "odd row stride": Layout("bhr", column_gap=3),
     "odd address": Layout(column_gap=8, offset=1),
     "4-byte address": Layout("bhr", offset=2, gap=2),
@@ -68,7 +68,7 @@ EXPANDED_LAYOUTS = {
 
 
 class Buffer:
-    """Memory of its own around a tensor, full of NaN where the tensor is not.
+    """A tensor and the memory around it, which is filled with NaN.
 
     Attributes:
         view: the tensor; NaN until something is written.
@@ -90,7 +90,7 @@ class Buffer:
         return self.view.data_ptr()
 
     def surroundings_are_untouched(self) -> bool:
-        """Whether there is nothing but poison where the tensor is not."""
+        """Whether the memory around the tensor holds nothing but poison."""
         outside = self._bits.clone()
         offset = self.view.storage_offset()
         outside.as_strided(self.view.shape, self.view.stride(), offset).fill_(-1)
@@ -103,7 +103,7 @@ def matrix_buffer(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) ->
 
 
 def buffer_of(x: Tensor, layout: Layout) -> Buffer:
-    """A copy of a (batch, rows, heads, columns) tensor; of its first where a dimension expands."""
+    """A copy of a (batch, rows, heads, columns) tensor; expanded dimensions repeat their first."""
     buffer = matrix_buffer(tuple(x.shape), x.dtype, layout)
     firsts = tuple(slice(0, 1) if d in layout.expanded else slice(None) for d in "brh")
     buffer.view[firsts] = x[firsts]

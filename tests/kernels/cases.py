@@ -1,11 +1,11 @@
-"""Which problems the kernels are given: values along many axes, and samples of their product.
+"""The problems that kernels are tested on: settings along many axes, and samples of their product.
 
 A step (forward, jvp_backward_dkv, …) has a family of kernels for each architecture, with masks
-and without: one kernel for each element type and head dim. Which of them runs is an axis like all
-others. `covering` samples the product of the axes:
+and without: one kernel for each element type and head dim. The kernel is one of the axes.
+`covering` samples the product of the axes (a covering array):
 
     strength 1    every kernel at least once, every value of every axis at least once
-    strength 2    every value of every axis in every kernel, every pair of values in some kernel
+    strength 2    every pair of values of two axes at least once, so every value in every kernel
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from zlib import crc32
 from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 from tests.kernels.buffers import LAYOUTS
 
-# A case: the value along each axis, all as text.
+# The value along each axis, as text.
 Case = Mapping[str, str]
 
 LENGTHS = ("1", "tile - 1", "tile", "tile + 1", "several tiles")
-# Of (batch, heads, rows, columns), those along which a mask does not broadcast.
+# The dimensions of (batch, heads, rows, columns) along which a mask does not broadcast.
 MASK_DIMS = ("-", *("".join(c) for n in range(1, 5) for c in combinations("bhrc", n)))
 
-_EVERY_STEP = {
+_ALL_STEPS = {
     "queries": LENGTHS,
     "keys": LENGTHS,
     "heads": ("1 over 1", "2 over 2", "4 over 2", "8 over 1"),
@@ -46,7 +46,7 @@ _TANGENTS = {"tangents": ("q k v", "q", "k", "v", "q k", "q v", "k v", "")}
 _RESIDUALS = {"residuals": ("written", "not wanted")}
 _ANY_COTANGENTS = ("out lse tout mu", "out", "tout", "mu", "out tout", "lse mu", "lse tout", "lse")
 
-_OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
+_BY_STEP: dict[str, Mapping[str, Sequence[str]]] = {
     "forward": _RESIDUALS,
     "forward_jvp": _TANGENTS | _RESIDUALS,
     "forward_jvp_q": {"tangents": ("q", "")} | _RESIDUALS,
@@ -74,9 +74,9 @@ _OF_STEP: dict[str, Mapping[str, Sequence[str]]] = {
         ),
     },
 }
-# What the kernels of an architecture do not serve: others do. The TMA of 9.0 takes no row
-# that starts beside a multiple of 16 bytes.
-_NOT_SERVED: dict[str, Mapping[str, Sequence[str]]] = {
+# Values that the kernels for an architecture do not support. TMA needs rows that start at
+# multiples of 16 bytes.
+_UNSUPPORTED: dict[str, Mapping[str, Sequence[str]]] = {
     "sm80": {},
     "sm90": {
         "head dims": ("odd", "tiny"),
@@ -88,7 +88,7 @@ _NOT_SERVED: dict[str, Mapping[str, Sequence[str]]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """The kernels of a step that differ in elements and head dim only."""
+    """The kernels of a step that differ in element type and head dim only."""
 
     step: str
     masked: bool
@@ -99,7 +99,7 @@ class Family:
 
     @property
     def kernels(self) -> list[KernelEntry]:
-        """Of all elements and head dims."""
+        """For all element types and head dims."""
         return [kernel for kernel in KERNELS.values() if family_of(kernel) == self]
 
 
@@ -112,34 +112,36 @@ FAMILIES = list(dict.fromkeys(map(family_of, KERNELS.values())))
 
 
 def axes_of(family: Family) -> dict[str, Sequence[str]]:
-    """The values along each axis of the problems that a family of kernels serves."""
+    """The values along each axis of the problems that a family of kernels supports."""
     kernels = {"kernel": [kernel.name for kernel in family.kernels]}
     mask = _MASK if family.masked else {}
-    not_served = _NOT_SERVED[family.arch]
+    unsupported = _UNSUPPORTED[family.arch]
     return {
-        name: [value for value in values if value not in not_served.get(name, ())]
-        for name, values in {**kernels, **_EVERY_STEP, **_OF_STEP[family.step], **mask}.items()
+        name: [value for value in values if value not in unsupported.get(name, ())]
+        for name, values in {**kernels, **_ALL_STEPS, **_BY_STEP[family.step], **mask}.items()
     }
 
 
 def covering(axes: Mapping[str, Sequence[str]], strength: int) -> list[Case]:
-    """Cases that have every combination of values along so many axes; the same each time."""
-    missing = {
+    """Cases that have every combination of values of `strength` axes; the same each time."""
+    missing = sorted(
         combination
         for names in combinations(axes, strength)
         for combination in product(*(_of_axis(name, axes[name]) for name in names))
-    }
+    )
     random = Random(crc32(repr((axes, strength)).encode()))
     cases = []
     while missing:
-        # The best of some random cases, each made to have one of the combinations.
+        # Of some random cases, each with a missing combination, take the one that has the most.
         candidates = []
-        for combination in random.sample(sorted(missing), min(len(missing), 20)):
+        for combination in random.sample(missing, min(len(missing), 20)):
             case = {name: random.choice(values) for name, values in axes.items()}
             case.update(combination)
             candidates.append(case)
-        best = max(candidates, key=lambda case: len(_combinations(case, strength) & missing))
-        missing -= _combinations(best, strength)
+        left = set(missing)
+        best = max(candidates, key=lambda case: len(_combinations(case, strength) & left))
+        found = _combinations(best, strength)
+        missing = [combination for combination in missing if combination not in found]
         cases.append(best)
     return cases
 

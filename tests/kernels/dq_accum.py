@@ -1,4 +1,4 @@
-"""What csrc/common/dq_accum.cuh says of memory, said once more: where several blocks add up dQ."""
+"""The memory layout of dq_accum and ds_row_sums, as csrc/common/dq_accum.cuh describes it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from torch import Tensor
 from tests.kernels.buffers import Buffer
 from tests.kernels.reference import Problem
 
-SUMS = ("dq_accum", "ds_row_sums")  # of dS K, and of dS along its rows
+ACCUMULATORS = ("dq_accum", "ds_row_sums")  # dS K, and dS summed along its rows
 
-_ROWS_TOGETHER = 128
+_ROW_MULTIPLE = 128
 
 
 def zeros(problem: Problem, shape: tuple[int, ...]) -> dict[str, Buffer]:
-    """The sums of no block, for queries (batch, seqlen_q, heads, head_dim)."""
+    """Accumulators that are 0, for queries (batch, seqlen_q, heads, head_dim)."""
     batch, _, heads, head_dim = shape
     rows = _padded_rows(problem, shape)
     blocks = -(-head_dim // 8)
     return {
         name: _zeros(batch, heads, rows * numbers)
-        for name, numbers in zip(SUMS, (8 * blocks, 1), strict=True)
+        for name, numbers in zip(ACCUMULATORS, (8 * blocks, 1), strict=True)
     }
 
 
-def sums_of(problem: Problem, products: Tensor, totals: Tensor) -> dict[str, Buffer]:
-    """Those of products (batch, seqlen_q, heads, head_dim) and totals (batch, heads, seqlen_q)."""
+def accumulators_of(problem: Problem, products: Tensor, totals: Tensor) -> dict[str, Buffer]:
+    """Accumulators that hold products (batch, seqlen_q, heads, head_dim) and the sums of rows.
+
+    totals: (batch, heads, seqlen_q).
+    """
     batch, _, heads, head_dim = products.shape
     buffers = zeros(problem, tuple(products.shape))
     blocks = -(-head_dim // 8)
@@ -52,15 +55,15 @@ def _zeros(batch: int, heads: int, numbers: int) -> Buffer:
 
 def _padded_rows(problem: Problem, shape: tuple[int, ...]) -> int:
     if problem.cu_seqlens_q is None:
-        return -(-shape[1] // _ROWS_TOGETHER) * _ROWS_TOGETHER
-    return (shape[1] // _ROWS_TOGETHER + len(problem.cu_seqlens_q) - 1) * _ROWS_TOGETHER
+        return -(-shape[1] // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return (shape[1] // _ROW_MULTIPLE + len(problem.cu_seqlens_q) - 1) * _ROW_MULTIPLE
 
 
 def _places(problem: Problem, shape: tuple[int, ...]) -> Iterator[tuple[slice, int]]:
-    """The rows of each sequence, and where they begin in the sums."""
+    """The rows of each sequence, and where they start in the accumulators."""
     starts = problem.cu_seqlens_q
     if starts is None:
         yield slice(0, shape[1]), 0
         return
     for i, (start, end) in enumerate(pairwise(starts)):
-        yield slice(start, end), (start // _ROWS_TOGETHER + i) * _ROWS_TOGETHER
+        yield slice(start, end), (start // _ROW_MULTIPLE + i) * _ROW_MULTIPLE

@@ -1,4 +1,4 @@
-"""Launches kernels in the emulator on tensors laid out in memory, and guards that memory."""
+"""Launches kernels in the emulator, and checks that they write nothing but their outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from jvp_attn.backends.kernel_table import KERNELS
 from tests.emulator import emulator
 from tests.kernels.buffers import Buffer, Layout, matrix_buffer
-from tests.kernels.dq_accum import SUMS
+from tests.kernels.dq_accum import ACCUMULATORS
 from tests.kernels.reference import ROW_VECTORS, Problem
 
 Buffers = Mapping[str, Buffer]
@@ -20,7 +20,7 @@ Buffers = Mapping[str, Buffer]
 _CAUSAL = {"no": 0, "bottom_right": 1, "top_left": 2}
 _MASK_KIND = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 
-# What each step reads besides masks and lengths, and what it writes; some it does both.
+# What each step reads besides masks and lengths, and what it writes. Some tensors are both.
 READS = {
     "forward": "q k v",
     "forward_jvp": "q k v tq tk tv",
@@ -83,7 +83,7 @@ def _lengths_buffer(lengths: Iterable[int]) -> Buffer:
 
 
 class Launch:
-    """A problem and its tensors, as the kernels are given them.
+    """The parameters of a launch: a problem and its tensors.
 
     Args:
         problem: scale, masks and lengths.
@@ -134,16 +134,16 @@ class Launch:
         batch, second, third = buffer.view.stride()[:3]
         if self._packed:
             batch = 0
-        if name in (*ROW_VECTORS, *SUMS):
+        if name in (*ROW_VECTORS, *ACCUMULATORS):
             return self._machine.RowVector(buffer.address, batch, second)
         return self._machine.Tensor(buffer.address, batch, second, third)
 
     def run(self, *kernels: str, seed: int = 0) -> None:
-        """Launch the kernels in turn. What one of them writes, those after it may read.
+        """Launch the kernels one after another. Later ones may read what earlier ones write.
 
         Raises:
-            RuntimeError: a kernel broke a rule of the machine; the message says where.
-            AssertionError: something beside the outputs was written.
+            RuntimeError: a kernel broke a rule of CUDA; the message says where.
+            AssertionError: memory outside the outputs was written.
         """
         for kernel in kernels:
             written = self._writable.intersection(WRITES[KERNELS[kernel].step].split())
@@ -168,7 +168,7 @@ def _views(buffers: Buffers) -> dict[str, Tensor]:
 def output_buffers(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, layouts: Mapping[str, Layout]
 ) -> dict[str, Buffer]:
-    """Memory for outputs: row vectors where their layout is of no matter, and tensors."""
+    """Memory for outputs: tensors in the given layouts, and row vectors."""
     return {
         name: row_buffer(shape)
         if name in ROW_VECTORS

@@ -1,4 +1,4 @@
-"""From a case to its problem: lengths, masks, and the data that a kernel reads."""
+"""The problem of a case: lengths, masks, and the data that a kernel reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kernels.reference import INPUTS, Problem, never_seen
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# (head_dim, head_dim_v) by what the kernel pads to; None is a kernel that does not.
+# (head_dim, head_dim_v), by the head dim that the kernel pads to; None for any head dim.
 _HEAD_DIMS: dict[str, dict[int | None, tuple[int, int]]] = {
     "full": {64: (64, 64), 96: (96, 96), 128: (128, 128), 256: (256, 256), None: (256, 256)},
     "full, narrow v": {64: (64, 8), 96: (96, 16), 128: (128, 24), 256: (256, 32), None: (64, 8)},
@@ -22,21 +22,21 @@ _HEAD_DIMS: dict[str, dict[int | None, tuple[int, int]]] = {
     "odd": {64: (57, 39), 96: (65, 91), 128: (127, 99), 256: (129, 255), None: (65, 91)},
     "tiny": {64: (3, 1), 96: (1, 5), 128: (2, 2), 256: (4, 7), None: (1, 5)},
 }
-_NO_TILE = (16, 16)  # a kernel without tiles: as if it had such
+_NO_TILE = (16, 16)  # lengths for a kernel without tiles
 
 
 def random_of(case: Case, what: str) -> torch.Generator:
-    """Random numbers of their own for everything in a case, the same each time."""
+    """A generator for one tensor of a case, with a fixed seed."""
     return torch.Generator().manual_seed(crc32(f"{what} of {sorted(case.items())}".encode()))
 
 
 def dtype_of(case: Case) -> torch.dtype:
-    """Of the elements that the case's kernel takes."""
+    """The element type of the case's kernel."""
     return DTYPES[KERNELS[case["kernel"]].element]
 
 
 def lengths_of(case: Case) -> tuple[int, int]:
-    """How many queries and keys the longest sequence has."""
+    """The numbers of queries and keys of the longest sequence."""
     tile = KERNELS[case["kernel"]].tile or _NO_TILE
     queries, keys = (_length(case[x], t) for x, t in zip(("queries", "keys"), tile, strict=True))
     return queries, keys
@@ -64,7 +64,7 @@ def problem_of(case: Case) -> tuple[Problem, dict[str, tuple[int, ...]]]:
     sequences, rows, keys = (2 if case["sequences"] in ("two", "padded") else 1), m, n
     starts_q = starts_k = used = None
     if "packed" in case["sequences"]:
-        # One without queries, one without keys; and memory that belongs to no sequence.
+        # One sequence without queries, one without keys, and rows that belong to no sequence.
         starts_q = _starts((m // 2 + 1, 0, m, 3))
         starts_k = _starts((n, min(n, 5), 0, n // 2 + 1))
         rows, keys = starts_q[-1] + 2, starts_k[-1] + 2
@@ -84,7 +84,7 @@ def problem_of(case: Case) -> tuple[Problem, dict[str, tuple[int, ...]]]:
 
 
 def _mask(case: Case, full_shape: tuple[int, int, int, int]) -> Tensor:
-    """Of size 1 along the dimensions where it broadcasts."""
+    """The mask, with size 1 along the dimensions where it broadcasts."""
     shape = [n if d in case["mask dims"] else 1 for d, n in zip("bhrc", full_shape, strict=True)]
     random = random_of(case, "mask")
     hidden = torch.rand(shape, generator=random) < 0.3
@@ -107,33 +107,33 @@ def _mask(case: Case, full_shape: tuple[int, int, int, int]) -> Tensor:
 
 
 def present_inputs(case: Case) -> list[str]:
-    """Those of INPUTS that are not absent."""
+    """The names in INPUTS that are present."""
     tangents = [f"t{x}" for x in case.get("tangents", "").split()]
     cotangents = [f"grad_{x}" for x in case.get("cotangents", "").split()]
     return ["q", "k", "v", *tangents, *cotangents]
 
 
 def layouts_of(case: Case, names: list[str], *, expanded: bool) -> dict[str, Layout]:
-    """A layout for each of the tensors, none like the one before."""
+    """A layout for each of the tensors, each different from the one before."""
     if case["layouts"] == "all dense":
         return dict.fromkeys(names, LAYOUTS["dense"])
     every = LAYOUTS | EXPANDED_LAYOUTS if expanded else LAYOUTS
-    if KERNELS[case["kernel"]].arch == "sm90":  # its TMA serves no others
+    if KERNELS[case["kernel"]].arch == "sm90":  # TMA supports no others
         every = {name: layout for name, layout in LAYOUTS.items() if layout.aligned}
     start = list(every).index(case["layouts"])
     step = 3  # not a divisor of how many there are
     chosen = {name: list(every)[(start + step * i) % len(every)] for i, name in enumerate(names)}
     for name, layout in chosen.items():
         huge = case["data"] == "huge where hidden"
-        # The same key everywhere would leave nothing of most gradients; what is hidden in one head
-        # may be seen in another.
+        # With equal keys most gradients vanish. A key that is masked in one head may be seen in
+        # another.
         if (layout == "one row for all" and "grad" not in name) or huge:
             chosen[name] = "dense" if layout in EXPANDED_LAYOUTS else layout
     return {name: every[layout] for name, layout in chosen.items()}
 
 
 def huge(dtype: torch.dtype) -> float:
-    """What hidden keys may hold: products with it overflow float32, if the dtype can."""
+    """A value for masked keys, whose products overflow float32 if the dtype allows it."""
     return torch.finfo(dtype).max / 4
 
 

@@ -1,4 +1,4 @@
-"""What the kernels should compute: attention, its tangent and six gradients, written out.
+"""The reference: attention, its tangent and six gradients, in closed form.
 
 For one head, with S = s Q Kᵀ + mask, P = softmax(S) and T = s (tQ Kᵀ + Q tKᵀ):
 
@@ -27,7 +27,7 @@ _ROW_RESULTS = ("lse", "mu", "beta", "delta", "beta_terms", "delta_terms")
 
 @dataclass(frozen=True)
 class Problem:
-    """What attention needs besides its tensors.
+    """The settings of an attention problem.
 
     Attributes:
         softmax_scale: s.
@@ -37,7 +37,7 @@ class Problem:
             the scaled scores. Row 0 is the first of its sequence.
         cu_seqlens_q, cu_seqlens_k: where packed sequences start and end. Tensors then have a batch
             of 1 that holds them all.
-        seqused_k: of each sequence, how many of its keys are there; the others are padding.
+        seqused_k: the number of keys of each sequence; the rest is padding.
     """
 
     softmax_scale: float
@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Part:
-    """One sequence of a problem: where it is, and what its mask adds to the scores."""
+    """One sequence of a problem: its place in the tensors, and its mask as a bias."""
 
     batch: int  # in tensors
     queries: slice
@@ -112,10 +112,10 @@ def attention(
 
     Returns:
         out, tout, lse, mu, beta, delta, grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv. Rows
-        that belong to no sequence are 0. Also beta_terms, delta_terms and those of the gradients
-        of the inputs, how large the numbers are that these are made of: if each number that P, Tc,
-        dT and dS are made of is wrong by a small part e of itself, the sums of the rows are
-        wrong by at most e times this, and the gradients by about that.
+        that belong to no sequence are 0. Also beta_terms, delta_terms, grad_q_terms, …: the
+        magnitude of the terms that are summed to each result. If the terms of P, Tc, dT and dS have
+        relative errors e, then beta and delta have errors of at most e times this, and the
+        gradients of about that.
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     q, k, v = x["q"], x["k"], x["v"]
@@ -176,7 +176,7 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     dt = p * b
     ds = p * (g_out @ v.mT + g_tout @ tv.mT + b * tc - delta[..., None])
 
-    # exp(S − lse) is wrong by a part of itself that is as large as the error of S − lse.
+    # The relative error of exp(S − lse) is the absolute error of S − lse.
     exponents = 1 + abs(s) * _size(q, k) + bias.where(p > 0, 0).abs()
     exponents = exponents + lse.where(alive, 0).abs()[..., None]
     b_terms = _size(g_tout, v) + beta.abs()[..., None]
@@ -216,13 +216,10 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
 
 
 def _size(a: Tensor, b: Tensor) -> Tensor:
-    """How large the numbers are, up to the last, that the product a bᵀ comes to while it is summed.
-
-    Those on the way are as large as a sum of terms with random signs.
-    """
+    """The magnitude of the product a bᵀ and of its partial sums, if their signs are random."""
     return (a @ b.mT).abs() + _spread(a, b.mT)
 
 
 def _spread(a: Tensor, b: Tensor) -> Tensor:
-    """How large the product a b is if the signs of its terms are random."""
+    """The magnitude of the product a b if the signs of its terms are random."""
     return (a.square() @ b.square()).sqrt()

@@ -1,4 +1,4 @@
-"""The memory around tensors is what the tests of kernels take it for."""
+"""Buffers have the strides and the poison that the kernel tests rely on."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_a_layout_has_a_place_for_each_element_and_poison_around(layout) -> None:
+def test_a_layout_stores_each_element_and_is_surrounded_by_poison(layout) -> None:
     buffer = matrix_buffer(SHAPE, BF16, layout)
     assert buffer.view.isnan().all()
     assert buffer.view.stride(3) == 1
@@ -21,7 +21,7 @@ def test_a_layout_has_a_place_for_each_element_and_poison_around(layout) -> None
 
 
 @pytest.mark.parametrize("layout", EXPANDED_LAYOUTS.values(), ids=EXPANDED_LAYOUTS.keys())
-def test_an_expanded_dimension_repeats_its_first(layout) -> None:
+def test_an_expanded_dimension_repeats_its_first_entry(layout) -> None:
     x = torch.randn(SHAPE).to(BF16)
     view = buffer_of(x, layout).view
     (dim,) = ("brh".index(d) for d in layout.expanded)
@@ -29,7 +29,7 @@ def test_an_expanded_dimension_repeats_its_first(layout) -> None:
     assert torch.equal(view, x.narrow(dim, 0, 1).expand(SHAPE))
 
 
-def test_layouts_differ_in_the_widest_load_that_they_allow() -> None:
+def test_layouts_differ_in_the_widest_load_they_allow() -> None:
     def widest(buffer: Buffer) -> int:
         row = buffer.view.stride(1) * 2
         return next(n for n in (16, 8, 4, 2) if (buffer.address | row) % n == 0)
@@ -48,7 +48,7 @@ def test_layouts_differ_in_the_widest_load_that_they_allow() -> None:
 
 
 @pytest.mark.parametrize("distance", [-1, 16, 18])
-def test_a_write_beside_the_tensor_is_noticed(distance: int) -> None:
+def test_a_write_outside_the_tensor_is_detected(distance: int) -> None:
     buffer = matrix_buffer(SHAPE, BF16, LAYOUTS["odd row stride"])
     start = buffer.view.storage_offset()
     buffer.view.as_strided((1,), (1,), start + distance).fill_(0)

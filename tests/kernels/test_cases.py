@@ -1,4 +1,4 @@
-"""The cases leave out no kernel, and cover what they promise."""
+"""The cases include every kernel, and every combination of settings of their strength."""
 
 from itertools import combinations
 

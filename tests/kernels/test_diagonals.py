@@ -1,50 +1,47 @@
-"""Causal masks whose diagonal meets tiles at every place."""
+"""Causal masks, with the diagonal at every place relative to the tiles."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.kernels.cases import FAMILIES, Case, Family, axes_of
+from tests.kernels.kernel_case import kernel_test
 from tests.kernels.problems import lengths_of
-from tests.kernels.trial import trial
 
-over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
-over_families_that_are_quick = pytest.mark.parametrize(
-    "family",
-    [pytest.param(x, marks=[pytest.mark.slow] * (x.arch == "sm90")) for x in FAMILIES],
-    ids=str,
-)
+QUICK = [family for family in FAMILIES if family.arch == "sm80"]
+PARTS = 8  # of the diagonals of a family, one test each
 
 
-def plainest(family: Family) -> Case:
+def causal_case(family: Family) -> Case:
     """The first kernel of a family, causal over several tiles of keys."""
     case = {name: values[0] for name, values in axes_of(family).items()}
     return {**case, "keys": "several tiles", "causal": "bottom_right"}
 
 
 def faults_by_diagonal(case: Case, diagonals: range) -> dict[int, list[str]]:
-    """By seqlen_k − seqlen_q, where there are faults."""
+    """The faults, by diagonal (seqlen_k − seqlen_q)."""
     _, keys = lengths_of(case)
     faults = {}
     for diagonal in diagonals:
-        checked = trial({**case, "queries": str(keys - diagonal)})
-        if found := checked.faults(checked.run()):
+        test = kernel_test({**case, "queries": str(keys - diagonal)})
+        if found := test.faults(test.run()):
             faults[diagonal] = found
     return faults
 
 
-@over_families_that_are_quick
+@pytest.mark.parametrize("family", QUICK, ids=str)
 @pytest.mark.parametrize("offset", [-2, -1, 0, 1])
-def test_diagonals_beside_the_corners_of_fragments(offset: int, family: Family) -> None:
-    case = plainest(family)
+def test_diagonals_near_fragment_corners(offset: int, family: Family) -> None:
+    case = causal_case(family)
     _, keys = lengths_of(case)
-    # Rows and columns of tiles are handed out in multiples of 16.
+    # Fragments start at multiples of 16 rows and columns.
     assert not faults_by_diagonal(case, range(16 + offset, keys, 16))
 
 
-@pytest.mark.slow
-@over_families
-def test_every_diagonal(family: Family) -> None:
-    case = plainest(family)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_diagonal(family: Family, part: int) -> None:
+    case = causal_case(family)
     _, keys = lengths_of(case)
-    assert not faults_by_diagonal(case, range(-20, keys))
+    assert not faults_by_diagonal(case, range(-20 + part, keys, PARTS))

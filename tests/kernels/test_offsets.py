@@ -1,4 +1,4 @@
-"""Rows so far apart in memory that 32 bits cannot say how far."""
+"""Offsets between rows that exceed 32 bits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from tests.emulator import emulator
-from tests.kernels import harness
-from tests.kernels import trial as trials
+from tests.kernels import harness, kernel_case
 from tests.kernels.buffers import Buffer, Layout
 from tests.kernels.cases import FAMILIES, Family, axes_of
 
 
 class FarRows(Buffer):
-    """A tensor whose last row starts beyond 2^31 elements; hardly any of its memory is touched."""
+    """A tensor whose last row starts beyond 2^31 elements. Most of its memory is never touched."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, row_dim: int) -> None:
         stride = 2**31 // (shape[row_dim] - 1) // 8 * 8 + 8
@@ -29,7 +28,7 @@ class FarRows(Buffer):
         self.view = torch.empty(stride * shape[row_dim], dtype=dtype).as_strided(shape, strides)
 
     def surroundings_are_untouched(self) -> bool:
-        """To look at them would be to touch them."""
+        """Not checked: reading the surroundings would allocate them."""
         return True
 
 
@@ -55,7 +54,7 @@ def far_mask(mask: Tensor, *, columns_first: bool) -> Buffer:
 
 
 def by_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each row of a tensor by itself; the emulator keeps account of every place in a buffer."""
+    """Each row as a buffer of its own, since the emulator keeps state for each byte of a buffer."""
     rows = {}
     for name, x in tensors.items():
         dim = max(range(x.ndim), key=x.stride)
@@ -78,10 +77,10 @@ def test_offsets_have_64_bits(family: Family, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(harness, "emulator", machine)
     monkeypatch.setattr(harness, "matrix_buffer", far_rows)
     monkeypatch.setattr(harness, "mask_buffer_of", far_mask)
-    monkeypatch.setattr(trials, "buffer_of", far_copy)
+    monkeypatch.setattr(kernel_case, "buffer_of", far_copy)
     case = {name: values[0] for name, values in axes_of(family).items()}
     case |= {"queries": "tile + 1", "keys": "tile + 1", "heads": "4 over 2"}
     if family.masked:
         case |= {"mask dims": "hrc"}
-    attempt = trials.trial(case)
-    assert attempt.faults(attempt.run()) == []
+    test = kernel_case.kernel_test(case)
+    assert test.faults(test.run()) == []

@@ -1,4 +1,4 @@
-"""The reference is what torch derives from the naive formula, and sees what it should see."""
+"""The reference agrees with torch's derivatives of the naive formula, masks included."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def visible_keys(causal: str, m: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize("causal", VISIBLE)
 @pytest.mark.parametrize(("m", "n"), [(5, 7), (7, 5), (6, 6)])
-def test_is_what_torch_derives(m: int, n: int, causal: str) -> None:
+def test_reference_agrees_with_torch_derivatives(m: int, n: int, causal: str) -> None:
     x = inputs_of((2, m, 4, 3), (2, n, 2, 3), 6)
     visible = visible_keys(causal, m, n).expand(2, 4, m, n)
     expected = naive(x, -0.7, visible, torch.zeros(1))
@@ -99,7 +99,7 @@ def test_masks_broadcast(boolean: bool, pattern: int) -> None:
 
 
 @pytest.mark.parametrize("causal", VISIBLE)
-def test_packed_sequences_and_padding_are_attention_over_each_alone(causal: str) -> None:
+def test_packed_and_padded_sequences_agree_with_each_sequence_alone(causal: str) -> None:
     starts_q, starts_k, used = (0, 3, 3, 8, 10), (0, 4, 7, 7, 12), (3, 3, 0, 1)
     x = inputs_of((1, 11, 2, 3), (1, 13, 1, 3), 4)
     problem = Problem(0.5, causal, None, starts_q, starts_k, used)
@@ -129,7 +129,7 @@ def test_a_batch_may_be_padded() -> None:
     assert_same(attention(Problem(0.5, seqused_k=(4, 6)), x), expected)
 
 
-def test_keys_that_no_row_sees_are_known() -> None:
+def test_never_seen_finds_the_keys_that_no_row_sees() -> None:
     x = inputs_of((1, 3, 2, 3), (1, 6, 1, 3), 3)
     mask = torch.tensor([[False, True, False], [False, False, True]]).repeat(1, 2)[:, None]
     problem = Problem(0.5, "top_left", mask[None])

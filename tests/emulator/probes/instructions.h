@@ -25,7 +25,7 @@ struct TwoWarps : OneWarp {
     static constexpr int kThreads = 64;
 };
 
-// seqlen_q float32 become as many elements.
+// From seqlen_q float32 to as many elements.
 template <class Element>
 struct Pack : OneWarp {
     DEVICE static void run(const AttentionParams& p) {
@@ -37,7 +37,7 @@ struct Pack : OneWarp {
     }
 };
 
-// And back.
+// From seqlen_q elements to as many float32.
 template <class Element>
 struct Unpack : OneWarp {
     DEVICE static void run(const AttentionParams& p) {
@@ -56,7 +56,7 @@ struct FastExp2 : OneWarp {
     }
 };
 
-// 32 float32 of the lanes become 32 x 32: a row for each mask.
+// From 32 float32, one for each lane, to 32 x 32: a row for each mask.
 struct ShuffleXor : OneWarp {
     DEVICE static void run(const AttentionParams& p) {
         const float value = global_load(input<float>(p) + thread_index());
@@ -65,8 +65,8 @@ struct ShuffleXor : OneWarp {
     }
 };
 
-// seqlen_q x 64 float32, not 0 where a condition holds for a thread, become 2 x seqlen_q x 64: what
-// warp_any says to each thread, and what block_any does.
+// From seqlen_q x 64 float32, not 0 where a condition holds for a thread, to 2 x seqlen_q x 64: the
+// results of warp_any and of block_any in each thread.
 struct Any : TwoWarps {
     DEVICE static void run(const AttentionParams& p) {
         for (int row = 0; row < p.seqlen_q; ++row) {
@@ -79,7 +79,7 @@ struct Any : TwoWarps {
     }
 };
 
-// Thread i copies the first i of 16 bytes, for i from 0 to 16: 17 x 16 bytes become as many.
+// Thread i copies the first i of 16 bytes, for i from 0 to 16: from 17 x 16 bytes to as many.
 struct CopyAsync : OneWarp {
     static constexpr int kSharedBytes = 17 * 16;
 
@@ -94,7 +94,7 @@ struct CopyAsync : OneWarp {
     }
 };
 
-// 32 x 8 elements, four matrices below one another, become what the 32 lanes hold of them.
+// From 32 x 8 elements, four matrices below one another, to the 32 lanes' registers.
 template <bool kTransposed>
 struct LoadMatrices : OneWarp {
     static constexpr int kSharedBytes = 32 * 16;
@@ -108,7 +108,7 @@ struct LoadMatrices : OneWarp {
     }
 };
 
-// A (16 x 16), B (16 x 8) and float32 C (16 x 8), one after another, become A B + C (16 x 8).
+// From A (16 x 16), B (16 x 8) and float32 C (16 x 8), one after another, to A B + C (16 x 8).
 template <class Element>
 struct MultiplyAdd : OneWarp {
     DEVICE static void run(const AttentionParams& p) {

@@ -1,4 +1,4 @@
-// All small kernels: of one instruction each, and those broken on purpose.
+// All probe kernels: those of one instruction each, and those with a fault.
 #include "instructions.h"
 #include "probes_sm90.h"
 #include "row_sums.h"
@@ -46,9 +46,9 @@ std::vector<Kernel> sm80_kernels() {
         kernel<RowSums<Fault::divergent_shuffle>>("divergent_shuffle"),
         kernel<RowSums<Fault::divergent_instructions>>("divergent_instructions"),
         kernel<RowSums<Fault::divergent_barrier>>("divergent_barrier"),
-        kernel<RowSums<Fault::lane_leaves_early>>("lane_leaves_early"),
-        kernel<RowSums<Fault::warp_leaves_early>>("warp_leaves_early"),
-        kernel<RowSums<Fault::endless_wait>>("endless_wait"),
+        kernel<RowSums<Fault::lane_exits_early>>("lane_exits_early"),
+        kernel<RowSums<Fault::warp_exits_early>>("warp_exits_early"),
+        kernel<RowSums<Fault::endless_loop>>("endless_loop"),
     };
 }
 
@@ -57,7 +57,7 @@ std::vector<Kernel> sm80_kernels() {
 const std::vector<Kernel>& all_kernels() {
     static const std::vector<Kernel> kernels = [] {
         std::vector<Kernel> kernels = sm80_kernels();
-        for (const Kernel& kernel : sm90::broken_kernels()) kernels.push_back(kernel);
+        for (const Kernel& kernel : sm90::faulty_kernels()) kernels.push_back(kernel);
         return kernels;
     }();
     return kernels;

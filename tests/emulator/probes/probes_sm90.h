@@ -1,4 +1,4 @@
-// The small kernels for compute capability 9.0.
+// The probe kernels for compute capability 9.0.
 #pragma once
 
 #include <vector>
@@ -7,6 +7,6 @@
 
 namespace jvp_attn::sm90 {
 
-std::vector<Kernel> broken_kernels();
+std::vector<Kernel> faulty_kernels();
 
 }  // namespace jvp_attn::sm90

@@ -1,11 +1,11 @@
-// A small kernel that uses most of the machine, and many ways to break it.
+// A small kernel that uses most instructions, with an optional fault.
 //
-// For each row of 64 bfloat16 it computes the sum of (column + 1) x. Tiles of 32 rows go
-// asynchronously to shared memory, swizzled; a warp reads the half of the tile that the other warp
-// is not reading as matrices, sums, and leaves the sums in shared memory for other threads.
+// For each row of 64 bfloat16 it computes the sum of (column + 1) x. Tiles of 32 rows are
+// copied asynchronously to shared memory, swizzled. Each warp reads one half of the tile by
+// ldmatrix, and stores the sums in shared memory for other threads.
 //
 // params: q (batch, rows, 64) bfloat16, contiguous; lse (batch, rows) float32, contiguous;
-// seqlen_q rows, a multiple of 32. A block takes one of the batch.
+// seqlen_q rows, a multiple of 32. One block for each entry of the batch.
 #pragma once
 
 #include "sm80/launch.cuh"
@@ -33,9 +33,9 @@ enum class Fault {
     divergent_shuffle,
     divergent_instructions,
     divergent_barrier,
-    lane_leaves_early,
-    warp_leaves_early,
-    endless_wait,
+    lane_exits_early,
+    warp_exits_early,
+    endless_loop,
 };
 
 template <Fault kFault>
@@ -61,10 +61,10 @@ struct RowSums {
                 copy_tile(q + first_row * kColumns);
             if (kFault != Fault::missing_wait) copy_async_wait<0>();
             if (kFault != Fault::missing_barrier_after_wait) wait_for_all();
-            if (kFault == Fault::warp_leaves_early && thread >= 32) return;
-            if (kFault == Fault::lane_leaves_early && thread == 5) return;
+            if (kFault == Fault::warp_exits_early && thread >= 32) return;
+            if (kFault == Fault::lane_exits_early && thread == 5) return;
 
-            const int row = 16 * (1 - thread / 32);  // the first of the warp's
+            const int row = 16 * (1 - thread / 32);  // the first row of the warp
             float sum[2];
             for (int half = 0; half < 2; ++half) sum[half] = 0;
             add_rows(sum, row);
@@ -102,12 +102,12 @@ private:
         } else {
             block_barrier();
         }
-        if (kFault == Fault::endless_wait && thread_index() == 7)
+        if (kFault == Fault::endless_loop && thread_index() == 7)
             while (shared_load_float(shared_memory()) != -1) {
             }
     }
 
-    // Adds (column + 1) x of the rows g and g + 8 of 16, as far as the thread holds them.
+    // Adds (column + 1) x over the thread's elements of the rows g and g + 8 of 16.
     DEVICE static void add_rows(float (&sum)[2], int first_row) {
         const int lane = thread_index() % 32;
         for (int step = 0; step < kColumns / 16; ++step) {

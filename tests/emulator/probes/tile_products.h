@@ -1,17 +1,17 @@
-// A small kernel that uses most of what compute capability 9.0 adds, and many ways to break it.
+// A small kernel that uses most instructions of compute capability 9.0, with an optional fault.
 //
 // For 128 rows Q, and for keys K and values V in tiles of 64, it computes (Q Kᵀ) V, the products
-// Q Kᵀ rounded to bfloat16. One thread loads the tiles, two warpgroups multiply 64 rows each; they
-// multiply with V twice, from registers and by way of shared memory. Each thread also adds the
-// first elements of some keys, as a reader that is no product.
+// Q Kᵀ rounded to bfloat16. One thread loads the tiles, two warpgroups multiply 64 rows each.
+// They multiply with V twice, with the left operand in registers and in shared memory. Each thread
+// also sums the first elements of some keys, as a reader through the generic proxy.
 //
-// Warps add up what they have of the first 8 columns of the product, lane by lane, in mu, and
-// threads their sums of the same keys in delta.
+// Warps add their parts of the first 8 columns of the product to mu, lane by lane, and threads add
+// their sums of keys to delta.
 //
 // params: q (batch, 128, 64), k (batch, keys, 64), v (batch, keys, 128), contiguous bfloat16; out
 // and tout (batch, 128, 128) float32; lse (batch, 256) float32; mu (batch, 128) and delta
-// (batch, 64) float32 zeros; seqlen_k keys, a multiple of 64. A block takes one of the batch, of as
-// many as there are multiprocessors at most.
+// (batch, 64) float32 zeros; seqlen_k keys, a multiple of 64. One block for each entry of
+// the batch, at most as many as there are multiprocessors.
 #pragma once
 
 #include "sm90/launch.cuh"
@@ -24,8 +24,8 @@ enum class Fault {
     missing_proxy_fence,
     missing_proxy_fence_after_read,
     missing_named_barrier,
-    named_barrier_of_more,
-    named_barrier_of_different,
+    named_barrier_of_too_many,
+    named_barrier_counts_differ,
     missing_barrier_after_init,
     missing_init_fence,
     no_mbarrier,
@@ -37,32 +37,32 @@ enum class Fault {
     too_many_arrivals,
     missing_wait_for_empty,
     released_too_early,
-    misaligned_box,
-    box_of_no_tensor,
-    unfinished_box,
+    misaligned_tma_target,
+    null_tensor_map,
+    unfinished_tma_load,
     missing_wgmma_fence,
     missing_wgmma_wait,
     missing_wgmma_commit,
-    unfinished_product,
+    unfinished_wgmma,
     accumulator_changed,
-    accumulator_pinned,
-    factor_changed,
-    factor_changed_after_fence,
+    accumulator_fenced,
+    operand_changed,
+    operand_changed_after_fence,
     wrong_leading_offset,
     wrong_stride_offset,
     misaligned_descriptor,
     other_swizzle,
-    different_products,
-    warp_without_product,
+    divergent_wgmma,
+    warp_without_wgmma,
     too_many_registers,
     fewer_registers,
     different_registers,
-    stored_instead_of_added,
-    stored_where_others_add,
+    store_instead_of_add,
+    store_where_others_add,
     read_where_others_add,
-    added_beyond_the_end,
-    misaligned_sums,
-    sums_in_flight,
+    add_out_of_range,
+    misaligned_add,
+    add_in_flight,
 };
 
 template <Fault kFault>
@@ -97,7 +97,7 @@ struct TileProducts {
             warpgroup_reg_dealloc<24>();
             if (warp_index() == 0 && elect_one()) load(params);
         } else {
-            ask_for_registers();
+            request_registers();
             multiply(params.attention);
         }
     }
@@ -115,7 +115,7 @@ private:
     DEVICE static SharedAddress full(int slot) { return q_full() + 8 + 16 * slot; }
     DEVICE static SharedAddress empty(int slot) { return full(slot) + 8; }
 
-    DEVICE static void ask_for_registers() {
+    DEVICE static void request_registers() {
         if (has(Fault::too_many_registers)) {
             warpgroup_reg_alloc<248>();
         } else if (has(Fault::fewer_registers)) {
@@ -130,7 +130,7 @@ private:
     DEVICE static void load(const Params& params) {
         const int batch = block_index();
         mbarrier_arrive_expect(q_full(), QTile::kBytes);
-        tma_load_4d(q_tile().base, has(Fault::box_of_no_tensor) ? params.maps.tq : params.maps.q,
+        tma_load_4d(q_tile().base, has(Fault::null_tensor_map) ? params.maps.tq : params.maps.q,
                     q_full(), 0, 0, 0, batch);
         const int tiles = params.attention.seqlen_k / kKeys;
         for (int tile = 0; tile < tiles; ++tile) {
@@ -138,7 +138,7 @@ private:
             if (!has(Fault::missing_wait_for_empty)) mbarrier_wait(empty(slot), round ^ 1);
             load_slot(params, slot, tile * kKeys);
         }
-        if (has(Fault::unfinished_box)) {
+        if (has(Fault::unfinished_tma_load)) {
             mbarrier_wait(empty(tiles % kSlots), tiles / kSlots % 2 ^ 1);
             load_slot(params, tiles % kSlots, 0);
         }
@@ -150,7 +150,7 @@ private:
         if (has(Fault::expects_too_much)) bytes += 16;
         if (has(Fault::expects_too_little)) bytes -= KTile::kBytes;
         mbarrier_arrive_expect(full(slot), bytes);
-        const SharedAddress k = k_tile(slot).base + (has(Fault::misaligned_box) ? 128 : 0);
+        const SharedAddress k = k_tile(slot).base + (has(Fault::misaligned_tma_target) ? 128 : 0);
         tma_load_4d(k, params.maps.k, full(slot), 0, key, 0, batch);
         for (int panel = 0; panel < VTile::kPanels; ++panel)
             tma_load_4d(v_tile(slot).base + panel * VTile::kPanelBytes, params.maps.v, full(slot),
@@ -168,12 +168,12 @@ private:
             mbarrier_wait(full(slot) + (has(Fault::no_mbarrier) ? 1024 : 0),
                           has(Fault::constant_phase) ? 0 : round ^ has(Fault::wrong_phase));
 
-            if (has(Fault::warp_without_product) && thread >= 96) return;
+            if (has(Fault::warp_without_wgmma) && thread >= 96) return;
             Accumulator<kKeys> scores;
             start_scores(scores, row, slot);
             if (!has(Fault::missing_wgmma_commit)) wgmma_commit();
             if (!has(Fault::missing_wgmma_wait)) wgmma_wait<0>();
-            if (has(Fault::accumulator_pinned)) start_scores(scores, row, slot);
+            if (has(Fault::accumulator_fenced)) start_scores(scores, row, slot);
             if (!has(Fault::missing_wgmma_wait) && !has(Fault::missing_wgmma_commit))
                 warpgroup_fence_operand(scores.value);
 
@@ -187,11 +187,11 @@ private:
 
             start_sums(from_registers, from_shared, weights, row, slot);
             wgmma_commit();
-            if (has(Fault::sums_in_flight)) add_up(p, from_registers, key_sum);
+            if (has(Fault::add_in_flight)) add_up(p, from_registers, key_sum);
             if (has(Fault::accumulator_changed)) from_shared.value[3][1] += 1;
-            if (has(Fault::factor_changed)) weights.word[1][2] = 0;
+            if (has(Fault::operand_changed)) weights.word[1][2] = 0;
             if (has(Fault::released_too_early)) release(slot);
-            if (has(Fault::unfinished_product) && tile == p.seqlen_k / kKeys - 1) return;
+            if (has(Fault::unfinished_wgmma) && tile == p.seqlen_k / kKeys - 1) return;
             wgmma_wait<0>();
             warpgroup_fence_operand(from_registers.value);
             warpgroup_fence_operand(from_shared.value);
@@ -210,15 +210,15 @@ private:
     DEVICE static void add_up(const AttentionParams& p, const Accumulator<kValueDim>& product,
                               float key_sum) {
         int first = block_index() * 128 + 4 * lane_index();
-        if (has(Fault::misaligned_sums)) first += 2;
-        if (has(Fault::added_beyond_the_end)) first += p.batch * 128;
+        if (has(Fault::misaligned_add)) first += 2;
+        if (has(Fault::add_out_of_range)) first += p.batch * 128;
         global_add4(p.mu.data + first, product.value[0]);
 
         float* const of_key = p.delta.data + block_index() * kKeys + thread_index() % kKeys;
         const bool is_first = warpgroup_index() == 1 && thread_index() % 128 < kKeys;
-        if (has(Fault::stored_instead_of_added))
+        if (has(Fault::store_instead_of_add))
             global_store(of_key, global_load(of_key) + key_sum);
-        else if (has(Fault::stored_where_others_add) && is_first)
+        else if (has(Fault::store_where_others_add) && is_first)
             global_store(of_key, key_sum);
         else
             global_add(of_key, key_sum);
@@ -226,8 +226,8 @@ private:
     }
 
     DEVICE static void start_scores(Accumulator<kKeys>& scores, int row, int slot) {
-        const bool other = has(Fault::different_products) && thread_index() % 128 / 32 == 2;
-        if (!has(Fault::accumulator_pinned)) warpgroup_fence_operand(scores.value);
+        const bool other = has(Fault::divergent_wgmma) && thread_index() % 128 / 32 == 2;
+        if (!has(Fault::accumulator_fenced)) warpgroup_fence_operand(scores.value);
         if (!has(Fault::missing_wgmma_fence)) wgmma_fence();
         for (int step = 0; step < kHeadDim / 16; ++step) {
             uint64_t q = q_tile().columns(row, other ? step ^ 1 : step);
@@ -238,7 +238,7 @@ private:
         }
     }
 
-    // Into the tile of weights, for products.
+    // Stores the weights in shared memory, as an operand.
     DEVICE static void put(const Packed<Bf16, kKeys>& weights, int row) {
         const int lane = lane_index(), warp_row = row + warp_index() % 4 * 16;
         for (int step = 0; step < kKeys / 16; ++step)
@@ -247,8 +247,8 @@ private:
         if (!has(Fault::missing_proxy_fence)) fence_proxy_async();
         if (has(Fault::missing_named_barrier)) return;
         int threads = kWarpgroupThreads;
-        if (has(Fault::named_barrier_of_more)) threads += 32;
-        if (has(Fault::named_barrier_of_different) && warp_index() % 2 == 1) threads += 128;
+        if (has(Fault::named_barrier_of_too_many)) threads += 32;
+        if (has(Fault::named_barrier_counts_differ) && warp_index() % 2 == 1) threads += 128;
         named_barrier_sync(warpgroup_index(), threads);
     }
 
@@ -260,7 +260,7 @@ private:
         warpgroup_fence_operand(weights.word);
         wgmma_fence();
         for (int step = 0; step < kKeys / 16; ++step) {
-            if (has(Fault::factor_changed_after_fence)) weights.word[step][0] = 0;
+            if (has(Fault::operand_changed_after_fence)) weights.word[step][0] = 0;
             uint64_t v = v_tile(slot).rows(step);
             if (has(Fault::wrong_leading_offset)) v ^= uint64_t{VTile::kPanelBytes / 2 >> 4} << 16;
             if (has(Fault::wrong_stride_offset)) v ^= uint64_t{2 * kSwizzleBytes >> 4} << 32;

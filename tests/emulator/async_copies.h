@@ -1,8 +1,7 @@
-// The copies from global to shared memory that a thread has under way, in groups.
+// The copies from global to shared memory (cp.async) that a thread has in flight, in groups.
 //
-// The machine may move the data at any time between the issue and the end of the wait. Here they
-// are read at the wait: of all moments the one that shows a source that changes meanwhile, and a
-// wait that is missing leaves nothing but an error.
+// A GPU may move the data at any time between the issue and the end of the wait. The emulator reads
+// them at the wait, so that a source that changes in between gives a wrong result.
 #pragma once
 
 #include <vector>
@@ -13,13 +12,13 @@
 
 namespace jvp_attn::emulator {
 
-class Copies {
+class AsyncCopies {
 public:
     // `bytes` of 16 come from the source, the rest are zeros.
     void issue(const Actor& actor, SharedAddress target, const void* source, int bytes,
                SharedMemory& shared, const GlobalMemory& global);
 
-    // Closes the open group, perhaps an empty one.
+    // Closes the open group, which may be empty.
     void commit() { ++open_group_; }
 
     // Completes all closed groups but the latest `pending`.
@@ -27,7 +26,7 @@ public:
 
     void forget_all();
 
-    // A thread must not end before its copies.
+    // An error if the thread ends while copies are in flight.
     void check_finished(int thread) const;
 
 private:

@@ -1,4 +1,4 @@
-"""A few kernels of the kernel table in a variant of the build: `python few_kernels.py sanitized`.
+"""Runs three kernels in a variant of the build: `python -m tests.emulator.smoke_run sanitized`.
 
 Fails if a result is wrong. Needs neither torch nor pytest.
 """
@@ -13,11 +13,11 @@ from tests.emulator import emulator, emulator_build
 from tests.emulator.probe_kernels import VARIANTS, aligned
 
 KERNELS = ("forward_fp16_d64", "forward_jvp_fp16_d64", "forward_jvp_fp16_d64_sm90")
-ROWS, KEYS, HEAD_DIM = 70, 130, 40  # tiles that are not full, a head dim that is padded
+ROWS, KEYS, HEAD_DIM = 70, 130, 40  # partial tiles, and a padded head dim
 
 
 def main(variant: str) -> None:
-    """Build the kernels and compare what they compute with the formula in float64."""
+    """Build the kernels, and compare their results with the formula in float64."""
     file = emulator_build.build_kernels(VARIANTS[variant], wanted=KERNELS.__contains__)
     machine = emulator.import_file(file)
     random = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def main(variant: str) -> None:
             setattr(params, name, kind(array.ctypes.data, *strides))
         with emulator.launching(machine, seed=1, inputs=x, outputs=outputs):
             machine.launch(kernel, params, 0)
-        for name in (*MATRICES, *VECTORS) if "tangent" in kernel else ("out", "lse"):
+        for name in (*MATRICES, *VECTORS) if "jvp" in kernel else ("out", "lse"):
             np.testing.assert_allclose(outputs[name], expected[name], atol=4e-3, err_msg=kernel)
 
 

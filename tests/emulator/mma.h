@@ -1,4 +1,4 @@
-// What the warp's matrix instructions compute, given the registers of its 32 lanes.
+// The matrix instructions of a warp: ldmatrix and mma, on the registers of its 32 lanes.
 //
 // With g = lane / 4 and t = lane % 4, a lane's word of an 8 x 8 matrix holds (g, 2t) and (g, 2t+1).
 #pragma once
@@ -21,7 +21,7 @@ struct MultiplyAdd {
     uint32_t b0, b1;
 };
 
-// The arguments point to the above, one for each lane.
+// The arguments point to the structs above, one for each lane.
 void load_matrices_of_warp(std::span<void* const> arguments);
 void load_matrices_transposed_of_warp(std::span<void* const> arguments);
 void multiply_add_bf16_of_warp(std::span<void* const> arguments);

@@ -1,4 +1,4 @@
-// bfloat16 and float16 as bits, rounded and widened exactly as the machine does.
+// bfloat16 and float16 as bits, rounded and widened exactly as a GPU does.
 #pragma once
 
 #include <bit>
@@ -6,7 +6,7 @@
 
 namespace jvp_attn::emulator {
 
-// The machine's NaN in both types: it keeps no payload.
+// A GPU's NaN in both types; it keeps no payload.
 constexpr uint16_t kNan16 = 0x7fff;
 
 inline uint16_t bf16_from(float value) {
@@ -37,7 +37,7 @@ inline uint16_t fp16_from(float value) {
     return sign | static_cast<uint16_t>((rounded >> 13) - kOtherBias);
 }
 
-// Free of branches, so that loops over it vectorise.
+// Without branches, so that loops over it vectorize.
 inline float float_from_fp16(uint16_t bits) {
     const uint32_t size = static_cast<uint32_t>(bits & 0x7fff) << 13;
     // As a float32 the exponent is 112 too small; for infinity and NaN it is to be all ones.

@@ -1,5 +1,4 @@
-// What the TMA is told of a tensor, by the rules of the CUDA driver's
-// cuTensorMapEncodeTiled.
+// The emulated CUtensorMap, with the rules of the CUDA driver's cuTensorMapEncodeTiled.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +6,8 @@
 
 namespace jvp_attn {
 
-// (column, row, head, batch) 2-byte elements and a box of 64 columns by some rows, as
-// csrc/sm90/ptx.cuh describes. All zeros: no tensor.
+// A (column, row, head, batch) tensor of 2-byte elements, and a box of 64 columns by some rows, as
+// csrc/sm90/ptx.cuh describes. All zeros: null.
 struct alignas(64) TensorMap {
     static constexpr int kBoxColumns = 64;
     static constexpr int kRowBytes = 2 * kBoxColumns;

@@ -1,8 +1,8 @@
-#include "matrices.h"
+#include "mma.h"
 
 #include <cstring>
 
-#include "numbers.h"
+#include "half_types.h"
 
 namespace jvp_attn::emulator {
 
@@ -29,7 +29,7 @@ void load(std::span<void* const> arguments) {
     }
 }
 
-// Four float32, with which the compiler computes at once.
+// Four float32 in a vector register.
 using Four = float __attribute__((vector_size(16)));
 
 // C (16 x 8) += A (16 x 16) B (16 x 8). The products of two elements are exact in float32.

@@ -1,4 +1,4 @@
-// What a thread can wait for other than a collective of its warp or block.
+// The base of what a thread can wait for: barriers, wgmmas, registers.
 #pragma once
 
 #include <string>
@@ -6,9 +6,9 @@
 
 namespace jvp_attn::emulator {
 
-class Awaited {
+class Waitable {
 public:
-    virtual ~Awaited() = default;
+    virtual ~Waitable() = default;
 
     // For the report of a deadlock: "the mbarrier at shared_memory() + 8, which ...".
     virtual std::string state() const = 0;

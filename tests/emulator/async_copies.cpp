@@ -1,4 +1,4 @@
-#include "copies.h"
+#include "async_copies.h"
 
 #include <cstring>
 #include <string>
@@ -11,8 +11,8 @@ constexpr int kCopyBytes = 16;
 
 }  // namespace
 
-void Copies::issue(const Actor& actor, SharedAddress target, const void* source, int bytes,
-                   SharedMemory& shared, const GlobalMemory& global) {
+void AsyncCopies::issue(const Actor& actor, SharedAddress target, const void* source, int bytes,
+                        SharedMemory& shared, const GlobalMemory& global) {
     if (bytes < 0 || bytes > kCopyBytes)
         fail(actor, "copies " + std::to_string(bytes) + " bytes; it can be 0 to 16");
     global.check_read(actor, source, bytes, kCopyBytes);
@@ -20,7 +20,7 @@ void Copies::issue(const Actor& actor, SharedAddress target, const void* source,
     copies_.push_back({target, source, bytes, open_group_, actor.where});
 }
 
-void Copies::wait(int pending, SharedMemory& shared) {
+void AsyncCopies::wait(int pending, SharedMemory& shared) {
     auto copy = copies_.begin();
     for (; copy != copies_.end() && copy->group < open_group_ - pending; ++copy) {
         std::byte* target = shared.finish_copy(copy->target);
@@ -30,16 +30,16 @@ void Copies::wait(int pending, SharedMemory& shared) {
     copies_.erase(copies_.begin(), copy);
 }
 
-void Copies::forget_all() {
+void AsyncCopies::forget_all() {
     copies_.clear();
     open_group_ = 0;
 }
 
-void Copies::check_finished(int thread) const {
+void AsyncCopies::check_finished(int thread) const {
     if (!copies_.empty())
         fail({thread, "copy_async", copies_.front().where},
              "the thread ends while " + std::to_string(copies_.size()) +
-                 " of its copies are under way: it has not waited for them");
+                 " of its copies are in flight: it has not waited for them");
 }
 
 }  // namespace jvp_attn::emulator

@@ -1,4 +1,4 @@
-"""A kernel run on a case, and its outputs judged."""
+"""Runs a kernel on a case, and compares its outputs with the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from jvp_attn.backends.kernel_table import KERNELS, kernel_name
 from tests.kernels.buffers import Buffer, buffer_of
 from tests.kernels.cases import Case
-from tests.kernels.dq_accum import SUMS, sums_of, zeros
+from tests.kernels.dq_accum import ACCUMULATORS, accumulators_of, zeros
 from tests.kernels.harness import READS, WRITES, Launch, output_buffers, row_buffer_of
 from tests.kernels.problems import (
     data_of,
@@ -32,13 +32,13 @@ OF_ROWS = ("out", "tout", "grad_q", "grad_tq")
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A case with its data in memory, and what kernels should make of them.
+class KernelTest:
+    """A case with its data in memory, and the expected outputs.
 
     Attributes:
-        exact: in float64, from the data as they are, that is rounded to elements.
-        in_float32: what the formula gives in float32, as torch computes it in half precision.
-        strict: whether one rounding is all that is allowed beyond that, whatever the data.
+        exact: the outputs in float64, from data that are rounded to elements.
+        in_float32: the outputs in float32.
+        strict: whether the error bound has no exceptions for special data.
     """
 
     case: Case
@@ -52,27 +52,27 @@ class Trial:
     def run(self, seed: int = 0) -> Tensors:
         """The outputs of the case's kernel alone; all that it reads is exact.
 
-        Sums of dQ are seen through the kernel that finishes them.
+        bwd_postprocess follows a kernel that writes dq_accum, so that dQ is compared.
         """
         kernel = KERNELS[self.case["kernel"]]
         kernels = [kernel.name]
         reads = [name for name in READS[kernel.step].split() if name not in INPUTS]
         if self.case.get("residuals") == "absent":
             reads = [name for name in reads if not name.endswith("_lo")]
-        given = {name: self._exact_buffer(name) for name in reads if name not in SUMS}
-        if SUMS[0] in reads:
-            given |= self._exact_sums()
+        given = {name: self._exact_buffer(name) for name in reads if name not in ACCUMULATORS}
+        if ACCUMULATORS[0] in reads:
+            given |= self._exact_dq_accum()
         wanted = self._wanted(kernel.step)
-        if SUMS[0] in wanted:
+        if ACCUMULATORS[0] in wanted:
             kernels.append(kernel_name("bwd_postprocess", kernel.element))
             wanted += WRITES["bwd_postprocess"].split()
         outputs = self.outputs_of([x for x in wanted if x not in given])
         outputs |= {n: x for n, x in given.items() if n in WRITES[kernel.step].split()}
         self.launch(given | outputs, tuple(outputs)).run(*kernels, seed=seed)
-        return {name: buffer.view for name, buffer in outputs.items() if name not in SUMS}
+        return {name: buffer.view for name, buffer in outputs.items() if name not in ACCUMULATORS}
 
     def launch(self, buffers: dict[str, Buffer], outputs: tuple[str, ...]) -> Launch:
-        """A launch of kernels on the inputs and on further buffers, some of them outputs."""
+        """A launch with the inputs and further buffers, of which `outputs` are writable."""
         writable = {name: buffers[name] for name in outputs}
         return Launch(
             self.problem,
@@ -82,12 +82,12 @@ class Trial:
         )
 
     def outputs_of(self, names: list[str]) -> dict[str, Buffer]:
-        """Memory for outputs; sums of dQ are 0."""
-        shapes = {name: self._shape(name) for name in names if name not in SUMS}
+        """Memory for outputs; dq_accum and ds_row_sums are 0."""
+        shapes = {name: self._shape(name) for name in names if name not in ACCUMULATORS}
         layouts = layouts_of(self.case, [n for n in shapes if n not in ROW_VECTORS], expanded=False)
         outputs = output_buffers(shapes, dtype_of(self.case), layouts)
         sums = zeros(self.problem, self.shapes["q"])
-        return outputs | {name: sums[name] for name in names if name in SUMS}
+        return outputs | {name: sums[name] for name in names if name in ACCUMULATORS}
 
     def _wanted(self, step: str) -> list[str]:
         names = self.case.get("wanted", WRITES[step]).split()
@@ -114,10 +114,10 @@ class Trial:
         (layout,) = layouts_of(self.case, [name], expanded=False).values()
         return buffer_of(rounded, layout)
 
-    def _exact_sums(self) -> dict[str, Buffer]:
-        """Those of an dS whose rows sum to more than they should: it is too large at k.
+    def _exact_dq_accum(self) -> dict[str, Buffer]:
+        """dq_accum and ds_row_sums, with an error in dS that bwd_postprocess must remove.
 
-        That is, at the mean of the first keys, up to 16 of them, that a row sees.
+        The error is spread evenly over the first keys of each row, up to 16, that it sees.
         """
         q, k = self.inputs["q"].view, self.inputs["k"].view
         scale = self.problem.softmax_scale
@@ -135,17 +135,17 @@ class Trial:
             more = excess[part.batch, :, part.queries] * (count[..., 0] > 0)
             products[part.batch, part.queries] += (more[..., None] * mean).transpose(0, 1)
             totals[part.batch, :, part.queries] += more
-        return sums_of(self.problem, products, totals)
+        return accumulators_of(self.problem, products, totals)
 
     # ------------------------------------------------------------------------
-    # Judgement
+    # Comparison
 
     def faults(self, outputs: Tensors) -> list[str]:
-        """What is wrong with the outputs of kernels; nothing if they are right."""
+        """What is wrong with the outputs of kernels; empty if they are right."""
         faults = []
         for name, actual in outputs.items():
-            if name in SUMS:
-                continue  # what is made of them is judged
+            if name in ACCUMULATORS:
+                continue  # compared as grad_q
             if name.endswith("_lo"):
                 faults += self._faults_of_residual(name, outputs)
             else:
@@ -162,7 +162,7 @@ class Trial:
         )
         vanishes = self._vanishes(name)[belongs]
         if not (actual[vanishes] == 0).all():
-            faults.append(f"{name} is not 0 where nothing is seen")
+            faults.append(f"{name} is not 0 where no key is visible")
         error = relative_error(actual, exact)
         allowed = max(2 * relative_error(rounded, exact), self._floor(name))
         if not error <= allowed:
@@ -170,9 +170,9 @@ class Trial:
         return faults
 
     def _floor(self, name: str) -> float:
-        """The error that is always allowed: one rounding, for most."""
+        """The error that is always allowed: one rounding, for most outputs."""
         rounding = torch.finfo(dtype_of(self.case)).eps / 2
-        # Sums in float32 of what is exact, or was rounded twice.
+        # Sums in float32 of exact terms, or of terms that were rounded twice.
         if name == "lse":
             return 1e-6
         if name == "mu":
@@ -181,10 +181,9 @@ class Trial:
             return 1e-6 + rounding**2
         if name in ("beta", "delta") and "residuals" not in self.case:
             return 1e-6 + self._rounding_of_terms(name)
-        # Large logits choose few keys, and the only key may be seen by one row. Of few rows little
-        # averages out: two roundings in a row, of the weights and of the result, may both be felt.
-        # Of few columns keys that are chosen together are alike, and what is left of a gradient is
-        # a small difference.
+        # With large logits, or one row or key, few terms contribute. Their errors do not average
+        # out, so that two roundings may add up: of the weights and of the result. With few columns,
+        # keys with large weights are similar, and gradients are small differences.
         if self.strict:
             return rounding
         if f"{name}_terms" in self.exact:
@@ -196,11 +195,10 @@ class Trial:
         return 2 * rounding if twice else rounding
 
     def _rounding_of_terms(self, name: str) -> float:
-        """What float32 may take away from a result that its terms nearly cancel to.
+        """The error in float32 of a result whose terms nearly cancel.
 
-        Such are sharpened beta and delta, whose kernel subtracts what a row sums to, which is 0 but
-        for a cotangent; and gradients where a query sees one key. The terms are as large as the
-        data make them, and each has been through a few operations.
+        Such results are the corrected beta and delta, from which a kernel subtracts the sum of a
+        row, which is 0 up to a cotangent; and gradients where a query sees one key.
         """
         belongs = self._belongs_to_a_sequence(name)
         terms = 2 * torch.finfo(torch.float32).eps * self.exact[f"{name}_terms"]
@@ -212,10 +210,10 @@ class Trial:
         limits = torch.finfo(rounded.dtype)
         if (rest.double().abs() <= limits.eps / 2 * rounded.double().abs() + limits.tiny).all():
             return []
-        return [f"{name} is more than rounding takes away"]
+        return [f"{name} is larger than a rounding error"]
 
     def _belongs_to_a_sequence(self, name: str) -> Tensor:
-        """Of the shape of an output less its columns."""
+        """Which rows of an output belong to a sequence; of its shape without columns."""
         along = "k" if name in OF_KEYS else "q"
         starts = self.problem.cu_seqlens_k if along == "k" else self.problem.cu_seqlens_q
         batch, rows, heads, _ = self.shapes[along]
@@ -225,7 +223,7 @@ class Trial:
         return belongs.mT if name in ROW_VECTORS else belongs
 
     def _vanishes(self, name: str) -> Tensor:
-        """Where there must be exact zeros; of the shape of an output less its columns."""
+        """Which rows of an output must be exactly zero; of its shape without columns."""
         q, k = self.inputs["q"].view, self.inputs["k"].view
         if name in OF_KEYS:
             return never_seen(self.problem, q, k)
@@ -246,14 +244,15 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def magnitude(exact: Tensor) -> float:
-    """‖exact‖; what is zero up to rounding, such as the gradient of a softmax over one key, is
-    small beside the data, which are about 1.
+    """‖exact‖, at least 1% of that of data of size 1.
+
+    Some results are zero up to rounding, such as the gradient of a softmax over one key.
     """
     return max(float(exact.norm()), 0.01 * max(exact.numel(), 1) ** 0.5)
 
 
-def trial(case: Case, *, strict: bool = False) -> Trial:
-    """A case with its data."""
+def kernel_test(case: Case, *, strict: bool = False) -> KernelTest:
+    """A case with its data and expected outputs."""
     problem, shapes = problem_of(case)
     data = data_of(case, problem, shapes)
     layouts = layouts_of(
@@ -264,10 +263,10 @@ def trial(case: Case, *, strict: bool = False) -> Trial:
         for name, x in data.items()
     }
     values = {name: buffer.view for name, buffer in inputs.items()}
-    # The formula multiplies what is hidden by 0, which in float32 may be infinite.
+    # The formula multiplies masked values by 0; in float32 products with them may be infinite.
     limit = huge(dtype_of(case)) / 2
     not_huge = {name: x.where(x.abs() < limit, 0) for name, x in values.items()}
-    return Trial(
+    return KernelTest(
         case,
         problem,
         shapes,

@@ -1,4 +1,4 @@
-#include "emulated_tensor_map.h"
+#include "tensor_map.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "product_registers.h"
+#include "wgmma_registers.h"
 
 #include <algorithm>
 #include <bit>
@@ -26,47 +26,47 @@ auto find(Registers& registers, const void* address) {
 
 }  // namespace
 
-void complain_of_use_in_flight(const char* instruction, const Place& where) {
+void report_use_in_flight(const char* instruction, const Place& where) {
     fail(self(instruction, where),
-         "its operand comes from an accumulator that a wgmma still works on");
+         "its operand comes from an accumulator of a wgmma that is still in flight");
 }
 
 template <class Value>
-void ProductRegisters::Registers<Value>::remember_at_fence() {
+void WgmmaRegisters::Registers<Value>::store_at_fence() {
     at_fence.assign(address, address + values.size());
 }
 
 template <class Value>
-bool ProductRegisters::Registers<Value>::is_as_at_fence() const {
+bool WgmmaRegisters::Registers<Value>::is_as_at_fence() const {
     return at_fence.empty() ||
            std::memcmp(address, at_fence.data(), at_fence.size() * sizeof(Value)) == 0;
 }
 
 template <class Value>
-void ProductRegisters::Registers<Value>::check_is_unchanged() const {
+void WgmmaRegisters::Registers<Value>::check_is_unchanged() const {
     if (in_flight && !std::equal(values.begin(), values.end(), address))
-        fail(actor, "its factor in registers was changed before the wgmma_wait");
+        fail(actor, "its operand in registers was changed before the wgmma_wait");
 }
 
-void ProductRegisters::start_thread() {
+void WgmmaRegisters::start_thread() {
     accumulators_.clear();
-    factors_.clear();
+    operands_.clear();
     fenced_ = false;
 }
 
-void ProductRegisters::fence() {
+void WgmmaRegisters::fence() {
     for (auto& accumulator : accumulators_)
-        if (!accumulator.in_flight) accumulator.remember_at_fence();
-    for (auto& factor : factors_) factor.remember_at_fence();
+        if (!accumulator.in_flight) accumulator.store_at_fence();
+    for (auto& operand : operands_) operand.store_at_fence();
     fenced_ = true;
 }
 
-void ProductRegisters::check_fenced(const Actor& actor) const {
+void WgmmaRegisters::check_fenced(const Actor& actor) const {
     if (!fenced_)
         fail(actor, "there is no wgmma_fence since the last wgmma_wait, or since the start");
 }
 
-void ProductRegisters::start(const Actor& actor, std::span<float> accumulator, uint32_t number) {
+void WgmmaRegisters::start(const Actor& actor, std::span<float> accumulator, uint32_t number) {
     check_fenced(actor);
     auto known = find(accumulators_, accumulator.data());
     if (known != accumulators_.end() && known->in_flight) {
@@ -93,24 +93,24 @@ void ProductRegisters::start(const Actor& actor, std::span<float> accumulator, u
     known->actor = actor;
 }
 
-void ProductRegisters::start(const Actor& actor, Fragment factor, uint32_t number) {
-    auto known = find(factors_, factor.data());
-    if (known == factors_.end())
-        known = factors_.insert(known, {factor.data(), {}, {}, false, 0, actor});
+void WgmmaRegisters::start(const Actor& actor, Fragment operand, uint32_t number) {
+    auto known = find(operands_, operand.data());
+    if (known == operands_.end())
+        known = operands_.insert(known, {operand.data(), {}, {}, false, 0, actor});
     if (!known->is_as_at_fence())
-        fail(actor, "a factor in registers was changed after the last wgmma_fence");
+        fail(actor, "an operand in registers was changed after the last wgmma_fence");
     known->check_is_unchanged();
-    known->values.assign(factor.begin(), factor.end());
+    known->values.assign(operand.begin(), operand.end());
     known->in_flight = true;
     known->last_product = number;
     known->actor = actor;
 }
 
-std::span<float> ProductRegisters::values(const float* accumulator) {
+std::span<float> WgmmaRegisters::values(const float* accumulator) {
     return find(accumulators_, accumulator)->values;
 }
 
-void ProductRegisters::finish(uint32_t number) {
+void WgmmaRegisters::finish(uint32_t number) {
     for (auto& accumulator : accumulators_) {
         if (!accumulator.in_flight || accumulator.last_product >= number) continue;
         auto* registers = const_cast<float*>(accumulator.address);
@@ -119,24 +119,24 @@ void ProductRegisters::finish(uint32_t number) {
         std::copy(accumulator.values.begin(), accumulator.values.end(), registers);
         accumulator.in_flight = false;
     }
-    for (auto& factor : factors_) {
-        if (!factor.in_flight || factor.last_product >= number) continue;
-        factor.check_is_unchanged();
-        factor.in_flight = false;
+    for (auto& operand : operands_) {
+        if (!operand.in_flight || operand.last_product >= number) continue;
+        operand.check_is_unchanged();
+        operand.in_flight = false;
     }
     fenced_ = false;
 }
 
-void ProductRegisters::check_idle(const Actor& actor, const void* registers) const {
+void WgmmaRegisters::check_idle(const Actor& actor, const void* registers) const {
     const auto accumulator = find(accumulators_, registers);
     if (accumulator != accumulators_.end() && accumulator->in_flight)
-        fail(actor, "pins registers that " + text(accumulator->actor) + " works on");
-    const auto factor = find(factors_, registers);
-    if (factor != factors_.end() && factor->in_flight)
-        fail(actor, "pins registers that " + text(factor->actor) + " reads");
+        fail(actor, "fences registers that " + text(accumulator->actor) + " works on");
+    const auto operand = find(operands_, registers);
+    if (operand != operands_.end() && operand->in_flight)
+        fail(actor, "fences registers that " + text(operand->actor) + " reads");
 }
 
-void ProductRegisters::check_finished() const {
+void WgmmaRegisters::check_finished() const {
     for (const auto& accumulator : accumulators_)
         if (accumulator.in_flight) fail(accumulator.actor, "the thread ends before the wgmma_wait");
 }
