@@ -228,41 +228,41 @@ ELSEWHERE = [
         "lengths that vary",
         True,
         (
-            "jvp_attn/test_attention_compile.py::test_a_compiled_feature_equals_eager",
-            "jvp_attn/test_attention_compile.py::test_inductor_equals_eager",
-            "jvp_attn/test_attention_compile.py::test_lengths_do_not_need_a_graph_each",
+            "jvp_attn/test_compile.py::test_a_compiled_feature_equals_eager",
+            "jvp_attn/test_compile.py::test_inductor_equals_eager",
+            "jvp_attn/test_compile.py::test_lengths_do_not_need_a_graph_each",
         ),
     ),
     Elsewhere(
         "`torch.compile` of another transform of `torch.func`, and a transform of what is compiled",
         True,
-        ("jvp_attn/test_attention_compile.py::test_what_does_not_fit_one_graph_leaves_it",),
+        ("jvp_attn/test_compile.py::test_what_does_not_fit_one_graph_leaves_it",),
     ),
     Elsewhere(
         "the same where `func.grad` is innermost (torch cannot resume the graph)",
         False,
         (
-            "jvp_attn/test_attention_compile.py"
+            "jvp_attn/test_compile.py"
             "::test_torch_raises_within_a_gradient_after_any_break_of_the_graph",
         ),
     ),
     Elsewhere(
         "the same in one graph, `torch.compile(fullgraph=True)`",
         False,
-        ("jvp_attn/test_attention_compile.py::test_what_does_not_fit_one_graph_says_so",),
+        ("jvp_attn/test_compile.py::test_what_does_not_fit_one_graph_says_so",),
     ),
     Elsewhere(
         "the gradient of a gradient of what is compiled",
         False,
         (
-            "jvp_attn/test_attention_compile.py"
+            "jvp_attn/test_compile.py"
             "::test_torch_refuses_the_gradient_of_a_compiled_gradient",
         ),
     ),
     Elsewhere(
         "`torch.autocast`",
         True,
-        ("jvp_attn/test_attention_autocast.py::test_autocast_changes_no_derivative",),
+        ("jvp_attn/test_autocast.py::test_autocast_changes_no_derivative",),
     ),
     Elsewhere(
         "DDP, FSDP2 (`fully_shard`): jvp, gradients through output and tangent",
@@ -273,7 +273,7 @@ ELSEWHERE = [
         "`checkpoint` inside of a jvp, without grad",
         True,
         (
-            "jvp_attn/test_attention_checkpoint.py"
+            "jvp_attn/test_checkpoint.py"
             "::test_a_checkpoint_inside_of_a_jvp_does_nothing_where_no_gradient_is_needed",
         ),
     ),
@@ -281,7 +281,7 @@ ELSEWHERE = [
         "`checkpoint` inside of a jvp, and a gradient through both",
         False,
         (
-            "jvp_attn/test_attention_checkpoint.py"
+            "jvp_attn/test_checkpoint.py"
             "::test_a_checkpoint_inside_of_a_jvp_raises_in_the_backward_pass",
         ),
     ),

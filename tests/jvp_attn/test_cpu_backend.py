@@ -29,7 +29,7 @@ from tests.jvp_attn.attention_cases import (
     peak_and_largest_allocation,
     with_tangents,
 )
-from tests.jvp_attn.map_calls import call_of
+from tests.jvp_attn.primitive_calls import call_of
 
 _cpu = pytest.importorskip("jvp_attn._cpu", reason="the CPU extension is not built")
 

@@ -15,7 +15,7 @@ from jvp_attn.backends import tiled
 from jvp_attn.backends.cuda import CudaBackend
 from tests.jvp_attn.attention_cases import Case, assert_close, named
 from tests.jvp_attn.kernel_recorder import STREAM, Params, Recorder
-from tests.jvp_attn.map_calls import call_of
+from tests.jvp_attn.primitive_calls import call_of
 from tests.jvp_attn.packed_cases import PackedCase
 
 BF16 = torch.bfloat16

@@ -17,7 +17,7 @@ from jvp_attn.backends.kernel_table import KERNELS
 from jvp_attn.types import AttentionOptions, Inputs, Tangents
 from tests.jvp_attn.attention_cases import Case
 from tests.jvp_attn.kernel_recorder import Recorder
-from tests.jvp_attn.map_calls import MapCall, call_of
+from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
 from tests.jvp_attn.packed_cases import PackedCase
 
 SHAPE = (2, 8, 4, 64)  # (batch, seqlen, heads, head_dim)
@@ -152,14 +152,14 @@ TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128_sm90", "backward_dkv_bf
 ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
 
 
-def backward_call(head_dim: int = 128, *, deterministic: bool = False, **changes: Any) -> MapCall:
+def backward_call(head_dim: int = 128, *, deterministic: bool = False, **changes: Any) -> PrimitiveCall:
     case = Case(head_dim=head_dim, head_dim_v=head_dim, dtype=torch.bfloat16, **changes)
     call = call_of(case)
     return replace(call, options=replace(call.options, deterministic=deterministic))
 
 
 def launched_backward(
-    call: MapCall,
+    call: PrimitiveCall,
     capability: tuple[int, int] = (9, 0),
     names: Collection[str] = tuple(KERNELS),
 ) -> list[str]:
@@ -237,7 +237,7 @@ class LooksAtSums(Recorder):
             assert not any((ctypes.c_float * count).from_address(address))
 
 
-def strides_of_sums(call: MapCall) -> dict[str, tuple[int, ...]]:
+def strides_of_sums(call: PrimitiveCall) -> dict[str, tuple[int, ...]]:
     recorder = LooksAtSums()
     call.backward(CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0)))
     return recorder.strides

@@ -23,7 +23,7 @@ from tests.jvp_attn.attention_cases import (
     without_tangents,
 )
 from tests.jvp_attn.emulated_backend import emulated_backend
-from tests.jvp_attn.kinds_of_data import Kind, in_dtype, over_data
+from tests.jvp_attn.data_kinds import Kind, in_dtype, over_data
 from tests.jvp_attn.packed_cases import PackedCase
 
 # ----------------------------------------------------------------------------

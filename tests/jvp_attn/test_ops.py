@@ -25,7 +25,7 @@ from tests.jvp_attn.attention_cases import Case, assert_close, named, projection
 from tests.jvp_attn.composition_checks import metadata
 from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.kernel_recorder import Recorder
-from tests.jvp_attn.map_calls import MapCall, call_of
+from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
 from tests.jvp_attn.packed_cases import PackedCase
 
 CASES: dict[str, Case | PackedCase] = {
@@ -38,14 +38,14 @@ CASES: dict[str, Case | PackedCase] = {
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def full_call(case: Case | PackedCase, backend: str) -> MapCall:
+def full_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
     """All that may be given and asked for."""
     call = call_of(case, backend=backend)
     moves = tuple(t is not None for t in call.tangents)
     return replace(call, needs=(True, True, True, moves[3], *moves))
 
 
-def sparse_call(case: Case | PackedCase, backend: str) -> MapCall:
+def sparse_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
     """As little as may be."""
     call = call_of(replace(case, with_tangent=""), backend=backend, return_lo=False)
     return replace(
@@ -82,7 +82,7 @@ class Noting:
 @over_calls
 @over_cases
 def test_arguments_arrive_in_their_places_and_results_too(
-    case: Case | PackedCase, call_of_case: Callable[..., MapCall]
+    case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall]
 ) -> None:
     directly, through_operators = Noting(), Noting()
     noting = select._Backend(lambda: through_operators, without_data=meta)
@@ -152,7 +152,7 @@ over_backends = pytest.mark.parametrize("backend", BACKENDS)
     ids=[*CASES.keys(), "head dim 256"],
 )
 def test_tensors_without_data_have_the_shapes_strides_and_dtypes_of_real_ones(
-    case: Case | PackedCase, call_of_case: Callable[..., MapCall], backend: str
+    case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall], backend: str
 ) -> None:
     if backend == "cuda":
         case = replace(case, dtype=torch.bfloat16)
@@ -188,7 +188,7 @@ def test_another_dtype_is_refused_for_tensors_without_data_too() -> None:
 # Torch's own checks of operators
 
 
-def arguments_of(call: MapCall) -> dict[str, tuple[Any, ...]]:
+def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
     """What each operator is called with, by its name."""
     out, lse, _, _, out_lo, _ = call.outputs
     options = call.options
@@ -222,7 +222,7 @@ def with_gradients(x: Tensor) -> Tensor:
     ],
     ids=["plain", "sparse", "additive mask", "packed", "cpu", "by kernels"],
 )
-def test_opcheck(call: MapCall) -> None:
+def test_opcheck(call: PrimitiveCall) -> None:
     with BACKENDS[call.options.backend]():
         for name, arguments in arguments_of(call).items():
             if name.startswith("forward"):  # the others have no derivative

@@ -30,7 +30,7 @@ OF_QKV = (True, True, True, False, True, True, True, False)
 
 
 @dataclass(frozen=True)
-class MapCall:
+class PrimitiveCall:
     """All that the maps take; each map takes a part of it.
 
     `backward` is given the outputs and the cotangents that it has in common with
@@ -44,11 +44,11 @@ class MapCall:
     options: AttentionOptions
     needs: Needs = OF_QKV
 
-    def changed(self, part: str, **tensors: Tensor | None) -> MapCall:
+    def changed(self, part: str, **tensors: Tensor | None) -> PrimitiveCall:
         """With other tensors in one of the parts: `changed("cotangents", lse=None)`."""
         return replace(self, **{part: getattr(self, part)._replace(**tensors)})
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> MapCall:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> PrimitiveCall:
         """The function applied to every tensor."""
         parts = ("inputs", "tangents", "outputs", "cotangents")
         return replace(
@@ -86,7 +86,7 @@ class MapCall:
         )
 
 
-def call_of(case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool = True) -> MapCall:
+def call_of(case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool = True) -> PrimitiveCall:
     """A call with the data of a case; cotangents are made of its outputs.
 
     Its outputs are those of the backend `tiled`, with return_lo of zeros.
@@ -101,7 +101,7 @@ def call_of(case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool =
         longest = tuple(max(x, default=0) for x in (case.seqlens_q, case.seqlens_k))
         options = replace(options, max_seqlens=longest)
     out, lse, tout, mu, *_ = tiled.forward_jvp(inputs, tangents, options)
-    return MapCall(
+    return PrimitiveCall(
         inputs,
         tangents,
         JvpOutputs(out, lse, tout, mu, out.new_zeros(out.shape), out.new_zeros(out.shape)),

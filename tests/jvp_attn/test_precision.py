@@ -18,7 +18,7 @@ from tests.jvp_attn.attention_cases import (
     projection,
     relative_error,
 )
-from tests.jvp_attn.kinds_of_data import Kind, in_dtype, over_data
+from tests.jvp_attn.data_kinds import Kind, in_dtype, over_data
 from tests.jvp_attn.packed_cases import PackedCase
 
 

@@ -24,7 +24,7 @@ from jvp_attn.backends import meta, select, tiled
 from jvp_attn.types import Inputs, JvpOutputs, Outputs, Tangents
 from tests.jvp_attn.attention_cases import Case, assert_close, named
 from tests.jvp_attn.packed_cases import PackedCase
-from tests.jvp_attn.test_attention_func_transforms import Derivative, over_derivatives
+from tests.jvp_attn.test_func_transforms import Derivative, over_derivatives
 
 CASE = Case(seqlen_q=3, seqlen_k=2, head_dim=2, head_dim_v=1)
 MASKED = replace(CASE, mask="additive", mask_dims=".h.k")
