@@ -295,7 +295,7 @@ def assert_close(actual: Named, expected: Named, tolerance: float = 1e-12) -> No
 
 
 @contextmanager
-def small_blocks(scores: int, rows: int) -> Iterator[None]:
+def small_tiles(scores: int, rows: int) -> Iterator[None]:
     """Cut attention into blocks of about so many scores and no fewer rows, at any length."""
     with mock.patch.multiple(tiles, _CPU_BLOCK=scores, _GPU_BLOCK=scores, _MIN_ROWS=rows):
         yield

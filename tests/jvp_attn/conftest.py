@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import jvp_attn
+from jvp_attn.backends.cuda import CudaBackend
 from tests.jvp_attn.emulated_backend import emulated_backend
+from tests.jvp_attn.kernel_recorder import Recorder
 
 # Test files whose tests run with each of the three, but for tests that take a backend themselves.
 BY_ALL_BACKENDS = {
@@ -53,3 +56,23 @@ def computed_by(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip("the CPU extension is not built")
     with emulated_backend() if name == "emulated" else jvp_attn.backend(name):
         yield
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """Stands in for the CUDA extension and records the launches of `cuda`."""
+    return Recorder()
+
+
+@pytest.fixture
+def cuda(recorder: Recorder) -> CudaBackend:
+    """The CUDA backend, whose kernels are recorded and compute nothing."""
+    return CudaBackend(recorder, recorder.stream_of)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile has compiled nothing before the test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

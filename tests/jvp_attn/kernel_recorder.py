@@ -64,6 +64,11 @@ class Recorder:
         return [name for name, _, _ in self.launches]
 
     @property
+    def steps(self) -> list[str]:
+        """The launched kernels without dtype and head dim."""
+        return [name.partition("_bf16")[0] for name in self.names]
+
+    @property
     def fields(self) -> dict[str, Any]:
-        """What the last kernel was given."""
+        """The fields of the last launch."""
         return self.launches[-1][1]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -24,6 +25,8 @@ from jvp_attn.types import (
 )
 from tests.jvp_attn.attention_cases import INPUTS, Case
 from tests.jvp_attn.packed_cases import PackedCase
+
+BF16 = torch.bfloat16
 
 # Gradients of q, k, v and their tangents; none of a mask.
 OF_QKV = (True, True, True, False, True, True, True, False)
@@ -86,7 +89,9 @@ class PrimitiveCall:
         )
 
 
-def call_of(case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool = True) -> PrimitiveCall:
+def call_of(
+    case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool = True
+) -> PrimitiveCall:
     """A call with the data of a case; cotangents are made of its outputs.
 
     Its outputs are those of the backend `tiled`, with return_lo of zeros.
@@ -108,6 +113,15 @@ def call_of(case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool =
         Cotangents(out=tout, lse=mu, tout=out, mu=lse.sigmoid()),
         options,
     )
+
+
+def bf16_case(head_dim: int = 64, **changes: Any) -> Case:
+    """A case with the same head dim for all, in bfloat16 unless changed."""
+    return Case(head_dim=head_dim, head_dim_v=head_dim, **{"dtype": BF16, **changes})
+
+
+def bf16_packed_case(**changes: Any) -> PackedCase:
+    return PackedCase(head_dim=64, head_dim_v=64, dtype=BF16, **changes)
 
 
 def causal_of(case: Case | PackedCase) -> Causal:

@@ -124,7 +124,7 @@ def of_layer(
 
 
 @pytest.mark.parametrize("backward_in", [nullcontext, autocast], ids=["outside", "inside"])
-def test_behind_a_layer_attention_is_in_half_precision(backward_in: Any) -> None:
+def test_after_a_linear_layer_attention_runs_in_half_precision(backward_in: Any) -> None:
     found = of_layer(projected, forward_in=autocast, backward_in=backward_in)
     (out, lse), _, gradients = found
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
@@ -132,7 +132,7 @@ def test_behind_a_layer_attention_is_in_half_precision(backward_in: Any) -> None
     assert_close(named(found), named(of_layer(in_bfloat16(projected))), tolerance=0)
 
 
-def test_a_layer_for_some_arguments_only_is_an_error() -> None:
+def test_mixed_dtypes_from_autocast_raise() -> None:
     q, k, v = point_and_direction()[0]
     with autocast(), pytest.raises(TypeError, match=r"k has dtype torch\.bfloat16 but q has"):
         flash_attn_jvp(q, F.linear(k, torch.eye(SHAPE[3])), v)
@@ -145,7 +145,7 @@ def test_a_checkpoint_restores_autocast() -> None:
 
 
 @pytest.mark.parametrize("where", ["around", "within"])
-def test_autocast_is_compiled(where: str) -> None:
+def test_autocast_compiles(where: str) -> None:
     def compiled(f: Callable[..., Any], *x: Tensor) -> Any:
         def under_autocast(*x: Tensor) -> Any:
             with autocast():
@@ -176,7 +176,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", AS_TORCH)
-def test_dtypes_are_those_of_torch(
+def test_output_dtypes_are_those_of_torch(
     function: Callable[..., Tensor], dtype: torch.dtype, enabled: bool
 ) -> None:
     x = [y.detach().to(dtype) for y in point_and_direction()[0]]
@@ -197,7 +197,7 @@ def test_torchs_interface_casts_primals_and_tangents(function: Callable[..., Ten
 
 
 @pytest.mark.parametrize("function", AS_TORCH)
-def test_torchs_interface_may_get_what_some_layers_cast(function: Callable[..., Tensor]) -> None:
+def test_torchs_interface_accepts_mixed_dtypes(function: Callable[..., Tensor]) -> None:
     q, k, v = point_and_direction()[0]
     with autocast():
         assert_close(

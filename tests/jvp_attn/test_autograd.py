@@ -19,7 +19,7 @@ from tests.jvp_attn.attention_cases import (
     assert_close,
     energy,
     named,
-    small_blocks,
+    small_tiles,
 )
 
 CASES = {
@@ -163,12 +163,12 @@ DERIVATIVES = [
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("derivative", DERIVATIVES, ids=lambda derivative: derivative.__name__)
-def test_derivative_is_that_of_the_naive_formula(
+def test_derivatives_equal_the_naive_formula(
     derivative: Callable[[Attention, Named], Any], case: Case
 ) -> None:
     def leaves() -> Named:
         return {name: x.requires_grad_() for name, x in case.data().items()}
 
-    with small_blocks(scores=1, rows=2):
+    with small_tiles(scores=1, rows=2):
         ours = derivative(case.ours, leaves())
     assert_close(named(ours), named(derivative(case.naive, leaves())))

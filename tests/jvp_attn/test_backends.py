@@ -20,7 +20,7 @@ from tests.jvp_attn.attention_cases import Case
 
 
 @pytest.fixture(autouse=True)
-def extension_is_looked_for_again() -> Iterator[None]:
+def fresh_extension_lookup() -> Iterator[None]:
     select._why_no_extension.cache_clear()
     select._why_no_cpu_extension.cache_clear()
     yield
@@ -78,14 +78,14 @@ def thrice_differentiated(out: Tensor, q: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("no_extension", "no_cpu_extension")
-def test_without_extensions_tiled_is_what_runs_automatically() -> None:
+def test_without_extensions_the_default_is_tiled() -> None:
     assert jvp_attn.current_backend() == "automatic"
     assert jvp_attn.available_backends() == ("tiled", "math")
     with pytest.raises(NotImplementedError):
         thrice_differentiated(*attention_of_q())
 
 
-def test_backward_passes_keep_the_backend_of_their_forward_pass() -> None:
+def test_the_backward_pass_uses_the_backend_of_its_forward_pass() -> None:
     with jvp_attn.backend("math"):
         by_math = attention_of_q()
     thrice_differentiated(*by_math)
@@ -95,7 +95,7 @@ def test_backward_passes_keep_the_backend_of_their_forward_pass() -> None:
         thrice_differentiated(*by_blocks)
 
 
-def test_blocks_nest_and_end_also_where_one_raises() -> None:
+def test_with_blocks_nest_and_end_on_an_exception() -> None:
     with jvp_attn.backend("math"):
         with jvp_attn.backend("tiled"):
             assert jvp_attn.current_backend() == "tiled"
@@ -105,7 +105,9 @@ def test_blocks_nest_and_end_also_where_one_raises() -> None:
     assert jvp_attn.current_backend() == "automatic"
 
 
-def test_the_environment_chooses_where_no_block_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_chooses_the_backend_outside_of_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("JVP_ATTN_BACKEND", "math")
     assert jvp_attn.current_backend() == "math"
     thrice_differentiated(*attention_of_q())
@@ -113,7 +115,7 @@ def test_the_environment_chooses_where_no_block_does(monkeypatch: pytest.MonkeyP
         thrice_differentiated(*attention_of_q())
 
 
-def test_an_empty_environment_variable_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_environment_variable_keeps_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_BACKEND", "")
     assert jvp_attn.current_backend() == "automatic"
 
@@ -122,7 +124,7 @@ ALLOWED = "it must be one of automatic, tiled, math"
 
 
 @pytest.mark.usefixtures("no_extension", "no_cpu_extension")
-def test_an_unknown_backend_is_refused() -> None:
+def test_an_unknown_backend_raises() -> None:
     with (
         pytest.raises(ValueError, match=f"backend is 'cuda9'; {ALLOWED}"),
         jvp_attn.backend("cuda9"),
@@ -132,7 +134,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("no_extension", "no_cpu_extension")
-def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_backend_in_the_environment_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JVP_ATTN_BACKEND", "cuda9")
     with pytest.raises(ValueError, match=f"variable JVP_ATTN_BACKEND is 'cuda9'; {ALLOWED}"):
         attention_of_q()
@@ -153,13 +155,13 @@ ON_CPU = torch.zeros(2, 8, 2, 64)
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_on_a_cpu_its_kernels_run_automatically(dtype: torch.dtype) -> None:
+def test_on_a_cpu_the_default_is_the_cpu_kernels(dtype: torch.dtype) -> None:
     assert jvp_attn.available_backends() == ("tiled", "cpu", "math")
     assert select.resolve_backend(ON_CPU.to(dtype), ON_CPU.to(dtype)) == "cpu"
 
 
 @pytest.mark.usefixtures("no_cpu_extension")
-def test_cpu_without_the_extension_is_refused_with_the_reason() -> None:
+def test_cpu_without_the_extension_raises_with_the_reason() -> None:
     assert select.resolve_backend(ON_CPU, ON_CPU) == "tiled"
     message = r"math \(the CPU extension is not installed \(.*jvp_attn\._cpu.*\)\)"
     with pytest.raises(ValueError, match=message), jvp_attn.backend("cpu"):
@@ -167,7 +169,7 @@ def test_cpu_without_the_extension_is_refused_with_the_reason() -> None:
 
 
 @needs_cpu_extension
-def test_cpu_is_refused_where_it_cannot_compute() -> None:
+def test_cpu_raises_for_problems_it_cannot_compute() -> None:
     on_meta, too_long = ON_CPU.to("meta"), ON_CPU[:1, :1].expand(1, 2**30, 2, 64)
     assert select.resolve_backend(on_meta, on_meta) == "tiled"
     assert select.resolve_backend(ON_CPU, too_long) == "tiled"
@@ -183,13 +185,13 @@ def test_cpu_is_refused_where_it_cannot_compute() -> None:
 
 
 @pytest.mark.usefixtures("no_extension", "no_cpu_extension")
-def test_cuda_without_the_extension_is_refused_with_the_reason() -> None:
+def test_cuda_without_the_extension_raises_with_the_reason() -> None:
     message = rf"{ALLOWED} \(the CUDA extension is not installed \(.*jvp_attn\._C.*\)\)"
     with pytest.raises(ValueError, match=message), jvp_attn.backend("cuda"):
         pass
 
 
-def test_an_extension_with_other_kernels_is_not_used(extension: SimpleNamespace) -> None:
+def test_an_extension_of_another_version_is_not_used(extension: SimpleNamespace) -> None:
     extension.kernels = lambda: dict.fromkeys(set(KERNELS) - {"backward_dq_bf16_d64"})
     assert jvp_attn.available_backends() == ("tiled", "math")
     message = "not of this version .it has no kernel backward_dq_bf16_d64"
@@ -198,7 +200,7 @@ def test_an_extension_with_other_kernels_is_not_used(extension: SimpleNamespace)
 
 
 @pytest.mark.usefixtures("extension")
-def test_on_a_gpu_half_precision_runs_on_cuda_automatically(gpu: dict[str, Any]) -> None:
+def test_on_a_gpu_the_default_in_half_precision_is_cuda(gpu: dict[str, Any]) -> None:
     assert jvp_attn.available_backends() == ("tiled", "cuda", "math")
     for dtype in (torch.bfloat16, torch.float16):
         assert select.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "cuda"
@@ -209,12 +211,12 @@ def test_on_a_gpu_half_precision_runs_on_cuda_automatically(gpu: dict[str, Any])
 
 
 @pytest.mark.usefixtures("no_extension", "gpu")
-def test_on_a_gpu_without_the_extension_tiled_runs() -> None:
+def test_on_a_gpu_without_the_extension_the_default_is_tiled() -> None:
     assert select.resolve_backend(on_gpu(), on_gpu()) == "tiled"
 
 
 @pytest.mark.usefixtures("extension")
-def test_cuda_is_refused_where_it_cannot_compute(gpu: dict[str, Any]) -> None:
+def test_cuda_raises_for_problems_it_cannot_compute(gpu: dict[str, Any]) -> None:
     def refusal(q: Tensor) -> str:
         refused_by = pytest.raises(ValueError, match="backend 'cuda' cannot compute this: ")
         with jvp_attn.backend("cuda"), refused_by as refused:
@@ -228,12 +230,12 @@ def test_cuda_is_refused_where_it_cannot_compute(gpu: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("extension")
-def test_attention_on_the_wrong_device_is_refused() -> None:
+def test_attention_on_the_wrong_device_raises() -> None:
     with jvp_attn.backend("cuda"), pytest.raises(ValueError, match="q is on cpu"):
         attention_of_q()
 
 
-def test_a_backend_without_maps_has_no_functions() -> None:
+def test_autograd_functions_raise_for_the_math_backend() -> None:
     options = jvp_attn.AttentionOptions(1.0, backend="math")
     with pytest.raises(ValueError, match="backend 'math' has no attention maps"):
         jvp_attn.FlashAttention.apply(*Case().primals().values(), options)

@@ -114,7 +114,7 @@ def test_a_checkpoint_changes_nothing(derivative: Callable[[Call], Any]) -> None
     assert_close(named(derivative(checkpointed)), named(derivative(kept)), tolerance=0)
 
 
-def test_attention_is_computed_once_more_with_its_tangent() -> None:
+def test_attention_and_its_tangent_are_recomputed_once() -> None:
     with Calls() as calls:
         around_the_jvp(checkpointed)
     assert calls.counts == {"forward_jvp": 2 * 2, "jvp_backward": 2}
@@ -158,20 +158,20 @@ def jvp_around_checkpoints(call: Call) -> Any:
 
 
 @not_before_2_13
-def test_a_checkpoint_inside_of_a_jvp_does_nothing_where_no_gradient_is_needed() -> None:
+def test_a_checkpoint_inside_a_jvp_changes_nothing_without_grad() -> None:
     with torch.no_grad():
         (found, _), (expected, _) = map(jvp_around_checkpoints, (checkpointed, kept))
     assert_close(named(found), named(expected), tolerance=0)
 
 
 @not_before_2_13
-def test_a_checkpoint_inside_of_a_jvp_raises_in_the_backward_pass() -> None:
+def test_a_checkpoint_inside_a_jvp_raises_in_the_backward_pass() -> None:
     y, inputs = jvp_around_checkpoints(checkpointed)
     with pytest.raises(CheckpointError, match="different number of tensors"):
         torch.autograd.grad(energy(y), inputs)
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
-def test_a_reentrant_checkpoint_raises_inside_of_a_jvp(with_grad: bool) -> None:
+def test_a_reentrant_checkpoint_inside_a_jvp_raises(with_grad: bool) -> None:
     with torch.set_grad_enabled(with_grad), pytest.raises(RuntimeError, match="setup_context"):
         jvp_around_checkpoints(partial(checkpoint, use_reentrant=True))

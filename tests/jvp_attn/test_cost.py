@@ -25,7 +25,7 @@ from tests.jvp_attn.attention_cases import (
     part,
     peak_and_largest_allocation,
     projection,
-    small_blocks,
+    small_tiles,
     with_tangents,
     without_tangents,
 )
@@ -102,9 +102,7 @@ def matrix_products(of: Callable[[], object]) -> int:
         ("qkvm", 6),
     ],
 )
-def test_forward_with_tangent_has_as_many_products_as_it_needs(
-    with_tangent: str, count: int
-) -> None:
+def test_forward_jvp_computes_no_needless_products(with_tangent: str, count: int) -> None:
     case = Case(with_tangent=with_tangent, mask="additive" if "m" in with_tangent else None)
     data = case.data()
     assert matrix_products(lambda: with_tangents(case.ours, data)) == count
@@ -112,7 +110,7 @@ def test_forward_with_tangent_has_as_many_products_as_it_needs(
         assert matrix_products(lambda: with_tangents(case.ours, data)) == count
 
 
-def test_forward_has_2_products_and_forward_and_backward_7() -> None:
+def test_forward_has_2_products_and_backward_5() -> None:
     case = Case()
     primals = case.primals()
     assert matrix_products(lambda: case.ours(**primals)) == 2
@@ -122,7 +120,7 @@ def test_forward_has_2_products_and_forward_and_backward_7() -> None:
     assert both == 2 + 5
 
 
-def test_forward_and_backward_with_all_tangents_have_21_products() -> None:
+def test_forward_jvp_has_6_products_and_its_backward_15() -> None:
     case = Case()
     data = case.data()
     assert matrix_products(lambda: outputs_and_gradients(case.ours, data)) == 6 + 15
@@ -135,7 +133,7 @@ def test_masks_and_their_gradients_need_no_products(case: Case) -> None:
     assert matrix_products(lambda: outputs_and_gradients(case.ours, data)) == 6 + 15
 
 
-def test_the_gradient_of_a_mask_alone_takes_2_products() -> None:
+def test_the_gradient_of_a_mask_alone_needs_2_products() -> None:
     case = Case(mask="additive")
     data = case.primals()
     mask = data["attn_mask"].requires_grad_()
@@ -144,7 +142,7 @@ def test_the_gradient_of_a_mask_alone_takes_2_products() -> None:
     assert matrix_products(lambda: torch.autograd.grad(loss, mask)) == 2  # Q Kᵀ and gO Vᵀ
 
 
-def test_gradients_of_tangents_that_are_constant_cost_nothing() -> None:
+def test_constant_tangents_need_no_gradient_products() -> None:
     case = Case()
 
     def constant_tangents(attention: Attention, leaves: Named) -> dict[str, Tensor]:
@@ -188,7 +186,7 @@ def times(n: int, x: Tensor) -> Tensor:
     ("directions", "batch", "passes"),
     [(5, 1, 1), (5, 2, 2), (2, 5, 2)],
 )
-def test_directions_take_one_pass_or_one_for_each_of_the_batch_if_that_is_less(
+def test_vmapped_directions_take_at_most_one_pass_per_batch_element(
     directions: int, batch: int, passes: int
 ) -> None:
     case = Case(batch=batch)
@@ -200,7 +198,7 @@ def test_directions_take_one_pass_or_one_for_each_of_the_batch_if_that_is_less(
     assert matrix_products(along_all) == 6 * passes
 
 
-def test_vmap_over_all_but_a_mask_that_is_the_same_for_the_batch_takes_one_pass() -> None:
+def test_vmap_with_a_shared_mask_takes_one_pass() -> None:
     case = Case(mask="boolean", mask_dims=".h.k")
     *x, mask = case.primals().values()
     mapped = [times(3, y) for y in x]
@@ -209,7 +207,7 @@ def test_vmap_over_all_but_a_mask_that_is_the_same_for_the_batch_takes_one_pass(
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("mask_dims", ["bhqk", ".h.k"])
-def test_directions_share_the_memory_of_the_primals(mask_dims: str, batch: int) -> None:
+def test_vmapped_directions_share_the_memory_of_the_primals(mask_dims: str, batch: int) -> None:
     case = Case(batch=batch, mask="additive", mask_dims=mask_dims)
     data = case.data()
     primals = part(data, INPUTS.values())
@@ -253,23 +251,23 @@ def operations(case: Case | PackedCase) -> tuple[int, int]:
     return forward.operations, both.operations
 
 
-def test_operations_are_12_and_30_times_batch_heads_seqlens_and_head_dim() -> None:
+def test_flops_are_12_and_30_times_batch_heads_seqlens_and_head_dim() -> None:
     case = Case(batch=2, seqlen_q=30, seqlen_k=50, heads=4, heads_k=2, head_dim=8, head_dim_v=8)
     unit = 2 * 4 * 30 * 50 * 8
-    with small_blocks(scores=200, rows=1):
+    with small_tiles(scores=200, rows=1):
         assert operations(case) == (12 * unit, 12 * unit + 30 * unit)
 
 
-def test_causal_attention_takes_about_half_the_operations() -> None:
+def test_causal_attention_takes_about_half_the_flops() -> None:
     full = Case(batch=1, seqlen_q=64, seqlen_k=64)
-    with small_blocks(scores=1, rows=8):
+    with small_tiles(scores=1, rows=8):
         for operations_full, operations_causal in zip(
             operations(full), operations(replace(full, causal=True)), strict=True
         ):
             assert operations_causal < 0.55 * operations_full
 
 
-def test_packed_sequences_meet_their_own_keys_only() -> None:
+def test_packed_sequences_attend_to_their_own_keys_only() -> None:
     case = PackedCase(seqlens_q=(30, 1, 0), seqlens_k=(50, 7, 4), head_dim=8, head_dim_v=8)
     unit = 4 * (30 * 50 + 1 * 7) * 8
     assert operations(case) == (12 * unit, 12 * unit + 30 * unit)
@@ -284,7 +282,7 @@ def test_memory_is_linear_in_the_sequence_length(causal: bool) -> None:
     def memory(seqlen: int) -> tuple[int, int]:
         case = Case(1, seqlen, seqlen, 2, 1, 4, 4, causal=causal, dtype=torch.float32)
         data = case.data()
-        with small_blocks(scores=2**12, rows=4):
+        with small_tiles(scores=2**12, rows=4):
             return peak_and_largest_allocation(lambda: outputs_and_gradients(case.ours, data))
 
     (peak, largest), (peak_of_twice, largest_of_twice) = memory(512), memory(1024)

@@ -41,7 +41,7 @@ FEW_QUERIES = Case(1, 20, 5000, 2, 1, 16, 16, dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_afterwards() -> Iterator[None]:
+def restore_number_of_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -74,13 +74,13 @@ def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_keys_in_parts_are_those_of_the_naive_formula(causal: bool) -> None:
+def test_split_keys_equal_the_naive_formula(causal: bool) -> None:
     case = replace(FEW_QUERIES, causal=causal, dtype=torch.float64)
     data = case.data()
     assert_close(with_tangents(case.ours, data), with_tangents(case.naive, data))
 
 
-def test_there_are_as_many_threads_as_torch_has() -> None:
+def test_the_number_of_threads_is_torchs() -> None:
     used = []
 
     def noting(params: Any, instruction_set: str) -> None:
@@ -94,7 +94,7 @@ def test_there_are_as_many_threads_as_torch_has() -> None:
     assert used == [1, 3]
 
 
-def test_threads_are_those_that_torch_has_already() -> None:
+def test_no_threads_start_beyond_torchs() -> None:
     """Others would share the processors with torch's, which go on turning when they are done."""
     x = tuple(replace(LARGE, seqlen_q=1500, seqlen_k=1500).primals().values())
     torch.set_num_threads(4)
@@ -119,7 +119,7 @@ def attention_in_a_child(x: tuple[Tensor, ...], answer: Connection) -> None:
     answer.send(flash_attn_jvp(*x).numpy())
 
 
-def test_a_forked_process_computes_too() -> None:
+def test_attention_works_in_a_forked_process() -> None:
     x = tuple(LARGE.primals().values())
     torch.set_num_threads(4)
     expected = flash_attn_jvp(*x)  # with threads, in the parent
@@ -135,7 +135,7 @@ def test_a_forked_process_computes_too() -> None:
         child.join()
 
 
-def test_a_process_forked_before_the_package_is_loaded_computes_too() -> None:
+def test_attention_works_in_a_process_forked_before_the_import() -> None:
     """It has none of torch's threads, and OpenMP, which believes that it has, waits for them.
 
     So does torch itself, but for tensors as small as these.
@@ -160,14 +160,16 @@ os._exit(not torch.allclose(flash_attn_jvp(x, x, x), x))
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_instruction_set_computes_the_same(dtype: torch.dtype, instruction_set: str) -> None:
+def test_every_instruction_set_gives_the_same_result(
+    dtype: torch.dtype, instruction_set: str
+) -> None:
     call = call_of(replace(LARGE, dtype=dtype), backend="cpu", return_lo=False)
     fastest, this = (call.forward_jvp(CpuBackend(_cpu, x)) for x in (None, instruction_set))
     tolerance = 20 * torch.finfo(dtype).eps
     assert_close(named(this), named(fastest), tolerance)
 
 
-def test_an_instruction_set_of_another_machine_is_refused() -> None:
+def test_an_instruction_set_that_the_cpu_lacks_raises() -> None:
     call = call_of(Case(), backend="cpu")
     with pytest.raises(ValueError, match="does not run instruction set amx"):
         call.forward(CpuBackend(_cpu, "amx"))
@@ -190,7 +192,7 @@ def test_rows_that_are_contiguous_are_not_copied(layout: str) -> None:
     assert_close({"out": flash_attn_jvp(*x)}, {"out": flash_attn_jvp(*(y.clone() for y in x))}, 0)
 
 
-def test_a_last_dimension_with_gaps_is_copied_and_right() -> None:
+def test_a_strided_last_dimension_is_copied() -> None:
     x = [y.repeat_interleave(2, 3)[..., ::2] for y in LARGE.primals().values()]
     with jvp_attn.backend("tiled"):
         expected = flash_attn_jvp(*x)

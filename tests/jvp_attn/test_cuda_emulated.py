@@ -24,8 +24,8 @@ from tests.jvp_attn.attention_cases import (
     with_tangents,
     without_tangents,
 )
-from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.data_kinds import Kind, in_dtype, offset, over_data
+from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.packed_cases import PackedCase
 
 BF16 = torch.bfloat16
@@ -56,7 +56,7 @@ def ours_and_exact(
 
 @pytest.mark.usefixtures("only_kernels")
 @over_data
-def test_gradients_through_all_outputs(kind: Kind) -> None:
+def test_gradients_through_all_outputs_are_exact_to_two_roundings(kind: Kind) -> None:
     case = Case(2, 33, 80, heads=4, heads_k=1, head_dim=40, head_dim_v=24)
     data = in_dtype(kind(case.data()), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data))
@@ -64,21 +64,21 @@ def test_gradients_through_all_outputs(kind: Kind) -> None:
 
 @pytest.mark.usefixtures("only_kernels")
 @over_data
-def test_gradients_without_tangents(kind: Kind) -> None:
+def test_gradients_without_tangents_are_exact_to_two_roundings(kind: Kind) -> None:
     case = Case(1, 70, 80, heads=2, heads_k=1, head_dim=64, head_dim_v=64, causal=True)
     data = in_dtype(part(kind(case.data()), ("q", "k", "v")), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data, without_tangents))
 
 
 @pytest.mark.usefixtures("only_kernels")
-def test_causal_as_torch_aligns_it() -> None:
+def test_causal_aligned_at_the_top_left() -> None:
     case = Case(1, 40, 70, 2, 1, head_dim=32, head_dim_v=32, causal=True, torchs_interface=True)
     assert_exact_to_two_roundings(*ours_and_exact(case, in_dtype(case.data(), BF16)))
 
 
 @pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("evaluate", [with_tangents, without_tangents])
-def test_the_means_of_q_and_k_stay_out_of_the_gradients(evaluate: Evaluate) -> None:
+def test_large_means_of_q_and_k_do_not_degrade_the_gradients(evaluate: Evaluate) -> None:
     """Without residuals these gradients are wrong by a fifth and more."""
     case = Case(1, 64, 128, heads=1, heads_k=1, head_dim=64, head_dim_v=64)
     data = offset(case.data())
@@ -88,7 +88,7 @@ def test_the_means_of_q_and_k_stay_out_of_the_gradients(evaluate: Evaluate) -> N
     assert_exact_to_two_roundings(*ours_and_exact(case, data, evaluate))
 
 
-def test_at_head_dim_256_a_tangent_takes_two_kernels_and_its_gradient_is_tiled() -> None:
+def test_at_head_dim_256_the_jvp_takes_two_kernels_and_its_backward_is_tiled() -> None:
     case = Case(1, 20, 40, heads=2, heads_k=1, head_dim=160, head_dim_v=256)
     data = in_dtype(offset(case.data()), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data))
@@ -124,7 +124,7 @@ def beside(mask: Tensor, evaluate: Evaluate = with_tangents) -> Evaluate:
 
 @pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("case", MASKED.values(), ids=MASKED.keys())
-def test_gradients_beside_a_mask(case: Case) -> None:
+def test_gradients_with_a_constant_mask(case: Case) -> None:
     data = in_dtype(offset(case.data()), BF16)
     mask = data.pop("attn_mask")
     assert_exact_to_two_roundings(*ours_and_exact(case, data, beside(mask)))
@@ -133,7 +133,7 @@ def test_gradients_beside_a_mask(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("only_kernels")
-def test_a_mask_may_be_more_precise_than_what_it_masks() -> None:
+def test_a_mask_may_be_more_precise_than_the_inputs() -> None:
     case = MASKED["additive"]
     data = case.data()
     mask = data.pop("attn_mask").float()
@@ -141,7 +141,7 @@ def test_a_mask_may_be_more_precise_than_what_it_masks() -> None:
 
 
 @pytest.mark.usefixtures("only_kernels")
-def test_at_head_dim_256_a_tangent_beside_a_mask_takes_two_kernels() -> None:
+def test_at_head_dim_256_the_jvp_with_a_mask_takes_two_kernels() -> None:
     case = replace(PLAIN, mask="boolean", head_dim=256, head_dim_v=160)
     data = in_dtype(offset(case.data()), BF16)
     exact = with_tangents(case.naive, in_dtype(data, torch.float64))
@@ -149,7 +149,7 @@ def test_at_head_dim_256_a_tangent_beside_a_mask_takes_two_kernels() -> None:
 
 
 @pytest.mark.parametrize("dims", ["bhqk", "h.k"])
-def test_tangents_and_gradients_of_a_mask_go_with_those_of_the_kernels(dims: str) -> None:
+def test_a_mask_with_tangent_and_gradient_agrees_with_the_kernels(dims: str) -> None:
     case = replace(PLAIN, mask="additive", mask_dims=dims, with_tangent="qkvm")
     data = in_dtype(offset(case.data()), BF16)
     assert_exact_to_two_roundings(*ours_and_exact(case, data))
@@ -201,14 +201,14 @@ def test_packed_sequences_of_head_dim_256() -> None:
     ],
     ids=["one kernel", "two kernels", "masked", "packed"],
 )
-def test_without_grad_the_same_comes_out(case: Case | PackedCase) -> None:
+def test_results_without_grad_are_the_same(case: Case | PackedCase) -> None:
     data = in_dtype(case.data(), BF16)
     with torch.no_grad():
         without = with_tangents(case.ours, data)
     assert_close(without, with_tangents(case.ours, data), tolerance=0)
 
 
-def test_missing_residuals_do_not_change_a_gradient() -> None:
+def test_missing_low_order_parts_do_not_change_a_gradient() -> None:
     case = Case(1, 20, 30, head_dim=64, head_dim_v=64)
     q, k, v, tq, tk, tv = (y.to(BF16).requires_grad_() for y in offset(case.data()).values())
     inputs, tangents = (q, k, v, None, None, None), (tq, tk, tv, None)

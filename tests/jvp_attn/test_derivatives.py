@@ -49,13 +49,13 @@ over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 @over_cases
-def test_all_that_derives_from_attention_is_that_of_the_naive_formula(case: Case) -> None:
+def test_outputs_tangents_and_gradients_equal_the_naive_formula(case: Case) -> None:
     data = case.data()
     assert_close(outputs_and_gradients(case.ours, data), outputs_and_gradients(case.naive, data))
 
 
 @over_cases
-def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(case: Case) -> None:
+def test_out_its_tangent_and_gradients_through_both_equal_torch(case: Case) -> None:
     data = case.data()
     ours = outputs_and_gradients(case.ours, data, through=projection("out", "out_tangent"))
     del ours["lse"], ours["mu"]  # torch has no such outputs
@@ -64,7 +64,7 @@ def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(case: Cas
 
 @pytest.mark.parametrize("case", [Case(), Case(seqlen_q=9, causal=True)], ids=["full", "causal"])
 @pytest.mark.parametrize("names", [("out",), ("lse",), ("out", "lse")], ids="+".join)
-def test_gradients_without_tangents_are_those_of_the_naive_formula(
+def test_gradients_without_tangents_equal_the_naive_formula(
     case: Case, names: tuple[str, ...]
 ) -> None:
     data = case.primals()
@@ -77,7 +77,9 @@ def test_gradients_without_tangents_are_those_of_the_naive_formula(
 
 @pytest.mark.parametrize("with_tangent", ["qkv", "q", "kv"])
 @pytest.mark.parametrize("name", ["out", "lse", "out_tangent", "mu"])
-def test_each_output_alone_has_its_gradients(name: str, with_tangent: str) -> None:
+def test_gradients_through_each_output_alone_equal_the_naive_formula(
+    name: str, with_tangent: str
+) -> None:
     case = Case(with_tangent=with_tangent, seqlen_q=9, causal=True)
     ours, naive = (
         outputs_and_gradients(f, case.data(), through=projection(name))
@@ -87,7 +89,7 @@ def test_each_output_alone_has_its_gradients(name: str, with_tangent: str) -> No
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "tq", "tk", "tv", "q tv", "k tk v"])
-def test_gradients_that_are_not_wanted_change_nothing(wanted: str) -> None:
+def test_leaving_out_gradients_does_not_change_the_others(wanted: str) -> None:
     case = Case()
     data, names = case.data(), wanted.split()
 
@@ -102,7 +104,7 @@ def test_gradients_that_are_not_wanted_change_nothing(wanted: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_tangent", ["qkv", "q", "kv"])
-def test_tangents_threaded_by_hand_give_what_jvp_gives(with_tangent: str, backend: str) -> None:
+def test_flash_attn_with_tangent_equals_jvp(with_tangent: str, backend: str) -> None:
     case = Case(with_tangent=with_tangent, seqlen_q=9, causal=True, softmax_scale=0.3)
 
     def by_hand(_: Attention, x: Named) -> dict[str, Tensor]:
@@ -122,7 +124,7 @@ def test_tangents_threaded_by_hand_give_what_jvp_gives(with_tangent: str, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_where_nothing_moves_the_tangent_is_zero(backend: str) -> None:
+def test_without_input_tangents_the_tangent_is_zero(backend: str) -> None:
     case = Case()
     primals = case.primals()
     with jvp_attn.backend(backend):

@@ -22,8 +22,8 @@ from tests.jvp_attn.attention_cases import (
     projection,
     without_tangents,
 )
-from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.data_kinds import Kind, in_dtype, over_data
+from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.packed_cases import PackedCase
 
 # ----------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def inputs() -> list[Tensor]:
 
 
 @over_functions
-def test_gradients_are_deterministic_unless_they_need_not_be(
+def test_the_option_deterministic_reaches_the_backend(
     function: Callable[..., Tensor],
 ) -> None:
     for options, deterministic in (({}, True), ({"deterministic": False}, False)):
@@ -84,7 +84,7 @@ def test_gradients_are_deterministic_unless_they_need_not_be(
         assert maps.noted["backward"] == deterministic
 
 
-def test_a_compiled_call_hands_it_on() -> None:
+def test_a_compiled_call_passes_the_option_on() -> None:
     with noting_backend() as maps:
         attention = partial(jvp_attn.flash_attn_jvp, deterministic=False)
         torch.compile(attention, fullgraph=True, backend="aot_eager")(*inputs()).sum().backward()
@@ -123,7 +123,9 @@ CASES = {
 
 @over_data
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_gradients_by_sums_nondeterministic(case: Case | PackedCase, kind: Kind) -> None:
+def test_nondeterministic_gradients_are_exact_to_two_roundings(
+    case: Case | PackedCase, kind: Kind
+) -> None:
     data = in_dtype(part(kind(case.data()), ("q", "k", "v")), torch.bfloat16)
     through = projection(dtype=torch.bfloat16)
     with not_deterministic():

@@ -20,7 +20,7 @@ from tests.jvp_attn.attention_cases import (
     assert_close,
     energy,
     named,
-    small_blocks,
+    small_tiles,
 )
 
 QKV = (0, 1, 2)
@@ -175,9 +175,9 @@ Derivative = Callable[[Attention, Tensors, Tensors], Any]
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @over_derivatives
-def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: Case) -> None:
+def test_derivatives_equal_the_naive_formula(derivative: Derivative, case: Case) -> None:
     x, t = case.point_and_direction()
-    with small_blocks(scores=1, rows=2):
+    with small_tiles(scores=1, rows=2):
         ours = derivative(case.ours, x, t)
     assert_close(named(ours), named(derivative(case.naive, x, t)))
 
@@ -188,7 +188,7 @@ def test_derivative_is_that_of_the_naive_formula(derivative: Derivative, case: C
 
 @pytest.mark.parametrize("kind", [None, "additive"])
 @over_derivatives
-def test_flash_attention_has_every_derivative_by_itself(
+def test_flash_attention_apply_has_every_derivative(
     derivative: Derivative, kind: str | None
 ) -> None:
     case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5, mask=kind)
@@ -200,7 +200,7 @@ def test_flash_attention_has_every_derivative_by_itself(
     assert_close(named(applied), named(expected))
 
 
-def test_flash_attention_tangent_has_gradients_by_itself_also_batched() -> None:
+def test_flash_attention_jvp_apply_has_gradients_under_vmap() -> None:
     case = Case(
         seqlen_q=3,
         seqlen_k=4,

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from jvp_attn import flash_attn_with_tangent
-from tests.jvp_attn.attention_cases import Case, small_blocks
+from tests.jvp_attn.attention_cases import Case, small_tiles
 
 CASES = {
     "full": Case(batch=1, seqlen_q=2, seqlen_k=3, heads=1, heads_k=1, head_dim=2, head_dim_v=1),
@@ -20,27 +20,29 @@ def leaves(case: Case, *names: str) -> tuple[Tensor, ...]:
 
 
 @over_cases
-def test_first_derivatives_in_forward_and_reverse_mode(case: Case) -> None:
-    with small_blocks(scores=1, rows=2):
+def test_first_derivatives_equal_finite_differences(case: Case) -> None:
+    with small_tiles(scores=1, rows=2):
         assert gradcheck(case.ours, leaves(case, "q", "k", "v"), check_forward_ad=True)
 
 
 @over_cases
-def test_second_derivatives_in_reverse_over_reverse_and_forward_over_reverse_mode(
+def test_second_derivatives_equal_finite_differences(
     case: Case,
 ) -> None:
-    with small_blocks(scores=1, rows=2):
+    with small_tiles(scores=1, rows=2):
         assert gradgradcheck(case.ours, leaves(case, "q", "k", "v"), check_fwd_over_rev=True)
 
 
 @over_cases
 @pytest.mark.parametrize("with_tangent", ["qkv", "q", "kv"])
-def test_gradients_through_the_tangent_in_reverse_mode(case: Case, with_tangent: str) -> None:
+def test_gradients_through_the_tangent_equal_finite_differences(
+    case: Case, with_tangent: str
+) -> None:
     moving = [f"t{x}" for x in with_tangent]
 
     def outputs(q: Tensor, k: Tensor, v: Tensor, *tangents: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(moving, tangents, strict=True))
         return flash_attn_with_tangent(q, k, v, **named, causal=case.causal, return_lse=True)
 
-    with small_blocks(scores=1, rows=2):
+    with small_tiles(scores=1, rows=2):
         assert gradcheck(outputs, leaves(case, "q", "k", "v", *moving))

@@ -31,7 +31,7 @@ def scores_with(case: Case, q: Tensor, k_vector: Tensor) -> Tensor:
 # What the tangent is
 
 
-def test_outputs_are_the_formulas_written_out() -> None:
+def test_outputs_equal_the_formulas() -> None:
     case = Case(heads=2, heads_k=2)
     x = case.data()
     q, k, v, tq, tk, tv = (x[name].transpose(1, 2) for name in ("q", "k", "v", "tq", "tk", "tv"))
@@ -108,7 +108,7 @@ def test_the_three_hessian_vector_products_agree() -> None:
 
 
 @over_cases
-def test_a_vector_added_to_all_keys_only_shifts_lse_and_mu(case: Case) -> None:
+def test_adding_a_vector_to_all_keys_shifts_only_lse_and_mu(case: Case) -> None:
     x = case.data()
     c, tc = randn(case.head_dim, seed="c"), randn(case.head_dim, seed="tc")
     shifted = with_tangents(case.ours, {**x, "k": x["k"] + c, "tk": x["tk"] + tc})
@@ -120,7 +120,7 @@ def test_a_vector_added_to_all_keys_only_shifts_lse_and_mu(case: Case) -> None:
     assert_close(shifted, expected)
 
 
-def test_a_vector_added_to_all_values_only_shifts_out() -> None:
+def test_adding_a_vector_to_all_values_shifts_only_out() -> None:
     case = Case()
     x = case.data()
     c, tc = randn(case.head_dim_v, seed="c"), randn(case.head_dim_v, seed="tc")
@@ -138,14 +138,14 @@ def test_the_order_of_keys_does_not_matter() -> None:
     assert_close(with_tangents(case.ours, reordered), with_tangents(case.ours, x))
 
 
-def test_heads_that_share_a_key_head_are_those_of_repeated_keys() -> None:
+def test_grouped_heads_equal_repeated_keys() -> None:
     shared, repeated = Case(heads=6, heads_k=2), Case(heads=6, heads_k=6)
     x = shared.data()
     copies = {n: y if "q" in n else y.repeat_interleave(3, dim=2) for n, y in x.items()}
     assert_close(with_tangents(shared.ours, x), with_tangents(repeated.ours, copies))
 
 
-def test_a_causal_row_is_a_full_row_over_the_keys_that_it_sees() -> None:
+def test_a_causal_row_equals_full_attention_over_its_keys() -> None:
     causal, full = Case(seqlen_q=4, seqlen_k=7, causal=True), Case()
     x = causal.data()
     outputs = with_tangents(causal.ours, x)
@@ -155,14 +155,14 @@ def test_a_causal_row_is_a_full_row_over_the_keys_that_it_sees() -> None:
         assert_close(row, with_tangents(full.ours, seen))
 
 
-def test_softmax_scale_is_a_factor_of_q() -> None:
+def test_softmax_scale_equals_scaling_q() -> None:
     scaled, plain = Case(softmax_scale=0.3), Case(softmax_scale=1)
     x = scaled.data()
     factor = {**x, "q": 0.3 * x["q"], "tq": 0.3 * x["tq"]}
     assert_close(with_tangents(scaled.ours, x), with_tangents(plain.ours, factor))
 
 
-def test_results_over_disjoint_keys_merge_into_that_over_all() -> None:
+def test_results_over_disjoint_keys_merge_into_the_result_over_all() -> None:
     case = Case(seqlen_k=9)
     x = case.data()
     parts = [

@@ -16,7 +16,7 @@ from tests.jvp_attn.attention_cases import (
     assert_close,
     outputs_and_gradients,
     randn,
-    small_blocks,
+    small_tiles,
     with_tangents,
 )
 
@@ -35,17 +35,17 @@ over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.k
 
 
 @over_layouts
-def test_layout_of_the_inputs_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
+def test_the_layout_of_the_inputs_changes_no_result(layout: Callable[[Tensor], Tensor]) -> None:
     case = Case(causal=True)
     data = {name: layout(x) for name, x in case.data().items()}
     dense = {name: x.clone(memory_format=torch.contiguous_format) for name, x in data.items()}
-    with small_blocks(scores=1, rows=4):
+    with small_tiles(scores=1, rows=4):
         assert_close(
             outputs_and_gradients(case.ours, data), outputs_and_gradients(case.ours, dense)
         )
 
 
-def test_queries_keys_and_values_may_be_parts_of_one_tensor() -> None:
+def test_q_k_and_v_may_be_views_of_one_tensor() -> None:
     case = Case(seqlen_q=5, seqlen_k=5, heads=2, heads_k=2, head_dim=3, head_dim_v=3)
     qkv = randn(2, 5, 3, 2, 3, seed="qkv").requires_grad_()
     ours, naive = (
@@ -70,7 +70,7 @@ def test_inputs_are_never_modified(layout: Callable[[Tensor], Tensor]) -> None:
 # Formulas of torch for later operations take for granted that a tangent looks like its primal.
 
 
-def assert_laid_out_alike(tangent: Tensor, primal: Tensor) -> None:
+def assert_same_layout(tangent: Tensor, primal: Tensor) -> None:
     assert tangent.shape == primal.shape
     assert tangent.dtype == primal.dtype
     assert tangent.stride() == primal.stride()
@@ -79,40 +79,40 @@ def assert_laid_out_alike(tangent: Tensor, primal: Tensor) -> None:
 @over_layouts
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("with_tangent", ["qkv", "q", "v"])
-def test_jvp_lays_a_tangent_out_as_its_primal(
+def test_a_tangent_of_jvp_has_the_strides_of_its_primal(
     with_tangent: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
 ) -> None:
     case = Case(with_tangent=with_tangent)
     outputs = with_tangents(case.ours, {n: layout(x.to(dtype)) for n, x in case.data().items()})
     assert outputs["out"].dtype == dtype
-    assert_laid_out_alike(outputs["out_tangent"], outputs["out"])
-    assert_laid_out_alike(outputs["mu"], outputs["lse"])
+    assert_same_layout(outputs["out_tangent"], outputs["out"])
+    assert_same_layout(outputs["mu"], outputs["lse"])
 
 
 @over_layouts
-def test_a_tangent_threaded_by_hand_is_laid_out_as_its_primal(
+def test_a_tangent_of_flash_attn_with_tangent_has_the_strides_of_its_primal(
     layout: Callable[[Tensor], Tensor],
 ) -> None:
     data = {name: layout(x) for name, x in Case().data().items()}
     out, out_tangent, lse, mu = flash_attn_with_tangent(**data, return_lse=True)
-    assert_laid_out_alike(out_tangent, out)
-    assert_laid_out_alike(mu, lse)
+    assert_same_layout(out_tangent, out)
+    assert_same_layout(mu, lse)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_dual_numbers_lay_a_tangent_out_as_its_primal(requires_grad: bool) -> None:
+def test_a_tangent_of_a_dual_number_has_the_strides_of_its_primal(requires_grad: bool) -> None:
     case = Case()
     x = case.data()
     with fwAD.dual_level():
         q = fwAD.make_dual(x["q"].requires_grad_(requires_grad), x["tq"])
         for output in case.ours(q, x["k"], x["v"]):
             dual = fwAD.unpack_dual(output)
-            assert_laid_out_alike(dual.tangent, dual.primal)
+            assert_same_layout(dual.tangent, dual.primal)
 
 
-def test_vmap_of_jvp_lays_a_tangent_out_as_its_primal() -> None:
+def test_a_tangent_of_vmap_of_jvp_has_the_strides_of_its_primal() -> None:
     case = Case()
     x = {name: torch.stack([y, y]) for name, y in case.data().items()}
     outputs = vmap(lambda x: with_tangents(case.ours, x))(x)
-    assert_laid_out_alike(outputs["out_tangent"], outputs["out"])
-    assert_laid_out_alike(outputs["mu"], outputs["lse"])
+    assert_same_layout(outputs["out_tangent"], outputs["out"])
+    assert_same_layout(outputs["mu"], outputs["lse"])

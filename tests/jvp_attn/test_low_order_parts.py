@@ -30,7 +30,7 @@ CASE = Case(seqlen_q=3, seqlen_k=2, head_dim=2, head_dim_v=1)
 MASKED = replace(CASE, mask="additive", mask_dims=".h.k")
 
 
-def residual_of(x: Tensor) -> Tensor:
+def low_order_part_of(x: Tensor) -> Tensor:
     """Recognisable, and different for each output."""
     return x.cos()
 
@@ -44,20 +44,20 @@ class Checking:
 
     def check(self, x: Tensor, residual: Tensor | None) -> None:
         assert residual is not None
-        assert torch.equal(residual, residual_of(x))
+        assert torch.equal(residual, low_order_part_of(x))
         self.checked += 1
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
         out, lse, _ = tiled.forward(inputs, options)
         self.wanted.append(options.return_lo)
-        return Outputs(out, lse, residual_of(out))
+        return Outputs(out, lse, low_order_part_of(out))
 
     def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> JvpOutputs:
         out, lse, tout, mu, *_ = tiled.forward_jvp(inputs, tangents, options)
         self.wanted.append(options.return_lo)
-        return JvpOutputs(out, lse, tout, mu, residual_of(out), residual_of(tout))
+        return JvpOutputs(out, lse, tout, mu, low_order_part_of(out), low_order_part_of(tout))
 
     def backward(self, inputs: Inputs, outputs: Outputs, *others: Any) -> Any:
         self.check(outputs.out, outputs.out_lo)
@@ -83,7 +83,7 @@ def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checking]:
 
 @pytest.mark.parametrize("case", [CASE, MASKED], ids=["full", "masked"])
 @over_derivatives
-def test_residuals_accompany_their_outputs(
+def test_low_order_parts_reach_the_backward_with_their_outputs(
     derivative: Derivative, case: Case, checking: Checking
 ) -> None:
     mask = case.primals().get("attn_mask")
@@ -94,7 +94,7 @@ def test_residuals_accompany_their_outputs(
     assert_close(named(ours), named(derivative(lambda *x: case.naive(*x, mask), x, t)))
 
 
-def test_residuals_accompany_an_output_whose_tangent_is_not_used(checking: Checking) -> None:
+def test_low_order_parts_reach_the_backward_if_the_tangent_is_unused(checking: Checking) -> None:
     x = CASE.data()
     q = x["q"].requires_grad_()
     out, _ = flash_attn_with_tangent(**x)
@@ -102,7 +102,7 @@ def test_residuals_accompany_an_output_whose_tangent_is_not_used(checking: Check
     assert checking.checked == 1
 
 
-def test_residuals_accompany_dual_numbers(checking: Checking) -> None:
+def test_low_order_parts_reach_the_backward_of_dual_numbers(checking: Checking) -> None:
     x = CASE.data()
     q = x["q"].requires_grad_()
     with fwAD.dual_level():
@@ -111,7 +111,7 @@ def test_residuals_accompany_dual_numbers(checking: Checking) -> None:
     assert checking.checked
 
 
-def test_residuals_have_no_derivative(checking: Checking) -> None:
+def test_low_order_parts_have_no_derivative(checking: Checking) -> None:
     options = AttentionOptions(1.0, backend="checking")
     x = [y.requires_grad_() for y in CASE.data().values()]
     inputs = (*x[:3], None, None, None)
@@ -144,7 +144,7 @@ WITH_TANGENT_OF_Q = replace(MASKED, with_tangent="q")
 
 @pytest.mark.parametrize("attention", [plain, under_jvp, by_hand])
 @pytest.mark.parametrize("requires_grad", ["q", "v", "attn_mask"])
-def test_residuals_are_wanted_where_an_input_requires_grad(
+def test_low_order_parts_are_requested_if_an_input_requires_grad(
     attention: Callable[..., Any], requires_grad: str, checking: Checking
 ) -> None:
     data = WITH_TANGENT_OF_Q.data()
@@ -154,7 +154,7 @@ def test_residuals_are_wanted_where_an_input_requires_grad(
 
 
 @pytest.mark.parametrize("attention", [plain, under_jvp, by_hand])
-def test_no_residuals_are_wanted_without_grad(
+def test_low_order_parts_are_not_requested_under_no_grad(
     attention: Callable[..., Any], checking: Checking
 ) -> None:
     data = WITH_TANGENT_OF_Q.data()
@@ -164,21 +164,23 @@ def test_no_residuals_are_wanted_without_grad(
     assert checking.wanted == [False]
 
 
-def test_no_residuals_are_wanted_where_nothing_requires_grad(checking: Checking) -> None:
+def test_low_order_parts_are_not_requested_if_nothing_requires_grad(checking: Checking) -> None:
     data = WITH_TANGENT_OF_Q.data()
     plain(**data)
     by_hand(**data)
     assert checking.wanted == [False, False]
 
 
-def test_residuals_are_wanted_where_only_the_tangent_requires_grad(checking: Checking) -> None:
+def test_low_order_parts_are_requested_if_only_the_tangent_requires_grad(
+    checking: Checking,
+) -> None:
     data = WITH_TANGENT_OF_Q.data()
     data["tq"].requires_grad_()
     by_hand(**data)
     assert checking.wanted == [True]
 
 
-def test_residuals_of_packed_sequences_are_wanted_where_an_input_requires_grad(
+def test_low_order_parts_of_packed_sequences_are_requested_if_an_input_requires_grad(
     checking: Checking,
 ) -> None:
     case = PackedCase()
@@ -189,7 +191,7 @@ def test_residuals_of_packed_sequences_are_wanted_where_an_input_requires_grad(
     assert checking.wanted == [False, True]
 
 
-def test_a_gradient_within_no_grad_wants_residuals(checking: Checking) -> None:
+def test_func_grad_under_no_grad_requests_low_order_parts(checking: Checking) -> None:
     data = Case().primals()
     with torch.no_grad():
         torch.func.grad(lambda q: flash_attn_jvp(q, data["k"], data["v"]).sum())(data["q"])

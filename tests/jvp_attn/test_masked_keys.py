@@ -18,7 +18,7 @@ from tests.jvp_attn.attention_cases import (
     part,
     projection,
     rows_of,
-    small_blocks,
+    small_tiles,
     with_tangents,
 )
 
@@ -34,7 +34,7 @@ over_dtypes = pytest.mark.parametrize(
 # Hidden keys
 
 
-def hidden_by(how: str, case: Case) -> tuple[Case, Named]:
+def masked_by(how: str, case: Case) -> tuple[Case, Named]:
     """The case and its data, where row i sees key j if j ≤ i + seqlen_k − seqlen_q."""
     if how == "causal":
         case = replace(case, causal=True)
@@ -45,13 +45,13 @@ def hidden_by(how: str, case: Case) -> tuple[Case, Named]:
     return case, case.data() | {"attn_mask": visible if how == "boolean mask" else bias}
 
 
-over_ways_to_hide = pytest.mark.parametrize("how", ["causal", "boolean mask", "additive mask"])
+over_mask_kinds = pytest.mark.parametrize("how", ["causal", "boolean mask", "additive mask"])
 
 
-@over_ways_to_hide
+@over_mask_kinds
 @over_dtypes
-def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) -> None:
-    case, clean = hidden_by(how, Case(seqlen_q=8, seqlen_k=8, dtype=dtype))
+def test_masked_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) -> None:
+    case, clean = masked_by(how, Case(seqlen_q=8, seqlen_k=8, dtype=dtype))
     for name in ("q", "tq"):
         clean[name][:, 5:] = 0  # the rows that do see it: 0 · garbage = 0
     garbage = {name: x.clone() for name, x in clean.items()}
@@ -62,7 +62,7 @@ def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) ->
     def through_the_first_rows(outputs: Named) -> Tensor:
         return projection()(rows_of(outputs, slice(5)))
 
-    with small_blocks(scores=1, rows=6):  # in blocks of 3 rows: a row beside one that sees garbage
+    with small_tiles(scores=1, rows=6):  # in blocks of 3 rows: a row beside one that sees garbage
         expected, found = (
             outputs_and_gradients(case.ours, data, through=through_the_first_rows)
             for data in (clean, garbage)
@@ -86,7 +86,7 @@ def test_hidden_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) ->
         ("tv", {"out_tangent"}),
     ],
 )
-def test_nan_is_passed_on_by_every_row_that_sees_it(name: str, affected: set[str]) -> None:
+def test_nan_reaches_every_row_that_attends_to_it(name: str, affected: set[str]) -> None:
     case = Case(seqlen_q=6, seqlen_k=6, causal=True)
     data = case.data()
     data[name][:, 2:3] = torch.nan
@@ -103,13 +103,13 @@ DEAD = Case(seqlen_q=9, seqlen_k=4)  # five of nine rows
 
 
 @over_backends
-@over_ways_to_hide
+@over_mask_kinds
 @over_dtypes
-def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
+def test_fully_masked_rows_have_out_zero_lse_minus_infinity_and_no_derivative(
     dtype: torch.dtype, how: str, backend: str
 ) -> None:
-    case, data = hidden_by(how, replace(DEAD, dtype=dtype))
-    with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
+    case, data = masked_by(how, replace(DEAD, dtype=dtype))
+    with jvp_attn.backend(backend), small_tiles(scores=1, rows=4):
         found = outputs_and_gradients(case.ours, data)
     dead = rows_of(part(found, OUTPUTS), slice(5))
     assert (dead["lse"] == -torch.inf).all()
@@ -123,18 +123,16 @@ def test_rows_that_see_no_key_give_zero_minus_infinity_and_no_derivative(
 
 
 @over_backends
-@over_ways_to_hide
-def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
-    how: str, backend: str
-) -> None:
-    case, data = hidden_by(how, DEAD)
+@over_mask_kinds
+def test_fully_masked_rows_pass_no_cotangent_on_even_if_it_is_nan(how: str, backend: str) -> None:
+    case, data = masked_by(how, DEAD)
 
     def through(outputs: Named) -> Tensor:
         alive = projection()(rows_of(outputs, slice(5, None)))
         normalised = [x / x.norm() for x in rows_of(outputs, slice(5)).values()]  # 0 / 0
         return alive + sum(x.nansum() for x in normalised)
 
-    with jvp_attn.backend(backend), small_blocks(scores=1, rows=4):
+    with jvp_attn.backend(backend), small_tiles(scores=1, rows=4):
         found, expected = (
             outputs_and_gradients(case.ours, data, through=f)
             for f in (through, lambda outputs: projection()(rows_of(outputs, slice(5, None))))
@@ -151,7 +149,7 @@ def test_no_derivative_comes_from_rows_that_see_no_key_whatever_is_made_of_them(
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("mask", [None, "boolean", "additive"])
 @pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k"])
-def test_batch_queries_or_keys_may_be_none(
+def test_batch_queries_or_keys_may_have_size_0(
     empty: str, mask: str | None, causal: bool, dtype: torch.dtype, backend: str
 ) -> None:
     letters = "qkvm" if mask == "additive" else "qkv"

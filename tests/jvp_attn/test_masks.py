@@ -26,7 +26,7 @@ from tests.jvp_attn.attention_cases import (
     projection,
     randn,
     relative_error,
-    small_blocks,
+    small_tiles,
     with_tangents,
 )
 
@@ -53,7 +53,7 @@ over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 CASE = Case(batch=2, seqlen_q=9, seqlen_k=11, heads=4, heads_k=2)
 # Of two rows and two query heads each: a mask is cut along its rows, heads and batches.
-SMALL_BLOCKS = {"scores": 40, "rows": 4}
+SMALL_TILES = {"scores": 40, "rows": 4}
 
 
 def masked(kind: str, dims: str, causal: bool = False) -> Case:
@@ -65,12 +65,12 @@ def masked(kind: str, dims: str, causal: bool = False) -> Case:
 @over_causal
 @over_broadcasts
 @over_kinds
-def test_all_that_derives_from_masked_attention_is_that_of_the_naive_formula(
+def test_outputs_tangents_and_gradients_equal_the_naive_formula(
     kind: str, dims: str, causal: bool
 ) -> None:
     case = masked(kind, dims, causal)
     data = case.data()
-    with small_blocks(**SMALL_BLOCKS):
+    with small_tiles(**SMALL_TILES):
         ours = outputs_and_gradients(case.ours, data)
     assert_close(ours, outputs_and_gradients(case.naive, data))
 
@@ -79,13 +79,13 @@ def test_all_that_derives_from_masked_attention_is_that_of_the_naive_formula(
 @over_broadcasts
 @over_kinds
 @over_backends
-def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(
+def test_out_its_tangent_and_gradients_through_both_equal_torch(
     backend: str, kind: str, dims: str, causal: bool
 ) -> None:
     case = masked(kind, dims, causal)
     data = case.data()
     through = projection("out", "out_tangent")
-    with jvp_attn.backend(backend), small_blocks(**SMALL_BLOCKS):
+    with jvp_attn.backend(backend), small_tiles(**SMALL_TILES):
         ours = outputs_and_gradients(case.ours, data, through=through)
     torchs = outputs_and_gradients(case.torch_math, data, through=through)
     # The gradient of a mask that is one number is a sum of some thousand to zero.
@@ -93,10 +93,10 @@ def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(
 
 
 @pytest.mark.parametrize("letters", ["m", "qm", "km", "vm", "kvm", "qkv"])
-def test_any_subset_of_the_tangents_goes_with_a_mask(letters: str) -> None:
+def test_any_subset_of_tangents_works_with_a_mask(letters: str) -> None:
     case = replace(masked("additive", ".hqk"), with_tangent=letters)
     data = case.data()
-    with small_blocks(**SMALL_BLOCKS):
+    with small_tiles(**SMALL_TILES):
         ours = outputs_and_gradients(case.ours, data)
     assert_close(ours, outputs_and_gradients(case.naive, data))
 
@@ -105,7 +105,7 @@ def test_any_subset_of_the_tangents_goes_with_a_mask(letters: str) -> None:
 # What a mask means
 
 
-def test_a_boolean_mask_is_an_additive_one_of_zero_and_minus_infinity() -> None:
+def test_a_boolean_mask_equals_an_additive_one_of_zero_and_minus_infinity() -> None:
     case = masked("boolean", "b.qk")
     data = case.data()
     bias = torch.zeros(case.mask_shape(), dtype=case.dtype)
@@ -115,7 +115,7 @@ def test_a_boolean_mask_is_an_additive_one_of_zero_and_minus_infinity() -> None:
     )
 
 
-def test_causal_is_a_mask() -> None:
+def test_causal_equals_a_triangular_mask() -> None:
     case = replace(CASE, causal=True)
     data = case.data()
     visible = torch.ones(9, 11, dtype=torch.bool).tril(11 - 9)
@@ -126,7 +126,7 @@ def test_causal_is_a_mask() -> None:
     )
 
 
-def test_padding_keys_may_as_well_be_cut_off() -> None:
+def test_masking_padding_equals_cutting_it_off() -> None:
     padded = CASE.data()
     cut = {name: x if name in ("q", "tq") else x[:, :6] for name, x in padded.items()}
     ours = outputs_and_gradients(CASE.ours, {**padded, "attn_mask": torch.arange(11) < 6})
@@ -138,7 +138,7 @@ def test_padding_keys_may_as_well_be_cut_off() -> None:
     assert_close(ours, expected)
 
 
-def test_a_mask_that_is_the_same_along_a_row_adds_to_lse_and_nothing_else() -> None:
+def test_a_mask_that_is_constant_along_a_row_shifts_only_lse_and_mu() -> None:
     case = replace(CASE, causal=True)
     x = case.data()
     bias, tbias = (randn(2, 4, 9, 1, seed=seed) for seed in ("bias", "its tangent"))
@@ -177,11 +177,11 @@ def test_the_gradient_of_a_mask_through_out_sums_to_zero_along_a_row_and_through
 )
 @pytest.mark.parametrize("dims", ["q.", "qk", "bhqk"])
 @over_kinds
-def test_rows_hidden_whole_give_zero_minus_infinity_and_no_derivative(
+def test_fully_masked_rows_have_out_zero_lse_minus_infinity_and_no_derivative(
     kind: str, dims: str, dtype: torch.dtype, backend: str
 ) -> None:
     case = replace(masked(kind, dims), dtype=dtype)
-    with jvp_attn.backend(backend), small_blocks(**SMALL_BLOCKS):
+    with jvp_attn.backend(backend), small_tiles(**SMALL_TILES):
         found = outputs_and_gradients(case.ours, case.data())
     assert (found["lse"][:, :, 1] == -torch.inf).all()
     for name in ("out", "out_tangent", "grad_q", "grad_tq"):
@@ -196,7 +196,7 @@ def test_rows_hidden_whole_give_zero_minus_infinity_and_no_derivative(
 
 @over_backends
 @over_kinds
-def test_a_mask_may_hide_everything(kind: str, backend: str) -> None:
+def test_a_mask_may_mask_every_key(kind: str, backend: str) -> None:
     case = masked(kind, "k")
     data = case.data()
     hidden = torch.full((11,), False if kind == "boolean" else -torch.inf)
@@ -208,7 +208,7 @@ def test_a_mask_may_hide_everything(kind: str, backend: str) -> None:
 
 
 @over_kinds
-def test_causal_and_a_mask_may_hide_a_row_together_that_neither_does_alone(kind: str) -> None:
+def test_causal_and_a_mask_together_may_mask_a_row_fully(kind: str) -> None:
     case = replace(CASE, seqlen_q=4, seqlen_k=4, causal=True)
     data = case.data()
     visible = torch.ones(4, 4, dtype=torch.bool).triu(1)
@@ -230,14 +230,14 @@ over_second_order = pytest.mark.parametrize("dims", ["k", "b.q.", ".hqk", "bhqk"
 def second_derivatives_agree(
     derivative: Callable[[Case, Callable[..., Any]], Any], case: Case
 ) -> None:
-    with small_blocks(**SMALL_BLOCKS):
+    with small_tiles(**SMALL_TILES):
         ours = derivative(case, case.ours)
     assert_close(named(ours), named(derivative(case, case.naive)), tolerance=1e-11)
 
 
 @over_second_order
 @over_kinds
-def test_hessian_vector_products(kind: str, dims: str) -> None:
+def test_hessian_vector_products_equal_the_naive_formula(kind: str, dims: str) -> None:
     def product(case: Case, attention: Callable[..., Any]) -> Any:
         data = case.data()
         point, direction = case.point_and_direction()
@@ -252,7 +252,7 @@ def test_hessian_vector_products(kind: str, dims: str) -> None:
 
 
 @over_second_order
-def test_gradient_penalties(dims: str) -> None:
+def test_gradients_of_gradient_penalties_equal_the_naive_formula(dims: str) -> None:
     """Reverse over reverse, for every input, the mask among them."""
 
     def penalty(case: Case, attention: Callable[..., Any]) -> Any:
@@ -270,7 +270,7 @@ def test_gradient_penalties(dims: str) -> None:
 
 
 @over_broadcasts
-def test_the_gradient_of_a_mask_that_was_expanded_is_that_of_the_mask(dims: str) -> None:
+def test_the_gradient_of_an_expanded_mask_is_summed_to_its_shape(dims: str) -> None:
     case = masked("additive", dims)
     data = case.data()
     full = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
@@ -291,11 +291,13 @@ def test_the_gradient_of_a_mask_that_was_expanded_is_that_of_the_mask(dims: str)
     ids=["columns first", "every other number", "half of a longer one"],
 )
 @over_kinds
-def test_strides_of_a_mask_do_not_matter(kind: str, layout: Callable[[Tensor], Tensor]) -> None:
+def test_the_strides_of_a_mask_change_no_result(
+    kind: str, layout: Callable[[Tensor], Tensor]
+) -> None:
     case = masked(kind, "bhqk")
     data = case.data()
     laid_out = {name: layout(x) if "mask" in name else x for name, x in data.items()}
-    with small_blocks(**SMALL_BLOCKS):
+    with small_tiles(**SMALL_TILES):
         assert_close(
             outputs_and_gradients(case.ours, laid_out), outputs_and_gradients(case.ours, data)
         )
@@ -306,14 +308,14 @@ def test_a_mask_is_never_modified(kind: str) -> None:
     case = masked(kind, "b.qk", causal=True)
     data = case.data()
     before = data["attn_mask"].clone()
-    with small_blocks(**SMALL_BLOCKS):
+    with small_tiles(**SMALL_TILES):
         outputs_and_gradients(case.ours, data)
     assert torch.equal(data["attn_mask"], before)
     assert data["attn_mask"]._version == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_beside_half_precision_a_mask_may_be_float32(dtype: torch.dtype) -> None:
+def test_a_mask_may_be_float32_for_half_precision_inputs(dtype: torch.dtype) -> None:
     case = masked("additive", "bhqk")
     data = {name: x.to(dtype) for name, x in case.data().items()}
     # Finer than half precision: rounded to it, the mask would be another.
@@ -332,7 +334,7 @@ def test_beside_half_precision_a_mask_may_be_float32(dtype: torch.dtype) -> None
 FINE = {"lse", "mu", "grad_attn_mask", "grad_tattn_mask"}
 
 
-def test_vmap_over_masks_alone() -> None:
+def test_vmap_over_masks_only() -> None:
     case = masked("additive", "h.k")
     x = case.data()
     q, k, v, _ = case.primals().values()
@@ -347,7 +349,7 @@ def test_vmap_over_masks_alone() -> None:
     )
 
 
-def test_tangents_threaded_by_hand_may_hold_that_of_a_mask() -> None:
+def test_flash_attn_with_tangent_takes_the_tangent_of_a_mask() -> None:
     case = masked("additive", "bhqk")
     data = case.data()
     outputs = flash_attn_with_tangent(**data, return_lse=True)
@@ -366,6 +368,6 @@ def test_a_mask_is_not_expanded_in_memory(kind: str, dims: str, backend: str) ->
     seqlen = 512
     case = Case(1, seqlen, seqlen, 2, 1, 4, 4, mask=kind, mask_dims=dims, dtype=torch.float32)
     data = case.data()
-    with jvp_attn.backend(backend), small_blocks(scores=2**12, rows=4):
+    with jvp_attn.backend(backend), small_tiles(scores=2**12, rows=4):
         _, largest = peak_and_largest_allocation(lambda: outputs_and_gradients(case.ours, data))
     assert largest < seqlen * seqlen / 4  # bytes; one a score is what a boolean mask would take

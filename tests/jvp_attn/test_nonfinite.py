@@ -21,7 +21,7 @@ from tests.jvp_attn.attention_cases import (
     part,
     projection,
     rows_of,
-    small_blocks,
+    small_tiles,
     with_tangents,
 )
 from tests.jvp_attn.packed_cases import PackedCase
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.parametrize("computed_by", ["cpu", "tiled"], indirect=T
 INPUTS = ("q", "k", "v", "tq", "tk", "tv")
 OUTPUTS = ("out", "lse", "out_tangent", "mu")
 BAD = {"NaN": torch.nan, "infinity": torch.inf, "minus infinity": -torch.inf}
-over_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+over_nonfinite = pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 
 # Six rows and five keys, of which each is hidden from some row and seen by another.
 VISIBLE = torch.tensor(
@@ -49,7 +49,7 @@ CASE = Case(seqlen_q=6, seqlen_k=5)
 BIAS = torch.zeros(6, 5, dtype=torch.float64).masked_fill(~VISIBLE, -torch.inf)
 CAUSAL = torch.ones(6, 5, dtype=torch.bool).tril(5 - 6)
 # How keys are hidden: a case, the rest of its data, and who sees whom, (rows, keys).
-HIDING: dict[str, tuple[Case, Mapping[str, Tensor], Tensor]] = {
+MASKING: dict[str, tuple[Case, Mapping[str, Tensor], Tensor]] = {
     "a boolean mask": (CASE, {"attn_mask": VISIBLE}, VISIBLE),
     "an additive mask": (CASE, {"attn_mask": BIAS}, VISIBLE),
     "causal": (replace(CASE, causal=True), {}, CAUSAL),
@@ -59,16 +59,16 @@ HIDING: dict[str, tuple[Case, Mapping[str, Tensor], Tensor]] = {
         VISIBLE & CAUSAL,
     ),
 }
-over_hiding = pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING.keys())
+over_masking = pytest.mark.parametrize("hiding", MASKING.values(), ids=MASKING.keys())
 # Rows that see a bad key in one block with rows that do not, or each row in its own.
-over_blocks = pytest.mark.parametrize("rows", [64, 2], ids=["one block", "a block a row"])
+over_tilings = pytest.mark.parametrize("rows", [64, 2], ids=["one block", "a block a row"])
 
 
-@over_blocks
-@over_hiding
-@over_bad
+@over_tilings
+@over_masking
+@over_nonfinite
 @pytest.mark.parametrize("name", ["k", "v", "tk", "tv"])
-def test_a_bad_key_has_an_effect_on_rows_that_see_it_and_on_no_others(
+def test_a_nonfinite_key_affects_only_the_rows_that_attend_to_it(
     name: str, bad: float, hiding: tuple[Case, Named, Tensor], rows: int
 ) -> None:
     case, mask, visible = hiding
@@ -81,7 +81,7 @@ def test_a_bad_key_has_an_effect_on_rows_that_see_it_and_on_no_others(
     def through_the_others(outputs: Named) -> Tensor:
         return projection()(rows_of(outputs, ~seeing))
 
-    with small_blocks(scores=1, rows=rows):
+    with small_tiles(scores=1, rows=rows):
         found, expected = (
             outputs_and_gradients(case.ours, x, through=through_the_others) for x in (data, clean)
         )
@@ -94,11 +94,11 @@ def test_a_bad_key_has_an_effect_on_rows_that_see_it_and_on_no_others(
             assert rows_of({output: found[output]}, seeing)[output].isnan().all(), output
 
 
-@over_blocks
-@over_bad
+@over_tilings
+@over_nonfinite
 @pytest.mark.parametrize("name", ["k", "v", "tk", "tv"])
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal at the top left"])
-def test_a_key_hidden_from_every_row_has_no_effect_and_no_gradient(
+def test_a_key_masked_for_every_row_has_no_effect_and_no_gradient(
     kind: str, name: str, bad: float, rows: int
 ) -> None:
     visible = torch.tensor([True, False, True, True, False])
@@ -110,18 +110,18 @@ def test_a_key_hidden_from_every_row_has_no_effect_and_no_gradient(
     clean = {**case.data(), **mask}
     data = {**clean, name: clean[name].clone()}
     data[name][:, ~visible] = bad
-    with small_blocks(scores=1, rows=rows):
+    with small_tiles(scores=1, rows=rows):
         found, expected = (outputs_and_gradients(case.ours, x) for x in (data, clean))
     assert_close(found, expected)
     for gradient in ("grad_k", "grad_v", "grad_tk", "grad_tv"):
         assert (found[gradient][:, ~visible] == 0).all(), gradient
 
 
-@over_blocks
-@over_bad
+@over_tilings
+@over_nonfinite
 @pytest.mark.parametrize("name", ["q", "tq"])
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
-def test_a_row_that_sees_no_key_has_no_effect_and_no_gradient(
+def test_a_fully_masked_row_has_no_effect_and_no_gradient(
     kind: str, name: str, bad: float, rows: int
 ) -> None:
     alive = torch.tensor([True, False, True, False, True, True])
@@ -133,7 +133,7 @@ def test_a_row_that_sees_no_key_has_no_effect_and_no_gradient(
     clean = {**case.data(), **mask}
     data = {**clean, name: clean[name].clone()}
     data[name][:, ~alive] = bad
-    with small_blocks(scores=1, rows=rows):
+    with small_tiles(scores=1, rows=rows):
         found, expected = (outputs_and_gradients(case.ours, x) for x in (data, clean))
     assert_close(found, expected)
     dead = rows_of(part(found, OUTPUTS), ~alive)
@@ -142,9 +142,9 @@ def test_a_row_that_sees_no_key_has_no_effect_and_no_gradient(
     assert all((x == 0).all() for x in dead.values())
 
 
-@over_bad
+@over_nonfinite
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_the_tangent_of_a_hidden_score_has_no_effect(kind: str, bad: float) -> None:
+def test_the_tangent_of_a_masked_score_has_no_effect(kind: str, bad: float) -> None:
     """Neither by way of a mask's own tangent where it hides, nor by those of Q and K."""
     case = replace(CASE, mask="additive", mask_dims="qk", with_tangent="qkvm")
     clean = {**case.data(), "attn_mask": BIAS}
@@ -154,10 +154,12 @@ def test_the_tangent_of_a_hidden_score_has_no_effect(kind: str, bad: float) -> N
     assert (found["grad_tattn_mask"][~VISIBLE] == 0).all()
 
 
-@over_bad
+@over_nonfinite
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("name", INPUTS)
-def test_a_bad_sequence_has_no_effect_on_the_others(name: str, causal: bool, bad: float) -> None:
+def test_a_nonfinite_sequence_does_not_affect_the_others(
+    name: str, causal: bool, bad: float
+) -> None:
     case = PackedCase((3, 4, 2), (2, 5, 3), beyond=2, causal=causal)
     second = {"q": slice(3, 7), "k": slice(2, 7)}
     clean = case.data()
@@ -171,23 +173,23 @@ def test_a_bad_sequence_has_no_effect_on_the_others(name: str, causal: bool, bad
             x[second["k" if n[-1] in "kv" else "q"]] = 0
         return by_token
 
-    with small_blocks(scores=1, rows=64):
+    with small_tiles(scores=1, rows=64):
         found, expected = (outputs_and_gradients(case.ours, x) for x in (data, clean))
     assert_close(others(found), others(expected))
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_without_a_mask_nan_goes_where_the_naive_formula_takes_it(name: str) -> None:
+def test_without_a_mask_nan_spreads_as_in_the_naive_formula(name: str) -> None:
     data = CASE.data()
     data[name][1, 2, 1] = torch.nan
-    with small_blocks(scores=1, rows=4):
+    with small_tiles(scores=1, rows=4):
         found = outputs_and_gradients(CASE.ours, data)
     for n, x in outputs_and_gradients(CASE.naive, data).items():
         assert torch.equal(found[n].isnan(), x.isnan()), n
         assert_close({n: found[n].nan_to_num(0)}, {n: x.nan_to_num(0)})
 
 
-def test_a_bad_number_in_a_mask_makes_its_row_nan() -> None:
+def test_nan_or_infinity_in_a_mask_makes_its_row_nan() -> None:
     case = replace(CASE, mask="additive", mask_dims="qk")
     data = {**case.data(), "attn_mask": torch.zeros(6, 5, dtype=torch.float64)}
     for bad in (torch.nan, torch.inf):

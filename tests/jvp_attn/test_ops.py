@@ -25,8 +25,8 @@ from tests.jvp_attn.attention_cases import Case, assert_close, named, projection
 from tests.jvp_attn.composition_checks import metadata
 from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.kernel_recorder import Recorder
-from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
 from tests.jvp_attn.packed_cases import PackedCase
+from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
 
 CASES: dict[str, Case | PackedCase] = {
     "plain": Case(),
@@ -81,7 +81,7 @@ class Noting:
 
 @over_calls
 @over_cases
-def test_arguments_arrive_in_their_places_and_results_too(
+def test_operators_pass_arguments_and_results_unchanged(
     case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall]
 ) -> None:
     directly, through_operators = Noting(), Noting()
@@ -102,7 +102,7 @@ def test_arguments_arrive_in_their_places_and_results_too(
                 assert x == y
 
 
-def test_a_tracer_sees_one_operator_for_each_map() -> None:
+def test_a_tracer_sees_one_operator_for_each_primitive() -> None:
     call = call_of(Case(mask="additive"), backend="tiled")
 
     def gradients(q: Tensor) -> Any:
@@ -151,7 +151,7 @@ over_backends = pytest.mark.parametrize("backend", BACKENDS)
     [*CASES.values(), Case(head_dim=160, head_dim_v=256)],
     ids=[*CASES.keys(), "head dim 256"],
 )
-def test_tensors_without_data_have_the_shapes_strides_and_dtypes_of_real_ones(
+def test_meta_and_fake_results_have_the_shapes_strides_and_dtypes_of_real_ones(
     case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall], backend: str
 ) -> None:
     if backend == "cuda":
@@ -178,7 +178,7 @@ def test_results_are_on_the_device_of_the_inputs(backend: str) -> None:
     assert {x.device for x in named(found).values()} == {torch.device("cuda:0")}
 
 
-def test_another_dtype_is_refused_for_tensors_without_data_too() -> None:
+def test_an_unsupported_dtype_raises_for_meta_tensors_too() -> None:
     call = call_of(Case(dtype=torch.float32), backend="cuda").mapped(lambda x: x.to("meta"))
     with pytest.raises(TypeError, match="the CUDA kernels compute in float16 and bfloat16"):
         call.forward(ops)
@@ -235,7 +235,7 @@ def test_opcheck(call: PrimitiveCall) -> None:
 
 
 @over_cases
-def test_registered_derivatives_are_those_of_the_functions(case: Case | PackedCase) -> None:
+def test_registered_derivatives_equal_those_of_the_functions(case: Case | PackedCase) -> None:
     call = full_call(case, "tiled").mapped(with_gradients)
     inputs, tangents, options = call.inputs, call.tangents, call.options
     leaves = [x for x in (*inputs, *tangents) if x is not None and x.requires_grad]
@@ -259,7 +259,7 @@ def test_registered_derivatives_are_those_of_the_functions(case: Case | PackedCa
 
 
 @pytest.mark.parametrize("operator", [ops.forward, ops.forward_jvp])
-def test_second_derivatives_are_refused(operator: Callable[..., Any]) -> None:
+def test_second_derivatives_of_operators_raise(operator: Callable[..., Any]) -> None:
     call = call_of(Case(), backend="tiled").mapped(with_gradients)
     tangents = (call.tangents,) if operator is ops.forward_jvp else ()
     out, *_ = operator(call.inputs, *tangents, call.options)

@@ -22,7 +22,7 @@ from tests.jvp_attn.attention_cases import (
     part,
     projection,
     relative_error,
-    small_blocks,
+    small_tiles,
 )
 from tests.jvp_attn.packed_cases import PackedCase
 
@@ -108,28 +108,28 @@ any_layout = st.builds(
 # A tangent is laid out as its primal: where the primal is expanded, torch takes no other.
 any_layouts = st.fixed_dictionaries(dict.fromkeys(INPUTS.values(), any_layout))
 any_dtype = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-any_blocks = st.fixed_dictionaries({"scores": st.integers(1, 500), "rows": st.integers(1, 6)})
+any_tiling = st.fixed_dictionaries({"scores": st.integers(1, 500), "rows": st.integers(1, 6)})
 
 
 # ----------------------------------------------------------------------------
 # What holds for each
 
 
-def everything_is_that_of_the_naive_formula(
+def everything_equals_the_naive_formula(
     case: Case | PackedCase, layouts: dict[str, Layout], blocks: dict[str, int]
 ) -> None:
     data = {name: layouts[name.removeprefix("t")](x) for name, x in case.data().items()}
-    with small_blocks(**blocks):
+    with small_tiles(**blocks):
         ours = outputs_and_gradients(case.ours, data)
     assert_close(ours, outputs_and_gradients(case.naive, data), tolerance=1e-11)
 
 
-def out_its_tangent_and_gradients_are_those_of_torch(
+def out_tangent_and_gradients_equal_torch(
     case: Case, layouts: dict[str, Layout], blocks: dict[str, int], backend: str
 ) -> None:
     data = {name: layouts[name.removeprefix("t")](x) for name, x in case.data().items()}
     through = projection("out", "out_tangent")
-    with jvp_attn.backend(backend), small_blocks(**blocks):
+    with jvp_attn.backend(backend), small_tiles(**blocks):
         ours = outputs_and_gradients(case.ours, data, through=through)
     torchs = outputs_and_gradients(case.torch_math, data, through=through)
     assert_close(part(ours, torchs), torchs, tolerance=1e-11)
@@ -140,7 +140,7 @@ def lower_precision_costs_one_rounding(
 ) -> None:
     data = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.data().items()}
     through = projection(dtype=dtype)
-    with small_blocks(**blocks):
+    with small_tiles(**blocks):
         ours = outputs_and_gradients(case.ours, data, through=through)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in data.items()}
     expected = outputs_and_gradients(case.naive, exact, through=through)
@@ -161,16 +161,16 @@ def lower_precision_costs_one_rounding(
 
 
 PROPERTIES: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], ...]]] = {
-    "dense, naive": (everything_is_that_of_the_naive_formula, (cases(), any_layouts, any_blocks)),
+    "dense, naive": (everything_equals_the_naive_formula, (cases(), any_layouts, any_tiling)),
     "packed, naive": (
-        everything_is_that_of_the_naive_formula,
-        (packed_cases(), any_layouts, any_blocks),
+        everything_equals_the_naive_formula,
+        (packed_cases(), any_layouts, any_tiling),
     ),
     "dense, torch": (
-        out_its_tangent_and_gradients_are_those_of_torch,
-        (cases(), any_layouts, any_blocks, st.sampled_from(BACKENDS)),
+        out_tangent_and_gradients_equal_torch,
+        (cases(), any_layouts, any_tiling, st.sampled_from(BACKENDS)),
     ),
-    "lower precision": (lower_precision_costs_one_rounding, (cases(), any_dtype, any_blocks)),
+    "lower precision": (lower_precision_costs_one_rounding, (cases(), any_dtype, any_tiling)),
 }
 few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 a_thousand = settings(few, max_examples=1000)

@@ -10,7 +10,7 @@ from tests.jvp_attn.attention_cases import (
     Case,
     assert_close,
     outputs_and_gradients,
-    small_blocks,
+    small_tiles,
     without_tangents,
 )
 
@@ -32,7 +32,7 @@ def block_sizes(case: Case) -> Sizes:
 
 one_head = Case(batch=1, heads=1, heads_k=1)
 CUTS: dict[str, tuple[Case, int, int, Sizes]] = {
-    # name: case, scores and rows as in `small_blocks`, the blocks that shall come of them
+    # name: case, scores and rows as in `small_tiles`, the blocks that shall come of them
     "a row less than a block": (replace(one_head, seqlen_q=3), 1, 4, {"rows": [3]}),
     "one block": (replace(one_head, seqlen_q=4), 1, 4, {"rows": [4]}),
     "a row more than a block": (replace(one_head, seqlen_q=5), 1, 4, {"rows": [4, 1]}),
@@ -75,8 +75,8 @@ CUTS: dict[str, tuple[Case, int, int, Sizes]] = {
 
 
 @pytest.mark.parametrize(("case", "scores", "rows", "sizes"), CUTS.values(), ids=CUTS.keys())
-def test_blocks_change_nothing(case: Case, scores: int, rows: int, sizes: Sizes) -> None:
-    with small_blocks(scores, rows):
+def test_tiling_changes_no_result(case: Case, scores: int, rows: int, sizes: Sizes) -> None:
+    with small_tiles(scores, rows):
         found = block_sizes(case)
         ours = outputs_and_gradients(case.ours, case.data())
         primal = outputs_and_gradients(case.ours, case.primals(), evaluate=without_tangents)
@@ -87,7 +87,7 @@ def test_blocks_change_nothing(case: Case, scores: int, rows: int, sizes: Sizes)
     )
 
 
-def test_blocks_of_their_true_size_change_nothing() -> None:
+def test_tiling_with_the_default_sizes_changes_no_result() -> None:
     case = Case(batch=1, seqlen_q=1100, seqlen_k=1000, heads=2, heads_k=1, causal=True)
     assert len(block_sizes(case)["rows"]) > 2
     assert_close(

@@ -24,7 +24,7 @@ from tests.jvp_attn.attention_cases import (
     peak_and_largest_allocation,
     projection,
     randn,
-    small_blocks,
+    small_tiles,
     with_tangents,
 )
 from tests.jvp_attn.packed_cases import PackedCase
@@ -54,31 +54,29 @@ CASES = {
 }
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
-SMALL_BLOCKS = {"scores": 12, "rows": 4}  # of two rows and two query heads each
+SMALL_TILES = {"scores": 12, "rows": 4}  # of two rows and two query heads each
 
 
 @over_cases
 @over_backends
-def test_all_that_derives_from_packed_sequences_is_that_of_each_alone(
-    backend: str, case: PackedCase
-) -> None:
+def test_packed_sequences_equal_each_sequence_alone(backend: str, case: PackedCase) -> None:
     data = case.data()
-    with jvp_attn.backend(backend), small_blocks(**SMALL_BLOCKS):
+    with jvp_attn.backend(backend), small_tiles(**SMALL_TILES):
         packed = outputs_and_gradients(case.ours, data)
     assert_close(packed, outputs_and_gradients(case.each_alone, data))
 
 
 @over_cases
-def test_out_its_tangent_and_gradients_through_both_are_those_of_torch(case: PackedCase) -> None:
+def test_out_its_tangent_and_gradients_through_both_equal_torch(case: PackedCase) -> None:
     data = case.data()
     through = projection("out", "out_tangent")
-    with small_blocks(**SMALL_BLOCKS):
+    with small_tiles(**SMALL_TILES):
         packed = outputs_and_gradients(case.ours, data, through=through)
     torchs = outputs_and_gradients(case.torch_math, data, through=through)
     assert_close(part(packed, torchs), torchs)
 
 
-def test_a_sequence_does_not_depend_on_the_others() -> None:
+def test_a_sequence_is_independent_of_the_others() -> None:
     """To the last bit."""
     case = PackedCase(causal=True, beyond=2)
     data = case.data()
@@ -103,7 +101,7 @@ def test_a_sequence_does_not_depend_on_the_others() -> None:
             assert (found[name][second.stop :] == 0).all(), name
 
 
-def test_tokens_beyond_the_last_sequence_give_zero_and_no_derivative_whatever_they_hold() -> None:
+def test_tokens_after_the_last_sequence_give_zero_and_no_derivative_even_if_nonfinite() -> None:
     case = PackedCase(beyond=3)
     data = case.data()
     for x in data.values():
@@ -118,7 +116,7 @@ def test_tokens_beyond_the_last_sequence_give_zero_and_no_derivative_whatever_th
 
 @over_backends
 @pytest.mark.parametrize("tokens", [0, 4])
-def test_there_may_be_no_sequences(tokens: int, backend: str) -> None:
+def test_the_number_of_sequences_may_be_0(tokens: int, backend: str) -> None:
     case = PackedCase((), (), beyond=tokens)
     with jvp_attn.backend(backend):
         found = outputs_and_gradients(case.ours, case.data())
@@ -144,7 +142,7 @@ def test_max_seqlens_may_be_longer_than_any_sequence() -> None:
     assert_close(outputs_and_gradients(longer, data), outputs_and_gradients(case.ours, data))
 
 
-def test_equal_lengths_are_a_batch() -> None:
+def test_sequences_of_equal_length_equal_a_batch() -> None:
     batched = Case(3, 5, 7, causal=True)
     packed = PackedCase((5,) * 3, (7,) * 3, causal=True)
 
@@ -180,7 +178,7 @@ def energy_of(attention: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 @over_second_order
-def test_hessian_vector_products(case: PackedCase) -> None:
+def test_hessian_vector_products_equal_the_naive_formula(case: PackedCase) -> None:
     ours, expected = (
         jvp(grad(energy_of(attention), argnums=(0, 1, 2)), *case.point_and_direction())
         for attention in (case.ours, case.naive)
@@ -189,7 +187,7 @@ def test_hessian_vector_products(case: PackedCase) -> None:
 
 
 @over_second_order
-def test_gradient_penalties(case: PackedCase) -> None:
+def test_gradients_of_gradient_penalties_equal_the_naive_formula(case: PackedCase) -> None:
     def penalty(attention: Callable[..., Any]) -> Any:
         leaves = [x.requires_grad_() for x in case.primals().values()]
         gradients = torch.autograd.grad(energy_of(attention)(*leaves), leaves, create_graph=True)
@@ -223,7 +221,7 @@ def test_vmap_over_primals(in_dims: tuple[int | None, ...]) -> None:
         assert_close({name: x[i] for name, x in mapped.items()}, derived(*one))
 
 
-def test_vmap_over_primals_goes_through_gradients() -> None:
+def test_vmap_of_gradients() -> None:
     case = PackedCase((3, 0, 5), (4, 2, 6), beyond=2)
     primals = [randn(2, *x.shape, seed=name) for name, x in case.primals().items()]
     gradient = grad(energy_of(case.ours), argnums=(0, 1, 2))
@@ -254,7 +252,7 @@ def test_vmap_over_tangents_only() -> None:
     ],
     ids=["heads first", "head_dim before heads", "every other token", "one token for all"],
 )
-def test_strides_do_not_matter_and_inputs_are_never_modified(
+def test_strides_change_no_result_and_inputs_are_never_modified(
     layout: Callable[[Tensor], Tensor],
 ) -> None:
     case = PackedCase((3, 0, 5), (4, 2, 6), beyond=2, causal=True)
@@ -268,7 +266,7 @@ def test_strides_do_not_matter_and_inputs_are_never_modified(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-def test_a_tangent_is_laid_out_as_its_primal(dtype: torch.dtype) -> None:
+def test_a_tangent_has_the_strides_of_its_primal(dtype: torch.dtype) -> None:
     outputs = with_tangents(PackedCase().ours, replace(PackedCase(), dtype=dtype).data())
     assert outputs["out"].dtype == outputs["out_tangent"].dtype == dtype
     assert outputs["out"].stride() == outputs["out_tangent"].stride()
@@ -276,7 +274,7 @@ def test_a_tangent_is_laid_out_as_its_primal(dtype: torch.dtype) -> None:
     assert outputs["lse"].stride() == outputs["mu"].stride()
 
 
-def test_memory_is_that_of_the_tokens_not_of_all_pairs_of_them() -> None:
+def test_memory_is_linear_in_the_number_of_tokens() -> None:
     case = PackedCase((8,) * 64, (8,) * 64, heads=2, heads_k=1, head_dim=4, head_dim_v=4)
     data = replace(case, dtype=torch.float32).data()
     _, largest = peak_and_largest_allocation(lambda: outputs_and_gradients(case.ours, data))
