@@ -91,7 +91,7 @@ SCALES: Table = {
         "Tensor",
         "multiplied into q",
     ),
-    "a truth value as scale": (
+    "a bool as scale": (
         {"softmax_scale": True},
         TypeError,
         "softmax_scale must be a Python number or None",
@@ -113,7 +113,7 @@ CAUSAL: Table = {
         "TOP_LEFT",
         "scaled_dot_product_attention",
     ),
-    "causal is a word": ({"causal": "no"}, TypeError, "causal must be True or False", "no"),
+    "causal is a string": ({"causal": "no"}, TypeError, "causal must be True or False", "no"),
     "causal is a tensor": (
         {"causal": zeros(5, 7).bool()},
         TypeError,

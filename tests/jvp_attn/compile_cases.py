@@ -1,4 +1,4 @@
-"""What the tests of torch.compile share: ways to compile, attention to compile, a comparison."""
+"""Functions to compile and comparisons with eager, shared by the tests of torch.compile."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.jvp_attn.attention_cases import Attention, Tensors, assert_close, ene
 from tests.jvp_attn.composition_autograd import leaves
 from tests.jvp_attn.composition_features import ADDED, FEATURES, Feature
 
-# Makes a compiled function of a function.
+# Compiles a function.
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-# Values and derivatives of f at x along t, where f or what calls it is compiled.
+# Values and derivatives of f at x along t, where f or its caller is compiled.
 Derivative = Callable[[Attention, Tensors, Tensors, Compile], Any]
 
 
@@ -39,8 +39,14 @@ by_name = {"ids": lambda it: getattr(it, "name", None) or it.__name__}
 
 def jvp_along_q(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
     q, k, v = leaves(x)
-    outputs, moved = compiled(lambda q, k, v: jvp(lambda q: f(q, k, v), (q,), t[:1]))(q, k, v)
-    return outputs, moved, torch.autograd.grad(energy(outputs + moved), (q, k, v))
+    outputs, output_tangents = compiled(lambda q, k, v: jvp(lambda q: f(q, k, v), (q,), t[:1]))(
+        q, k, v
+    )
+    return (
+        outputs,
+        output_tangents,
+        torch.autograd.grad(energy(outputs + output_tangents), (q, k, v)),
+    )
 
 
 def assert_equals_eager(

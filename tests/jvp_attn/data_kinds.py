@@ -1,4 +1,4 @@
-"""Kinds of data on which attention is judged, in any dtype."""
+"""Kinds of data for the tests of precision."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def plain(data: Named) -> Named:
 
 
 def offset(data: Named) -> Named:
-    """Means that cancel: softmax does not see that of K, nor the gradient of Q that of V."""
+    """Large means that cancel: that of K in the softmax, that of V in the gradient of Q."""
     return {**data, "k": data["k"] + 5, "tk": data["tk"] + 5, "v": data["v"] + 3}
 
 
 def large_logits(data: Named) -> Named:
-    """Softmax is nearly a choice of one key; exp of a logit alone overflows."""
+    """The softmax nearly selects one key; exp of a logit overflows."""
     return {**data, "q": 30 * data["q"], "tq": 30 * data["tq"]}
 
 

@@ -1,4 +1,4 @@
-"""Arguments of the four maps, for tests that call maps or operators by themselves."""
+"""Arguments of the four primitives, for tests that call a backend or the operators directly."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ OF_QKV = (True, True, True, False, True, True, True, False)
 
 @dataclass(frozen=True)
 class PrimitiveCall:
-    """All that the maps take; each map takes a part of it.
+    """Arguments of all primitives; each primitive takes some of them.
 
-    `backward` is given the outputs and the cotangents that it has in common with
-    `jvp_backward`, and the first half of the needs.
+    `backward` takes the outputs and cotangents that it shares with `jvp_backward`, and the first
+    half of the needs.
     """
 
     inputs: Inputs
@@ -48,25 +48,25 @@ class PrimitiveCall:
     needs: Needs = OF_QKV
 
     def changed(self, part: str, **tensors: Tensor | None) -> PrimitiveCall:
-        """With other tensors in one of the parts: `changed("cotangents", lse=None)`."""
+        """The call with other tensors in one of its parts: `changed("cotangents", lse=None)`."""
         return replace(self, **{part: getattr(self, part)._replace(**tensors)})
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> PrimitiveCall:
-        """The function applied to every tensor."""
+        """The call with the function applied to every tensor."""
         parts = ("inputs", "tangents", "outputs", "cotangents")
         return replace(
             self, **{x: tree_map_only(Tensor, function, getattr(self, x)) for x in parts}
         )
 
-    def forward(self, maps: AttentionBackend) -> Outputs:
-        return maps.forward(self.inputs, self.options)
+    def forward(self, backend: AttentionBackend) -> Outputs:
+        return backend.forward(self.inputs, self.options)
 
-    def forward_jvp(self, maps: AttentionBackend) -> JvpOutputs:
-        return maps.forward_jvp(self.inputs, self.tangents, self.options)
+    def forward_jvp(self, backend: AttentionBackend) -> JvpOutputs:
+        return backend.forward_jvp(self.inputs, self.tangents, self.options)
 
-    def backward(self, maps: AttentionBackend) -> Gradients:
+    def backward(self, backend: AttentionBackend) -> Gradients:
         out, lse, _, _, out_lo, _ = self.outputs
-        return maps.backward(
+        return backend.backward(
             self.inputs,
             Outputs(out, lse, out_lo),
             Cotangents(self.cotangents.out, self.cotangents.lse),
@@ -74,27 +74,27 @@ class PrimitiveCall:
             self.options,
         )
 
-    def jvp_backward(self, maps: AttentionBackend) -> tuple[Gradients, Gradients]:
-        return maps.jvp_backward(
+    def jvp_backward(self, backend: AttentionBackend) -> tuple[Gradients, Gradients]:
+        return backend.jvp_backward(
             self.inputs, self.tangents, self.outputs, self.cotangents, self.needs, self.options
         )
 
-    def all_four(self, maps: AttentionBackend) -> tuple[Any, ...]:
-        """The results of every map."""
+    def all_four(self, backend: AttentionBackend) -> tuple[Any, ...]:
+        """The results of every primitive."""
         return (
-            self.forward(maps),
-            self.forward_jvp(maps),
-            self.backward(maps),
-            self.jvp_backward(maps),
+            self.forward(backend),
+            self.forward_jvp(backend),
+            self.backward(backend),
+            self.jvp_backward(backend),
         )
 
 
 def call_of(
     case: Case | PackedCase, *, backend: str = "cuda", return_lo: bool = True
 ) -> PrimitiveCall:
-    """A call with the data of a case; cotangents are made of its outputs.
+    """A call with the data of a case, and with cotangents made from its outputs.
 
-    Its outputs are those of the backend `tiled`, with return_lo of zeros.
+    The outputs are those of the backend `tiled`; their low-order parts are zeros.
     """
     data = case.data()
     inputs = Inputs(data["q"], data["k"], data["v"], data.get("attn_mask"))
@@ -125,7 +125,7 @@ def bf16_packed_case(**changes: Any) -> PackedCase:
 
 
 def causal_of(case: Case | PackedCase) -> Causal:
-    """How a case hides later keys."""
+    """The causal mask of a case."""
     if not case.causal:
         return Causal.NO
     is_torchs = isinstance(case, Case) and case.torchs_interface

@@ -32,7 +32,7 @@ TOKENS, TTOKENS = point_and_direction(BATCH, SEQLEN, WIDTH)
 
 
 def by_torch(of: Callable[..., Any], *args: Any) -> Any:
-    """What the backend of torch gives that has all derivatives."""
+    """The result with torch's backend MATH, which has all derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
         return of(*args)
 

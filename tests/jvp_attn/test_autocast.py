@@ -1,7 +1,6 @@
-"""Autocast: `flash_attn_jvp` computes in the dtype of its inputs, torch's own interface as torch.
+"""Autocast: `flash_attn_jvp` computes in the dtype of its inputs.
 
-So a layer in front decides for the former; the latter casts its arguments, in forward and reverse
-mode.
+`scaled_dot_product_attention` casts its arguments as torch's function does, with their derivatives.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def point_and_direction(dtype: torch.dtype = torch.float32) -> tuple[Tensors, Te
 
 
 def in_bfloat16(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f of inputs that are cast first."""
+    """f with its inputs cast to bfloat16."""
     return lambda *x: f(*(y.to(torch.bfloat16) for y in x))
 
 
@@ -62,8 +61,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
 
 
 def outputs_and_all_gradients(f: Attention, x: Tensors, t: Tensors) -> Any:
-    outputs, moved = jvp(f, x, t)
-    return outputs, moved, torch.autograd.grad(energy(outputs + moved), x + t)
+    outputs, output_tangents = jvp(f, x, t)
+    return outputs, output_tangents, torch.autograd.grad(energy(outputs + output_tangents), x + t)
 
 
 def tangent_by_hand(f: Attention, x: Tensors, t: Tensors) -> Any:
@@ -93,11 +92,11 @@ def test_autocast_does_not_change_the_naive_formula(f: Attention) -> None:
 
 
 # ----------------------------------------------------------------------------
-# Layers in front of it
+# Attention after a linear layer
 
 
 def projected(x: Tensor, weight: Tensor) -> Tensors:
-    """(out, lse) of attention behind a linear layer."""
+    """(out, lse) of attention after a linear layer."""
     q, k, v = F.linear(x.flatten(2), weight).unflatten(-1, (3, *SHAPE[2:])).unbind(2)
     return flash_attn_jvp(q, k, v, return_lse=True)
 
@@ -109,7 +108,7 @@ def of_layer(
     forward_in: Callable[[], AbstractContextManager[None]] = nullcontext,
     backward_in: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Any:
-    """Outputs, tangents and gradients, in float32 weights and data."""
+    """Outputs, tangents and gradients for float32 weights and data."""
     (x, *_), (tx, *_) = point_and_direction()
     width = SHAPE[2] * SHAPE[3]
     (weight,) = leaves((randn(3 * width, width, seed="weight", dtype=torch.float32),))
@@ -118,9 +117,13 @@ def of_layer(
         return jvp(lambda x: f(x, weight), (x,), (tx,))
 
     with forward_in():
-        outputs, moved = call(value_and_tangent, x, tx, weight)
+        outputs, output_tangents = call(value_and_tangent, x, tx, weight)
     with backward_in():
-        return outputs, moved, torch.autograd.grad(energy(outputs + moved), (x, tx, weight))
+        return (
+            outputs,
+            output_tangents,
+            torch.autograd.grad(energy(outputs + output_tangents), (x, tx, weight)),
+        )
 
 
 @pytest.mark.parametrize("backward_in", [nullcontext, autocast], ids=["outside", "inside"])

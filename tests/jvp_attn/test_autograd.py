@@ -1,4 +1,4 @@
-"""Dual numbers, `.backward()`, autograd.grad and checkpoints go through attention exactly."""
+"""Dual numbers, `.backward()`, autograd.grad and checkpoints give exact derivatives."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def tangents(x: Named) -> list[Tensor]:
     return [x["tq"], x["tk"], x["tv"]]
 
 
-def duals(x: Named, moving: str = "qkv") -> list[Tensor]:
-    """q, k, v as dual numbers where they move; call it within a dual level."""
-    return [fwAD.make_dual(x[n], x[f"t{n}"]) if n in moving else x[n] for n in "qkv"]
+def duals(x: Named, with_tangent: str = "qkv") -> list[Tensor]:
+    """q, k, v, those with a tangent as dual numbers; call it within a dual level."""
+    return [fwAD.make_dual(x[n], x[f"t{n}"]) if n in with_tangent else x[n] for n in "qkv"]
 
 
 def primals_and_tangents(numbers: Iterable[Tensor]) -> list[Tensor | None]:
@@ -112,7 +112,7 @@ def forward_over_reverse_along_q(f: Attention, x: Named) -> Any:
         return primals_and_tangents(gradients)
 
 
-def forward_over_reverse_for_what_does_not_move(f: Attention, x: Named) -> Any:
+def forward_over_reverse_for_inputs_without_tangent(f: Attention, x: Named) -> Any:
     with fwAD.dual_level():
         outputs = f(fwAD.make_dual(x["q"].detach(), x["tq"]), x["k"], x["v"])
         return primals_and_tangents(torch.autograd.grad(energy(outputs), primals(x)[1:]))
@@ -155,7 +155,7 @@ DERIVATIVES = [
     *(jvp_without_grad, backward_through_jvp),
     *(reverse_over_forward, reverse_over_forward_for_the_direction),
     *(forward_over_reverse, forward_over_reverse_along_q),
-    forward_over_reverse_for_what_does_not_move,
+    forward_over_reverse_for_inputs_without_tangent,
     *(gradient_penalty, gradient_penalty_for_v, hessian_vector_product_by_double_backward),
     *(checkpoint_around_attention, checkpoint_around_jvp),
 ]

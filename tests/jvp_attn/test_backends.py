@@ -1,4 +1,4 @@
-"""A backend is chosen by `backend(name)` or by JVP_ATTN_BACKEND; backward passes keep it."""
+"""`backend(name)` or JVP_ATTN_BACKEND chooses the backend; backward passes use the same one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def no_cpu_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def extension(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """One that says it has all kernels."""
+    """A CUDA extension that reports all kernels."""
     extension = SimpleNamespace(kernels=lambda: dict.fromkeys(KERNELS))
     monkeypatch.setitem(sys.modules, "jvp_attn._C", extension)
     monkeypatch.setitem(sys.modules, "jvp_attn._cpu", None)
@@ -49,7 +49,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A CUDA device in the eyes of torch; its tensors hold no data."""
+    """Torch reports a CUDA device; its tensors are fake."""
     properties = {"capability": (8, 0)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: properties["capability"])
@@ -62,14 +62,14 @@ def on_gpu(dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def attention_of_q() -> tuple[Tensor, Tensor]:
-    """Attention, and the q that it is differentiable in."""
+    """Attention, and the q that requires grad."""
     data = Case().primals()
     q = data["q"].requires_grad_()
     return flash_attn_jvp(q, data["k"], data["v"]), q
 
 
 def thrice_differentiated(out: Tensor, q: Tensor) -> Tensor:
-    """Only the backend `math` can be differentiated so often."""
+    """Only the backend `math` has third derivatives."""
     y = (out**3).sum()
     for _ in range(3):
         (y,) = torch.autograd.grad(y, q, create_graph=True)
@@ -90,9 +90,9 @@ def test_the_backward_pass_uses_the_backend_of_its_forward_pass() -> None:
         by_math = attention_of_q()
     thrice_differentiated(*by_math)
 
-    by_blocks = attention_of_q()
+    by_tiles = attention_of_q()
     with jvp_attn.backend("math"), pytest.raises(NotImplementedError):
-        thrice_differentiated(*by_blocks)
+        thrice_differentiated(*by_tiles)
 
 
 def test_with_blocks_nest_and_end_on_an_exception() -> None:
@@ -217,16 +217,16 @@ def test_on_a_gpu_without_the_extension_the_default_is_tiled() -> None:
 
 @pytest.mark.usefixtures("extension")
 def test_cuda_raises_for_problems_it_cannot_compute(gpu: dict[str, Any]) -> None:
-    def refusal(q: Tensor) -> str:
-        refused_by = pytest.raises(ValueError, match="backend 'cuda' cannot compute this: ")
-        with jvp_attn.backend("cuda"), refused_by as refused:
+    def reason(q: Tensor) -> str:
+        raises = pytest.raises(ValueError, match="backend 'cuda' cannot compute this: ")
+        with jvp_attn.backend("cuda"), raises as raised:
             select.resolve_backend(q, q)
-        return str(refused.value)
+        return str(raised.value)
 
-    assert "q is on cpu" in refusal(torch.zeros(2, 8, 2, 64))
-    assert "and q has float32; 'automatic' can" in refusal(on_gpu(torch.float32))
+    assert "q is on cpu" in reason(torch.zeros(2, 8, 2, 64))
+    assert "and q has float32; 'automatic' can" in reason(on_gpu(torch.float32))
     gpu["capability"] = (7, 5)
-    assert "the device has 7.5" in refusal(on_gpu())
+    assert "the device has 7.5" in reason(on_gpu())
 
 
 @pytest.mark.usefixtures("extension")
@@ -237,5 +237,5 @@ def test_attention_on_the_wrong_device_raises() -> None:
 
 def test_autograd_functions_raise_for_the_math_backend() -> None:
     options = jvp_attn.AttentionOptions(1.0, backend="math")
-    with pytest.raises(ValueError, match="backend 'math' has no attention maps"):
+    with pytest.raises(ValueError, match=r"backend 'math' has no attention (maps|primitives)"):
         jvp_attn.FlashAttention.apply(*Case().primals().values(), options)

@@ -15,7 +15,7 @@ from tests.jvp_attn.bad_arguments import (
 )
 
 MASKS: Table = {
-    "the mask is no tensor": (
+    "the mask is not a tensor": (
         {"attn_mask": [[True]]},
         TypeError,
         "attn_mask must be a torch.Tensor or None",
@@ -70,14 +70,14 @@ MASKS: Table = {
         "attn_mask has dtype torch.uint8",
         "bool, float64",
     ),
-    "the mask is coarser than q": (
+    "the mask is less precise than q": (
         {"attn_mask": zeros(5, 7, dtype=torch.float32)},
         TypeError,
         "attn_mask has dtype torch.float32",
         "q has torch.float64",
         "bool, float64",
     ),
-    "the mask is finer than q": (
+    "the mask is more precise than q": (
         {**{x: y.float() for x, y in DENSE.items()}, "attn_mask": zeros(5, 7)},
         TypeError,
         "attn_mask has dtype torch.float64",

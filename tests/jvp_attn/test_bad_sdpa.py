@@ -17,7 +17,7 @@ from tests.jvp_attn.bad_arguments import (
 
 GOOD = {"query": zeros(2, 4, 5, 3), "key": zeros(2, 4, 7, 3), "value": zeros(2, 4, 7, 6)}
 ARGUMENTS: Table = {
-    "query is no tensor": ({"query": 1.0}, TypeError, "query", "torch.Tensor", "float"),
+    "query is not a tensor": ({"query": 1.0}, TypeError, "query", "torch.Tensor", "float"),
     "query has 1 dimension": ({"query": zeros(3)}, ValueError, "query", "(3,)"),
     "all are integers": (
         {x: y.long() for x, y in GOOD.items()},

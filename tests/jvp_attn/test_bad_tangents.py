@@ -20,7 +20,7 @@ from tests.jvp_attn.bad_arguments import (
 
 PRIMALS_SHAPE = "a tangent must have its primal's shape"
 TANGENTS: Table = {
-    "tq is no tensor": ({"tq": 0.0}, TypeError, "tq must be a torch.Tensor or None", "float"),
+    "tq is not a tensor": ({"tq": 0.0}, TypeError, "tq must be a torch.Tensor or None", "float"),
     "tq could be broadcast": (
         {"tq": zeros(1, 5, 4, 3)},
         ValueError,
@@ -61,7 +61,7 @@ TANGENTS: Table = {
         TypeError,
         "tattn_mask is given but attn_mask is boolean",
     ),
-    "the tangent of a mask is no tensor": (
+    "the tangent of a mask is not a tensor": (
         {"attn_mask": zeros(5, 7), "tattn_mask": 1.0},
         TypeError,
         "tattn_mask must be a torch.Tensor or None",

@@ -25,8 +25,8 @@ from tests.jvp_attn.bad_arguments import (
 
 DIMENSIONS = "must have 4 dimensions (batch, seqlen, heads, head_dim)"
 TENSORS: Table = {
-    "q is no tensor": ({"q": [[1.0]]}, TypeError, "q must be a torch.Tensor", "list"),
-    "v is no tensor": ({"v": None}, TypeError, "v must be a torch.Tensor", "NoneType"),
+    "q is not a tensor": ({"q": [[1.0]]}, TypeError, "q must be a torch.Tensor", "list"),
+    "v is not a tensor": ({"v": None}, TypeError, "v must be a torch.Tensor", "NoneType"),
     "q has 3 dimensions": ({"q": zeros(2, 5, 3)}, ValueError, "q " + DIMENSIONS, "(2, 5, 3)"),
     "k has 5 dimensions": (
         {"k": zeros(1, 2, 7, 2, 3)},
@@ -60,7 +60,7 @@ TENSORS: Table = {
         "q has dtype torch.int64",
         DTYPES,
     ),
-    "all are truth values": (
+    "all are bool": (
         {x: y.bool() for x, y in DENSE.items()},
         TypeError,
         "q has dtype torch.bool",

@@ -30,7 +30,7 @@ PACKING: Table = {
         "q must have 3 dimensions (total, heads, head_dim)",
         "(1, 8, 4, 3)",
     ),
-    "v is no tensor": ({"v": None}, TypeError, "v must be a torch.Tensor", "NoneType"),
+    "v is not a tensor": ({"v": None}, TypeError, "v must be a torch.Tensor", "NoneType"),
     "v is longer than k": (
         {"v": zeros(11, 2, 6)},
         ValueError,
@@ -94,7 +94,7 @@ PACKING: Table = {
         "cu_seqlens_q must have shape (sequences + 1,)",
         "(1, 3)",
     ),
-    "cu_seqlens_k has none": (
+    "cu_seqlens_k has no dimension": (
         {"cu_seqlens_k": int32(0)[0]},
         ValueError,
         "cu_seqlens_k must have shape (sequences + 1,)",
@@ -138,13 +138,13 @@ PACKING: Table = {
         "cu_seqlens_q must not decrease",
         "[0, -3, 2]",
     ),
-    "cu_seqlens_k goes past the end": (
+    "cu_seqlens_k ends beyond k": (
         {"cu_seqlens_k": int32(0, 5, 11)},
         ValueError,
         "cu_seqlens_k must not end beyond the 10 rows of k",
         "[0, 5, 11]",
     ),
-    "cu_seqlens_q goes past the end and comes back": (
+    "cu_seqlens_q ends beyond k and comes back": (
         {"cu_seqlens_q": int32(0, 11, 8), "max_seqlen_q": 11},
         ValueError,
         "cu_seqlens_q must not decrease",
@@ -182,7 +182,7 @@ PACKING: Table = {
         "max_seqlen_q must be a Python int",
         "Tensor",
     ),
-    "max_seqlen_k is a truth value": (
+    "max_seqlen_k is a bool": (
         {"max_seqlen_k": True},
         TypeError,
         "max_seqlen_k must be a Python int",

@@ -1,7 +1,7 @@
-"""Activation checkpoints: attention is computed again in the backward pass, exactly, or it raises.
+"""Activation checkpoints recompute attention in the backward pass exactly, or raise.
 
-The jvp belongs inside of the checkpoint. A checkpoint inside of a jvp is computed again after the
-jvp has ended, without its tangents; torch finds that and raises.
+The jvp must be inside the checkpoint. A checkpoint inside a jvp would be recomputed after the jvp
+has ended, without its tangents; torch detects this and raises.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.jvp_attn.composition_autograd import leaves
 SHAPE = (2, 5, 8)  # (batch, seqlen, width)
 HEADS = 2
 
-# Calls a function with arguments, and keeps what its backward pass needs, or not.
+# Calls a function with arguments, with or without a checkpoint.
 Call = Callable[..., Any]
 checkpointed = partial(checkpoint, use_reentrant=False)
 
@@ -69,7 +69,7 @@ def point_and_direction() -> tuple[Tensors, Named]:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators of this package that are called inside of it, by name."""
+    """Counts the operators of this package that are called, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Calls(TorchDispatchMode):
 
 
 # ----------------------------------------------------------------------------
-# Two blocks, around parts of which there are checkpoints
+# Two blocks, with checkpoints around parts of them
 
 
 def around_each_block(call: Call) -> Any:
@@ -143,11 +143,11 @@ def test_a_compiled_checkpoint_changes_nothing() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Inside of a jvp
+# Inside a jvp
 
 
 not_before_2_13 = pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="torch before 2.13 has no checkpoint inside of a jvp"
+    torch.__version__ < (2, 13), reason="torch before 2.13 has no checkpoint inside a jvp"
 )
 
 

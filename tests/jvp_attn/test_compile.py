@@ -49,16 +49,16 @@ def forward_and_backward(f: Attention, x: Tensors, t: Tensors, compiled: Compile
 
 def jvp_and_backward(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
     x, t = leaves(x), leaves(t)
-    outputs, moved = compiled(lambda x, t: jvp(f, x, t))(x, t)
-    return outputs, moved, torch.autograd.grad(energy(outputs + moved), x + t)
+    outputs, output_tangents = compiled(lambda x, t: jvp(f, x, t))(x, t)
+    return outputs, output_tangents, torch.autograd.grad(energy(outputs + output_tangents), x + t)
 
 
 def jvp_and_backward_through_the_tangent(
     f: Attention, x: Tensors, t: Tensors, compiled: Compile
 ) -> Any:
     x, t = leaves(x), leaves(t)
-    _, moved = compiled(lambda x, t: jvp(f, x, t))(x, t)
-    return torch.autograd.grad(energy(moved[:1]), x + t)
+    _, output_tangents = compiled(lambda x, t: jvp(f, x, t))(x, t)
+    return torch.autograd.grad(energy(output_tangents[:1]), x + t)
 
 
 def jvp_without_grad(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
@@ -67,11 +67,11 @@ def jvp_without_grad(f: Attention, x: Tensors, t: Tensors, compiled: Compile) ->
 
 
 def dual_numbers_within(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
-    def moved(q: Tensor, tq: Tensor, k: Tensor, v: Tensor) -> Any:
+    def output_tangents(q: Tensor, tq: Tensor, k: Tensor, v: Tensor) -> Any:
         with fwAD.dual_level():
             return unpacked(f(fwAD.make_dual(q, tq), k, v))
 
-    return compiled(moved)(x[0], t[0], *x[1:])
+    return compiled(output_tangents)(x[0], t[0], *x[1:])
 
 
 OF_EVERY_FEATURE = [forward_and_backward, jvp_and_backward]

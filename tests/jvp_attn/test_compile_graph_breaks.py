@@ -42,8 +42,8 @@ def grad_within(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
 
 def grad_of_jvp_within(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
     def of_tangent(*x: Tensor) -> Tensor:
-        outputs, moved = jvp(f, x, t)
-        return energy(outputs + moved)
+        outputs, output_tangents = jvp(f, x, t)
+        return energy(outputs + output_tangents)
 
     return compiled(grad(of_tangent, (0, 1, 2)))(*x)
 
@@ -63,8 +63,8 @@ def jacfwd_within(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> An
 
 def jvp_of_compiled(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
     x, t = leaves(x), leaves(t)
-    outputs, moved = jvp(compiled(f), x, t)
-    return outputs, moved, torch.autograd.grad(energy(outputs + moved), x + t)
+    outputs, output_tangents = jvp(compiled(f), x, t)
+    return outputs, output_tangents, torch.autograd.grad(energy(outputs + output_tangents), x + t)
 
 
 def grad_of_compiled(f: Attention, x: Tensors, t: Tensors, compiled: Compile) -> Any:
@@ -99,7 +99,7 @@ def gradient_within_a_dual_level(f: Attention, x: Tensors, t: Tensors, compiled:
 
 OUR_REASON = "attention goes through torch.func.jvp but no other"
 TORCHS_REASON = "torch.func|functorch"
-LEAVES_THE_GRAPH = {
+BREAKS_THE_GRAPH = {
     **dict.fromkeys((grad_within, grad_of_jvp_within, jvp_of_grad_within), OUR_REASON),
     **dict.fromkeys((vmap_within, jacfwd_within), OUR_REASON),
     **dict.fromkeys((jvp_of_compiled, grad_of_compiled, vmap_of_compiled), TORCHS_REASON),
@@ -108,19 +108,18 @@ LEAVES_THE_GRAPH = {
 }
 
 
-@pytest.mark.parametrize("derivative", LEAVES_THE_GRAPH, **by_name)
+@pytest.mark.parametrize("derivative", BREAKS_THE_GRAPH, **by_name)
 def test_an_unsupported_transform_raises_with_fullgraph(derivative: Derivative) -> None:
-    with pytest.raises(Unsupported, match=LEAVES_THE_GRAPH[derivative]):
+    with pytest.raises(Unsupported, match=BREAKS_THE_GRAPH[derivative]):
         derivative(masked, MASKED.primals(), MASKED.tangents(), traced_in_one_graph)
 
 
-# Where a level of torch.func.grad is innermost, torch cannot take up the graph again, whatever has
-# left it.
-NOT_TAKEN_UP_AGAIN = (grad_within, jvp_of_grad_within, grad_of_compiled)
+# With torch.func.grad innermost, torch cannot resume after any graph break.
+NOT_RESUMABLE = (grad_within, jvp_of_grad_within, grad_of_compiled)
 
 
 @pytest.mark.parametrize(
-    "derivative", [d for d in LEAVES_THE_GRAPH if d not in NOT_TAKEN_UP_AGAIN], **by_name
+    "derivative", [d for d in BREAKS_THE_GRAPH if d not in NOT_RESUMABLE], **by_name
 )
 def test_an_unsupported_transform_breaks_the_graph_and_equals_eager(derivative: Derivative) -> None:
     assert_equals_eager(derivative, masked, MASKED, traced_in_parts)
@@ -137,7 +136,7 @@ def product_in_two_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
 
 
 @pytest.mark.parametrize("f", [masked, product_in_two_parts], **by_name)
-@pytest.mark.parametrize("derivative", NOT_TAKEN_UP_AGAIN, **by_name)
+@pytest.mark.parametrize("derivative", NOT_RESUMABLE, **by_name)
 def test_torch_raises_after_a_graph_break_inside_func_grad(
     derivative: Derivative, f: Attention
 ) -> None:

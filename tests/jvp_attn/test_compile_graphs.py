@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Recorder:
-    """Compiles as aot_eager, and keeps the graphs.
+    """Compiles as aot_eager does, and records the graphs.
 
     Attributes:
-        made: the graphs of forward passes, in the order in which they were made.
-        ran: the same, in the order in which they were called.
+        made: the graphs of forward passes, in the order of compilation.
+        ran: the same graphs, in the order of calls.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Recorder:
 
 
 def attention_in(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """The operators of this package that it calls."""
+    """The operators of this package in the graph."""
     return [node for node in graph.nodes if str(node.target).startswith("jvp_attn.")]
 
 
@@ -102,20 +102,20 @@ def test_new_sequence_lengths_reuse_graphs(
     compiled = recorder(f, **options)
     for length in (5, 6, 9, 17):
         x = leaves(of_length(length))
-        outputs, moved = compiled(*x)
-        gradients = torch.autograd.grad(energy(outputs + moved), x)
+        outputs, output_tangents = compiled(*x)
+        gradients = torch.autograd.grad(energy(outputs + output_tangents), x)
 
-        expected, expected_moved = f(*x)
-        expected_gradients = torch.autograd.grad(energy(expected + expected_moved), x)
+        expected, expected_tangents = f(*x)
+        expected_gradients = torch.autograd.grad(energy(expected + expected_tangents), x)
         assert_close(
-            named((outputs, moved, gradients)),
-            named((expected, expected_moved, expected_gradients)),
+            named((outputs, output_tangents, gradients)),
+            named((expected, expected_tangents, expected_gradients)),
         )
     assert len(recorder.made) == graphs
 
 
 # ----------------------------------------------------------------------------
-# What compiled code depends on
+# Recompilation on a change of backend
 
 
 def test_compiled_code_uses_the_chosen_backend() -> None:
@@ -123,7 +123,7 @@ def test_compiled_code_uses_the_chosen_backend() -> None:
     compiled = recorder(masked)
 
     def calls_the_operators() -> bool:
-        """Whether a call made now does; the formula of the backend `math` has none."""
+        """Whether a call now uses the operators; the backend `math` uses none."""
         compiled(*MASKED.primals())
         return attention_in(recorder.ran[-1]) != []
 

@@ -1,4 +1,4 @@
-"""Work is what the formulas need, hidden keys and absent tangents left out; memory is linear."""
+"""The work is that of the formulas, without masked keys and absent tangents; memory is linear."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from tests.jvp_attn.attention_cases import (
 )
 from tests.jvp_attn.packed_cases import PackedCase
 
-# They count the matrix products of torch, of which this backend is made.
+# The tests count matrix products of torch, which this backend consists of.
 pytestmark = pytest.mark.parametrize("computed_by", ["tiled"], indirect=True)
 
 aten = torch.ops.aten
 MATRIX_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.mm, aten.addmm}
 
-Map = Callable[..., Any]
+Primitive = Callable[..., Any]
 
 
-def wrapped_maps(wrapper: Callable[[Map], Map]) -> AbstractContextManager[object]:
-    """Let the backend `tiled` compute with wrapped maps; `backward` is one of the others."""
+def wrapped_primitives(wrapper: Callable[[Primitive], Primitive]) -> AbstractContextManager[object]:
+    """Wrap the primitives of the backend `tiled`; its `backward` calls another of them."""
     names = ("forward", "forward_jvp", "jvp_backward")
     return mock.patch.multiple(tiled, **{name: wrapper(getattr(tiled, name)) for name in names})
 
@@ -51,7 +51,7 @@ def wrapped_maps(wrapper: Callable[[Map], Map]) -> AbstractContextManager[object
 
 
 class MatrixProducts(TorchDispatchMode):
-    """How many there are, and of how many operations."""
+    """Counts matrix products and their floating point operations."""
 
     count = 0
     operations = 0
@@ -67,17 +67,17 @@ class MatrixProducts(TorchDispatchMode):
 
 
 def products_of(of: Callable[[], object]) -> MatrixProducts:
-    """Those inside of the maps, which are operators that nothing outside sees into."""
+    """The products inside the primitives, which dispatch modes outside do not see."""
     products = MatrixProducts()
 
-    def counted(attention_map: Map) -> Map:
+    def counted(primitive: Primitive) -> Primitive:
         def within(*arguments: Any) -> Any:
             with products:
-                return attention_map(*arguments)
+                return primitive(*arguments)
 
         return within
 
-    with wrapped_maps(counted):
+    with wrapped_primitives(counted):
         of()
     return products
 
@@ -139,7 +139,7 @@ def test_the_gradient_of_a_mask_alone_needs_2_products() -> None:
     mask = data["attn_mask"].requires_grad_()
     out, _ = case.ours(**data)
     loss = out.square().sum()
-    assert matrix_products(lambda: torch.autograd.grad(loss, mask)) == 2  # Q Kᵀ and gO Vᵀ
+    assert matrix_products(lambda: torch.autograd.grad(loss, mask)) == 2  # Q Kᵀ and dO Vᵀ
 
 
 def test_constant_tangents_need_no_gradient_products() -> None:
@@ -161,8 +161,8 @@ def test_constant_tangents_need_no_gradient_products() -> None:
     [
         ("out", 5),  # as without tangents
         ("lse", 3),  # Q Kᵀ, P K, Pᵀ Q
-        ("out_tangent", 13),  # all but gO Vᵀ and Pᵀ gO
-        ("mu", 9),  # also without gT Vᵀ, gT tVᵀ, (P∘(T − mu))ᵀ gT and Pᵀ gT
+        ("out_tangent", 13),  # all but dO Vᵀ and Pᵀ dO
+        ("mu", 9),  # also without dtO Vᵀ, dtO tVᵀ, (P∘(T − mu))ᵀ dtO and Pᵀ dtO
     ],
 )
 def test_backward_of_one_output_has_fewer_products(through: str, count: int) -> None:
@@ -222,14 +222,14 @@ def test_vmapped_directions_share_the_memory_of_the_primals(mask_dims: str, batc
     _, pull_tangent_back = vjp(along, data["tq"])
     found = []
 
-    def noting(attention_map: Map) -> Map:
-        def noted(inputs: Inputs, *others: Any) -> Any:
+    def recording(primitive: Primitive) -> Primitive:
+        def recorded(inputs: Inputs, *others: Any) -> Any:
             found.append(inputs)
-            return attention_map(inputs, *others)
+            return primitive(inputs, *others)
 
-        return noted
+        return recorded
 
-    with wrapped_maps(noting):
+    with wrapped_primitives(recording):
         vmap(along)(times(3, data["tq"]))
         vmap(pull_back)(times(3, out))
         vmap(pull_tangent_back)((times(3, out), times(3, out)))
@@ -244,7 +244,7 @@ def test_vmapped_directions_share_the_memory_of_the_primals(mask_dims: str, batc
 
 
 def operations(case: Case | PackedCase) -> tuple[int, int]:
-    """Those of forward+tangent, and of that and its backward pass."""
+    """The operations of forward JVP, and of forward JVP and its backward."""
     data = case.data()
     forward = products_of(lambda: with_tangents(case.ours, data))
     both = products_of(lambda: outputs_and_gradients(case.ours, data))

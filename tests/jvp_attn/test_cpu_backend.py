@@ -1,4 +1,4 @@
-"""What only the backend `cpu` has: threads, which are torch's in number, and forks."""
+"""The backend `cpu`: threads, forks, instruction sets and layouts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _cpu = pytest.importorskip("jvp_attn._cpu", reason="the CPU extension is not bui
 pytestmark = pytest.mark.parametrize("computed_by", ["cpu"], indirect=True)
 
 LARGE = Case(2, 150, 300, 4, 2, 32, 16, dtype=torch.float32)
-# So few queries that the keys are split, but so many keys that threads are worth starting.
+# Few queries, so that the keys are split, and enough keys to use threads.
 FEW_QUERIES = Case(1, 20, 5000, 2, 1, 16, 16, dtype=torch.float32)
 
 
@@ -83,19 +83,19 @@ def test_split_keys_equal_the_naive_formula(causal: bool) -> None:
 def test_the_number_of_threads_is_torchs() -> None:
     used = []
 
-    def noting(params: Any, instruction_set: str) -> None:
+    def recording(params: Any, instruction_set: str) -> None:
         used.append(params.threads)
 
     fields = {name: getattr(_cpu, name) for name in ("AttentionParams", "Tensor", "RowVector")}
-    maps = CpuBackend(SimpleNamespace(**fields, forward=noting), "baseline")
+    backend = CpuBackend(SimpleNamespace(**fields, forward=recording), "baseline")
     for count in (1, 3):
         torch.set_num_threads(count)
-        call_of(replace(LARGE, batch=1), backend="cpu").forward(maps)
+        call_of(replace(LARGE, batch=1), backend="cpu").forward(backend)
     assert used == [1, 3]
 
 
 def test_no_threads_start_beyond_torchs() -> None:
-    """Others would share the processors with torch's, which go on turning when they are done."""
+    """More threads would compete with torch's, which spin-wait after finishing."""
     x = tuple(replace(LARGE, seqlen_q=1500, seqlen_k=1500).primals().values())
     torch.set_num_threads(4)
     torch.ones(10**6).exp()  # in all of torch's threads
@@ -128,7 +128,7 @@ def test_attention_works_in_a_forked_process() -> None:
     child = fork.Process(target=attention_in_a_child, args=(x, sender))
     child.start()
     try:
-        assert receiver.poll(60), "the child does not answer"
+        assert receiver.poll(60), "the child process does not answer"
         assert torch.equal(torch.from_numpy(receiver.recv()), expected)
     finally:
         child.kill()
@@ -136,9 +136,9 @@ def test_attention_works_in_a_forked_process() -> None:
 
 
 def test_attention_works_in_a_process_forked_before_the_import() -> None:
-    """It has none of torch's threads, and OpenMP, which believes that it has, waits for them.
+    """OpenMP in the child waits for torch's threads, which exist only in the parent.
 
-    So does torch itself, but for tensors as small as these.
+    Torch itself has this problem, except with tensors as small as these.
     """
     child = """
 import os, signal, torch
@@ -175,13 +175,13 @@ def test_an_instruction_set_that_the_cpu_lacks_raises() -> None:
         call.forward(CpuBackend(_cpu, "amx"))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every second"])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other"])
 def test_rows_that_are_contiguous_are_not_copied(layout: str) -> None:
     q, k, v = replace(LARGE, heads=2).primals().values()
     laid_out = {
         "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "expanded": lambda x: x[:1, :, :1].expand(x.shape),
-        "every second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     }[layout]
     x = tuple(laid_out(y) for y in (q, k, v))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What only the CUDA backend does, its kernels in the emulator, against float64."""
+"""The CUDA backend, its kernels run by the emulator, against float64."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kernels_run_in_the_emulator() -> Iterator[None]:
 
 @pytest.fixture
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the backend would compute a map without kernels, it fails."""
+    """The test fails if the backend computes a primitive without kernels."""
     monkeypatch.setattr(CudaBackend, "_without_kernels", None)
 
 
@@ -79,7 +79,7 @@ def test_causal_aligned_at_the_top_left() -> None:
 @pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("evaluate", [with_tangents, without_tangents])
 def test_large_means_of_q_and_k_do_not_degrade_the_gradients(evaluate: Evaluate) -> None:
-    """Without residuals these gradients are wrong by a fifth and more."""
+    """Without low-order parts the error of these gradients is a fifth and more."""
     case = Case(1, 64, 128, heads=1, heads_k=1, head_dim=64, head_dim_v=64)
     data = offset(case.data())
     data = in_dtype({**data, "q": data["q"] + 5}, BF16)
@@ -112,8 +112,8 @@ MASKED = {
 }
 
 
-def beside(mask: Tensor, evaluate: Evaluate = with_tangents) -> Evaluate:
-    """With a mask that is constant: what derives from it has no kernels."""
+def with_constant_mask(mask: Tensor, evaluate: Evaluate = with_tangents) -> Evaluate:
+    """With a mask that is constant: derivatives of a mask have no kernels."""
 
     def evaluated(attention: Attention, data: Named) -> dict[str, Tensor]:
         exactly = data["q"].dtype == torch.float64 and mask.is_floating_point()
@@ -127,9 +127,11 @@ def beside(mask: Tensor, evaluate: Evaluate = with_tangents) -> Evaluate:
 def test_gradients_with_a_constant_mask(case: Case) -> None:
     data = in_dtype(offset(case.data()), BF16)
     mask = data.pop("attn_mask")
-    assert_exact_to_two_roundings(*ours_and_exact(case, data, beside(mask)))
+    assert_exact_to_two_roundings(*ours_and_exact(case, data, with_constant_mask(mask)))
     of_qkv = part(data, ("q", "k", "v"))
-    assert_exact_to_two_roundings(*ours_and_exact(case, of_qkv, beside(mask, without_tangents)))
+    assert_exact_to_two_roundings(
+        *ours_and_exact(case, of_qkv, with_constant_mask(mask, without_tangents))
+    )
 
 
 @pytest.mark.usefixtures("only_kernels")
@@ -137,7 +139,9 @@ def test_a_mask_may_be_more_precise_than_the_inputs() -> None:
     case = MASKED["additive"]
     data = case.data()
     mask = data.pop("attn_mask").float()
-    assert_exact_to_two_roundings(*ours_and_exact(case, in_dtype(data, BF16), beside(mask)))
+    assert_exact_to_two_roundings(
+        *ours_and_exact(case, in_dtype(data, BF16), with_constant_mask(mask))
+    )
 
 
 @pytest.mark.usefixtures("only_kernels")
@@ -188,7 +192,7 @@ def test_packed_sequences_of_head_dim_256() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Residuals
+# Low-order parts
 
 
 @pytest.mark.parametrize(
@@ -213,11 +217,11 @@ def test_missing_low_order_parts_do_not_change_a_gradient() -> None:
     q, k, v, tq, tk, tv = (y.to(BF16).requires_grad_() for y in offset(case.data()).values())
     inputs, tangents = (q, k, v, None, None, None), (tq, tk, tv, None)
 
-    def gradients(residuals: bool) -> tuple[Tensor, ...]:
-        options = AttentionOptions(0.125, backend="emulated", return_lo=residuals)
+    def gradients(return_lo: bool) -> tuple[Tensor, ...]:
+        options = AttentionOptions(0.125, backend="emulated", return_lo=return_lo)
         out, *_, out_lo = FlashAttention.apply(*inputs, options)
         _, _, tout, *_, tout_lo = FlashAttentionJvp.apply(*inputs, *tangents, options)
-        assert (out_lo is None) == (tout_lo is None) == (not residuals)
+        assert (out_lo is None) == (tout_lo is None) == (not return_lo)
         loss = projection(dtype=BF16)
         return (
             *torch.autograd.grad(loss({"out": out}), (q, k, v)),

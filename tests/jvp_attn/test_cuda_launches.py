@@ -36,7 +36,7 @@ def test_forward_jvp_is_one_launch_and_two_at_head_dim_256(
         "forward_bf16_d256",
         "tangent_only_bf16_d256",
     ]
-    # The second step continues from all that the first has computed.
+    # The second kernel reads all results of the first.
     first, second = (fields for _, fields, _ in recorder.launches[1:])
     assert "out_lo" in first
     assert first == second

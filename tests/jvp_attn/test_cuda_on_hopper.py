@@ -1,4 +1,4 @@
-"""On compute capability 9.0, and there alone, kernels for it are launched where they can be."""
+"""Hopper kernels are launched on compute capability 9.0 only, for problems that they support."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALE = 0.25
 
 
 def tensor(shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Zeros, at a multiple of 64 bytes."""
+    """Zeros; torch aligns them to 64 bytes."""
     return torch.zeros(shape, dtype=dtype)
 
 
@@ -37,7 +37,7 @@ def launched(
     tangents: str = "qkv",
     **changed: Tensor,
 ) -> list[str]:
-    """The kernels that forward with tangent launches, on tensors of SHAPE but for some."""
+    """The kernels that forward JVP launches, on tensors of SHAPE except those given."""
     shapes = {name: changed.get(name, tensor()).shape for name in "qkv"}
     x = {name: changed.get(name, tensor(shapes[name])) for name in "qkv"}
     t = {
@@ -47,10 +47,10 @@ def launched(
         for name in "qkv"
     }
     recorder = Recorder(names)
-    maps = CudaBackend(recorder, recorder.stream_of, lambda device: capability)
+    backend = CudaBackend(recorder, recorder.stream_of, lambda device: capability)
     inputs = Inputs(*x.values(), changed.get("mask"), None, None)
     options = AttentionOptions(scale, backend="cuda", return_lo=False)
-    maps.forward_jvp(inputs, Tangents(*t.values(), None), options)
+    backend.forward_jvp(inputs, Tangents(*t.values(), None), options)
     return recorder.names
 
 
@@ -136,22 +136,22 @@ def test_steps_with_and_without_hopper_kernels_can_be_mixed() -> None:
 
 def test_the_tma_is_given_the_total_length_of_packed_tensors() -> None:
     recorder = Recorder()
-    maps = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
+    backend = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
     q, k = tensor((1, 30, 4, 64)), tensor((1, 50, 4, 64))
     ends_q, ends_k = torch.tensor([0, 10, 30]).int(), torch.tensor([0, 40, 50]).int()
     options = AttentionOptions(SCALE, backend="cuda", max_seqlens=(20, 40))
-    maps.forward(Inputs(q, k, k, None, ends_q, ends_k), options)
+    backend.forward(Inputs(q, k, k, None, ends_q, ends_k), options)
     fields = recorder.fields
     assert (fields["total_q"], fields["total_k"]) == (30, 50)
     assert (fields["seqlen_q"], fields["seqlen_k"]) == (20, 40)
 
 
 # ----------------------------------------------------------------------------
-# The backward whose sums may come in an order that varies
+# The backward with atomic accumulation of dQ
 
 ONE_PASS = ["preprocess_bf16", "backward_bf16_d128_sm90", "bwd_postprocess_bf16"]
 TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128_sm90", "backward_dkv_bf16_d128_sm90"]
-ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
+GENERAL_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
 
 
 def backward_call(
@@ -179,7 +179,7 @@ def test_the_backward_is_deterministic_by_default() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_on_other_devices_the_backward_is_always_deterministic(capability: tuple[int, int]) -> None:
-    assert launched_backward(backward_call(), capability) == ON_OTHER_DEVICES
+    assert launched_backward(backward_call(), capability) == GENERAL_KERNELS
 
 
 @pytest.mark.parametrize("missing", ["backward_bf16_d128_sm90", "bwd_postprocess_bf16"])
@@ -202,11 +202,11 @@ def test_without_the_gradient_of_q_the_backward_is_deterministic() -> None:
 
 
 def test_problems_outside_the_hopper_kernels_are_deterministic() -> None:
-    masked = [name if "preprocess" in name else f"{name}_masked" for name in ON_OTHER_DEVICES]
+    masked = [name if "preprocess" in name else f"{name}_masked" for name in GENERAL_KERNELS]
     assert launched_backward(backward_call(mask="boolean")) == masked
     expanded = tensor((1, 1, 1, 128)).expand(backward_call().cotangents.out.shape)
     call = backward_call().changed("cotangents", out=expanded)
-    assert launched_backward(call) == ON_OTHER_DEVICES
+    assert launched_backward(call) == GENERAL_KERNELS
     for head_dim, kernel in ((256, "bf16_d256"), (64, "bf16_d64_sm90")):
         dq_and_dkv = ["preprocess_bf16", f"backward_dq_{kernel}", f"backward_dkv_{kernel}"]
         assert launched_backward(backward_call(head_dim)) == dq_and_dkv
@@ -214,8 +214,8 @@ def test_problems_outside_the_hopper_kernels_are_deterministic() -> None:
 
 def test_the_jvp_backward_is_always_deterministic() -> None:
     recorder = Recorder()
-    maps = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
-    backward_call().jvp_backward(maps)
+    backend = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
+    backward_call().jvp_backward(backend)
     assert recorder.names == [
         "preprocess_bf16",
         "jvp_backward_dq_bf16_d128_sm90",
@@ -224,7 +224,7 @@ def test_the_jvp_backward_is_always_deterministic() -> None:
 
 
 class AccumulatorChecker(Recorder):
-    """Keeps the strides of the sums that a kernel is to add to, and sees that all are 0."""
+    """Records the strides of the accumulators and checks that these are 0 at the launch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ def test_accumulators_are_zeroed_and_padded_to_whole_tiles(
 
 
 def test_accumulators_of_each_packed_sequence_are_padded_to_whole_tiles() -> None:
-    # 203 rows and three sequences, each of which begins at another multiple of 128.
+    # 203 rows and three sequences, each of which starts at a multiple of 128.
     dims = {"head_dim": 72, "head_dim_v": 72, "dtype": torch.bfloat16}
     call = call_of(PackedCase((130, 0, 70), (9, 5, 7), beyond=3, **dims))
     call = replace(call, options=replace(call.options, deterministic=False))
@@ -267,12 +267,12 @@ def test_accumulators_of_each_packed_sequence_are_padded_to_whole_tiles() -> Non
 
 
 # ----------------------------------------------------------------------------
-# The report of what would be launched
+# The report of the kernels for a problem
 
 
-def reported(map_name: str, head_dim: int, capability: tuple[int, int]) -> list[str]:
+def reported(primitive: str, head_dim: int, capability: tuple[int, int]) -> list[str]:
     reports = report_problem(torch.bfloat16, (2, 8, 4, head_dim), capability=capability)
-    (kernels,) = (report.kernels for report in reports if report.map == map_name)
+    (kernels,) = (report.kernels for report in reports if report.map == primitive)
     return [kernel.name for kernel in kernels]
 
 

@@ -108,7 +108,7 @@ def test_where_a_mask_does_not_vary_its_stride_is_0(
     mask = torch.ones(shape, dtype=torch.bool)
     call_of(bf16_case()).changed("inputs", mask=mask).forward(cuda)
     assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)
-    # What the caller has expanded is not copied either.
+    # A mask that the caller expanded is not copied.
     expanded = mask.expand(2, 4, 5, 7)
     call_of(bf16_case()).changed("inputs", mask=expanded).forward(cuda)
     assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)

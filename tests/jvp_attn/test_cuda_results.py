@@ -28,7 +28,7 @@ from tests.jvp_attn.primitive_calls import BF16, bf16_case, bf16_packed_case, ca
 def test_shapes_and_dtypes_of_all_results(case: Case | PackedCase, cuda: CudaBackend) -> None:
     call = call_of(case)
     found, expected = (named(call.all_four(x)) for x in (cuda, tiled))
-    assert found.keys() >= expected.keys()  # tiled has no residuals
+    assert found.keys() >= expected.keys()  # tiled has no low-order parts
     for name, x in expected.items():
         assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype), name
 
@@ -94,15 +94,15 @@ def test_missing_low_order_parts_are_recomputed(cuda: CudaBackend, recorder: Rec
 
 def test_unused_low_order_parts_are_not_recomputed(cuda: CudaBackend, recorder: Recorder) -> None:
     call = call_of(bf16_case())
-    without_los = call.changed("outputs", out_lo=None, tout_lo=None)
-    without_los.changed("cotangents", out=None).backward(cuda)
-    without_los.changed("cotangents", out=None, tout=None).jvp_backward(cuda)
+    without_lo = call.changed("outputs", out_lo=None, tout_lo=None)
+    without_lo.changed("cotangents", out=None).backward(cuda)
+    without_lo.changed("cotangents", out=None, tout=None).jvp_backward(cuda)
     call.changed("outputs", tout_lo=None).changed("cotangents", tout=None).jvp_backward(cuda)
     assert "forward" not in "".join(recorder.steps)
 
 
 def test_tokens_outside_all_sequences_have_zero_results(cuda: CudaBackend) -> None:
-    """The kernels write nothing there, and here they write nothing at all."""
+    """The kernels do not write there, and the recorded ones write nothing at all."""
     call = call_of(bf16_packed_case(beyond=2))
     outputs = call.forward_jvp(cuda)
     assert torch.equal(outputs.lse, torch.full_like(outputs.lse, -torch.inf))
@@ -112,7 +112,7 @@ def test_tokens_outside_all_sequences_have_zero_results(cuda: CudaBackend) -> No
 
 
 # ----------------------------------------------------------------------------
-# Refusals: a kernel would follow any pointer
+# Bad arguments, checked because a kernel would follow any pointer
 
 
 def zeros(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> Tensor:

@@ -1,4 +1,4 @@
-"""Values, tangents and gradients are those of softmax(s Q Kᵀ) V, over all kinds of shapes."""
+"""Values, tangents and gradients equal those of softmax(s Q Kᵀ) V for all kinds of shapes."""
 
 import pytest
 from torch import Tensor
@@ -25,7 +25,7 @@ CASES = {
     "long": Case(batch=1, seqlen_q=130, seqlen_k=257, heads=2, head_dim=16),
     "causal": Case(seqlen_q=6, seqlen_k=6, causal=True),
     "causal, more keys": Case(seqlen_q=4, seqlen_k=9, causal=True),
-    "causal, rows that see no key": Case(seqlen_q=9, seqlen_k=4, causal=True),
+    "causal, fully masked rows": Case(seqlen_q=9, seqlen_k=4, causal=True),
     "causal, one query": Case(seqlen_q=1, seqlen_k=5, causal=True),
     "causal, one key": Case(seqlen_q=5, seqlen_k=1, causal=True),
     "a key head for each head": Case(heads=3, heads_k=3),

@@ -1,4 +1,4 @@
-"""The transforms of torch.func, alone and composed, go through attention exactly."""
+"""The transforms of torch.func, alone and composed, give the exact derivatives of attention."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def jacrev_of_jacrev(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 
 def several(x: Tensors, dim: int = 0) -> Tensors:
-    """Each of x thrice, each time another."""
+    """Three different tensors stacked, for each of x."""
     return tuple(torch.stack([y, 2 * y, y - 1], dim) for y in x)
 
 
@@ -183,7 +183,7 @@ def test_derivatives_equal_the_naive_formula(derivative: Derivative, case: Case)
 
 
 # ----------------------------------------------------------------------------
-# The public Functions, applied by hand
+# The public autograd Functions, through .apply
 
 
 @pytest.mark.parametrize("kind", [None, "additive"])

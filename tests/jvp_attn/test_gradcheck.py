@@ -1,4 +1,4 @@
-"""Derivatives of first and second order are limits of difference quotients."""
+"""First and second derivatives equal finite differences."""
 
 import pytest
 from torch import Tensor
@@ -38,11 +38,11 @@ def test_second_derivatives_equal_finite_differences(
 def test_gradients_through_the_tangent_equal_finite_differences(
     case: Case, with_tangent: str
 ) -> None:
-    moving = [f"t{x}" for x in with_tangent]
+    tangent_names = [f"t{x}" for x in with_tangent]
 
     def outputs(q: Tensor, k: Tensor, v: Tensor, *tangents: Tensor) -> tuple[Tensor, ...]:
-        named = dict(zip(moving, tangents, strict=True))
+        named = dict(zip(tangent_names, tangents, strict=True))
         return flash_attn_with_tangent(q, k, v, **named, causal=case.causal, return_lse=True)
 
     with small_tiles(scores=1, rows=2):
-        assert gradcheck(outputs, leaves(case, "q", "k", "v", *moving))
+        assert gradcheck(outputs, leaves(case, "q", "k", "v", *tangent_names))

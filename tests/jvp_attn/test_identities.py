@@ -1,4 +1,4 @@
-"""Identities that attention and its tangent obey."""
+"""Mathematical identities of attention and its tangent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TANGENTS = ("out_tangent", "mu")
 
 
 def scores_with(case: Case, q: Tensor, k_vector: Tensor) -> Tensor:
-    """s times each query's product with one vector, (batch, heads, seqlen_q)."""
+    """The scores of every query with one vector as key, (batch, heads, seqlen_q)."""
     return (q @ k_vector).transpose(1, 2) * case.head_dim**-0.5
 
 
@@ -113,10 +113,10 @@ def test_adding_a_vector_to_all_keys_shifts_only_lse_and_mu(case: Case) -> None:
     c, tc = randn(case.head_dim, seed="c"), randn(case.head_dim, seed="tc")
     shifted = with_tangents(case.ours, {**x, "k": x["k"] + c, "tk": x["tk"] + tc})
     expected = with_tangents(case.ours, x)
-    sees_a_key = expected["lse"] > -torch.inf
+    not_masked = expected["lse"] > -torch.inf
     t_shift = scores_with(case, x["tq"], c) + scores_with(case, x["q"], tc)
     expected["lse"] = expected["lse"] + scores_with(case, x["q"], c)
-    expected["mu"] = expected["mu"] + t_shift * sees_a_key
+    expected["mu"] = expected["mu"] + t_shift * not_masked
     assert_close(shifted, expected)
 
 

@@ -1,4 +1,4 @@
-"""The table of kernels says what is compiled, and the generated sources say the same."""
+"""The table of kernels is consistent, and the generated sources match it."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_no_kernel_supports_a_head_dim_above_256() -> None:
     assert all(kernels_of(name, torch.bfloat16, 257, 64) is None for name in MAPS)
 
 
-def names_of(map_name: str, head_dim: int) -> list[str] | None:
-    kernels = kernels_of(map_name, torch.bfloat16, head_dim, head_dim)
+def names_of(primitive: str, head_dim: int) -> list[str] | None:
+    kernels = kernels_of(primitive, torch.bfloat16, head_dim, head_dim)
     return None if kernels is None else [kernel.name for kernel in kernels]
 
 

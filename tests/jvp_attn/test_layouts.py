@@ -1,4 +1,4 @@
-"""Inputs may have any strides and are never modified; a tangent is laid out as its primal."""
+"""Inputs may have any strides and are never modified; a tangent has the strides of its primal."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_inputs_are_never_modified(layout: Callable[[Tensor], Tensor]) -> None:
 
 
 # ----------------------------------------------------------------------------
-# Formulas of torch for later operations take for granted that a tangent looks like its primal.
+# Torch assumes in later operations that a tangent has the strides of its primal.
 
 
 def assert_same_layout(tangent: Tensor, primal: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What rounding took from the outputs reaches the backward maps, through every transform."""
+"""The low-order parts of the outputs reach the backward primitives through every transform."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ MASKED = replace(CASE, mask="additive", mask_dims=".h.k")
 
 
 def low_order_part_of(x: Tensor) -> Tensor:
-    """Recognisable, and different for each output."""
+    """A recognisable tensor, different for each output."""
     return x.cos()
 
 
-class Checking:
-    """Tiled, but with residuals, and what comes back is compared with them."""
+class LowOrderChecker:
+    """The backend `tiled` with made-up low-order parts; its backward checks that it gets them."""
 
     def __init__(self) -> None:
-        self.wanted: list[bool] = []
+        self.requested: list[bool] = []
         self.checked = 0
 
-    def check(self, x: Tensor, residual: Tensor | None) -> None:
-        assert residual is not None
-        assert torch.equal(residual, low_order_part_of(x))
+    def check(self, x: Tensor, out_lo: Tensor | None) -> None:
+        assert out_lo is not None
+        assert torch.equal(out_lo, low_order_part_of(x))
         self.checked += 1
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
         out, lse, _ = tiled.forward(inputs, options)
-        self.wanted.append(options.return_lo)
+        self.requested.append(options.return_lo)
         return Outputs(out, lse, low_order_part_of(out))
 
     def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> JvpOutputs:
         out, lse, tout, mu, *_ = tiled.forward_jvp(inputs, tangents, options)
-        self.wanted.append(options.return_lo)
+        self.requested.append(options.return_lo)
         return JvpOutputs(out, lse, tout, mu, low_order_part_of(out), low_order_part_of(tout))
 
     def backward(self, inputs: Inputs, outputs: Outputs, *others: Any) -> Any:
@@ -72,19 +72,19 @@ class Checking:
 
 
 @pytest.fixture
-def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checking]:
-    maps = Checking()
+def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[LowOrderChecker]:
+    backend = LowOrderChecker()
     monkeypatch.setitem(
-        select._BACKENDS, "checking", select._Backend(lambda: maps, without_data=meta)
+        select._BACKENDS, "checking", select._Backend(lambda: backend, without_data=meta)
     )
     with jvp_attn.backend("checking"):
-        yield maps
+        yield backend
 
 
 @pytest.mark.parametrize("case", [CASE, MASKED], ids=["full", "masked"])
 @over_derivatives
 def test_low_order_parts_reach_the_backward_with_their_outputs(
-    derivative: Derivative, case: Case, checking: Checking
+    derivative: Derivative, case: Case, checking: LowOrderChecker
 ) -> None:
     mask = case.primals().get("attn_mask")
     x, t = case.point_and_direction()
@@ -94,7 +94,9 @@ def test_low_order_parts_reach_the_backward_with_their_outputs(
     assert_close(named(ours), named(derivative(lambda *x: case.naive(*x, mask), x, t)))
 
 
-def test_low_order_parts_reach_the_backward_if_the_tangent_is_unused(checking: Checking) -> None:
+def test_low_order_parts_reach_the_backward_if_the_tangent_is_unused(
+    checking: LowOrderChecker,
+) -> None:
     x = CASE.data()
     q = x["q"].requires_grad_()
     out, _ = flash_attn_with_tangent(**x)
@@ -102,7 +104,7 @@ def test_low_order_parts_reach_the_backward_if_the_tangent_is_unused(checking: C
     assert checking.checked == 1
 
 
-def test_low_order_parts_reach_the_backward_of_dual_numbers(checking: Checking) -> None:
+def test_low_order_parts_reach_the_backward_of_dual_numbers(checking: LowOrderChecker) -> None:
     x = CASE.data()
     q = x["q"].requires_grad_()
     with fwAD.dual_level():
@@ -111,7 +113,7 @@ def test_low_order_parts_reach_the_backward_of_dual_numbers(checking: Checking) 
     assert checking.checked
 
 
-def test_low_order_parts_have_no_derivative(checking: Checking) -> None:
+def test_low_order_parts_have_no_derivative(checking: LowOrderChecker) -> None:
     options = AttentionOptions(1.0, backend="checking")
     x = [y.requires_grad_() for y in CASE.data().values()]
     inputs = (*x[:3], None, None, None)
@@ -124,7 +126,7 @@ def test_low_order_parts_have_no_derivative(checking: Checking) -> None:
 
 
 # ----------------------------------------------------------------------------
-# They are asked for where a backward pass may follow
+# They are requested if a backward pass may follow
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, tq: Tensor) -> Any:
@@ -145,54 +147,56 @@ WITH_TANGENT_OF_Q = replace(MASKED, with_tangent="q")
 @pytest.mark.parametrize("attention", [plain, under_jvp, by_hand])
 @pytest.mark.parametrize("requires_grad", ["q", "v", "attn_mask"])
 def test_low_order_parts_are_requested_if_an_input_requires_grad(
-    attention: Callable[..., Any], requires_grad: str, checking: Checking
+    attention: Callable[..., Any], requires_grad: str, checking: LowOrderChecker
 ) -> None:
     data = WITH_TANGENT_OF_Q.data()
     data[requires_grad].requires_grad_()
     attention(**data)
-    assert checking.wanted == [True]
+    assert checking.requested == [True]
 
 
 @pytest.mark.parametrize("attention", [plain, under_jvp, by_hand])
 def test_low_order_parts_are_not_requested_under_no_grad(
-    attention: Callable[..., Any], checking: Checking
+    attention: Callable[..., Any], checking: LowOrderChecker
 ) -> None:
     data = WITH_TANGENT_OF_Q.data()
     data["q"].requires_grad_()
     with torch.no_grad():
         attention(**data)
-    assert checking.wanted == [False]
+    assert checking.requested == [False]
 
 
-def test_low_order_parts_are_not_requested_if_nothing_requires_grad(checking: Checking) -> None:
+def test_low_order_parts_are_not_requested_if_nothing_requires_grad(
+    checking: LowOrderChecker,
+) -> None:
     data = WITH_TANGENT_OF_Q.data()
     plain(**data)
     by_hand(**data)
-    assert checking.wanted == [False, False]
+    assert checking.requested == [False, False]
 
 
 def test_low_order_parts_are_requested_if_only_the_tangent_requires_grad(
-    checking: Checking,
+    checking: LowOrderChecker,
 ) -> None:
     data = WITH_TANGENT_OF_Q.data()
     data["tq"].requires_grad_()
     by_hand(**data)
-    assert checking.wanted == [True]
+    assert checking.requested == [True]
 
 
 def test_low_order_parts_of_packed_sequences_are_requested_if_an_input_requires_grad(
-    checking: Checking,
+    checking: LowOrderChecker,
 ) -> None:
     case = PackedCase()
     data = case.primals()
     case.ours(**data)
     data["v"].requires_grad_()
     case.ours(**data)
-    assert checking.wanted == [False, True]
+    assert checking.requested == [False, True]
 
 
-def test_func_grad_under_no_grad_requests_low_order_parts(checking: Checking) -> None:
+def test_func_grad_under_no_grad_requests_low_order_parts(checking: LowOrderChecker) -> None:
     data = Case().primals()
     with torch.no_grad():
         torch.func.grad(lambda q: flash_attn_jvp(q, data["k"], data["v"]).sum())(data["q"])
-    assert checking.wanted == [True]
+    assert checking.requested == [True]

@@ -1,4 +1,4 @@
-"""What a row does not see has no influence on it; what it sees has, whatever it is."""
+"""A masked key never affects a row; NaN in a key that it attends to does."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ over_dtypes = pytest.mark.parametrize(
 
 
 # ----------------------------------------------------------------------------
-# Hidden keys
+# Masked keys
 
 
 def masked_by(how: str, case: Case) -> tuple[Case, Named]:
-    """The case and its data, where row i sees key j if j ≤ i + seqlen_k − seqlen_q."""
+    """The case and its data, where row i attends to key j if j ≤ i + seqlen_k − seqlen_q."""
     if how == "causal":
         case = replace(case, causal=True)
         return case, case.data()
@@ -53,16 +53,18 @@ over_mask_kinds = pytest.mark.parametrize("how", ["causal", "boolean mask", "add
 def test_masked_keys_may_hold_any_finite_number(dtype: torch.dtype, how: str) -> None:
     case, clean = masked_by(how, Case(seqlen_q=8, seqlen_k=8, dtype=dtype))
     for name in ("q", "tq"):
-        clean[name][:, 5:] = 0  # the rows that do see it: 0 · garbage = 0
+        clean[name][:, 5:] = 0  # rows that attend to these keys: 0 · garbage = 0
     garbage = {name: x.clone() for name, x in clean.items()}
     for name in ("k", "v", "tk", "tv"):
-        # The last row sums three of these: with a quarter each, it does not overflow.
+        # The last row sums three of these: a quarter each does not overflow.
         garbage[name][:, 5:] = torch.finfo(dtype).max / 4 * clean[name][:, 5:].sign()
 
     def through_the_first_rows(outputs: Named) -> Tensor:
         return projection()(rows_of(outputs, slice(5)))
 
-    with small_tiles(scores=1, rows=6):  # in blocks of 3 rows: a row beside one that sees garbage
+    with small_tiles(
+        scores=1, rows=6
+    ):  # tiles of 3 rows mix rows that attend to garbage and rows that do not
         expected, found = (
             outputs_and_gradients(case.ours, data, through=through_the_first_rows)
             for data in (clean, garbage)
@@ -91,13 +93,13 @@ def test_nan_reaches_every_row_that_attends_to_it(name: str, affected: set[str])
     data = case.data()
     data[name][:, 2:3] = torch.nan
     outputs = with_tangents(case.ours, data)
-    seeing = slice(2, 3) if "q" in name else slice(2, None)
-    assert {n for n, x in rows_of(outputs, seeing).items() if x.isnan().all()} == affected
+    attending = slice(2, 3) if "q" in name else slice(2, None)
+    assert {n for n, x in rows_of(outputs, attending).items() if x.isnan().all()} == affected
     assert {n for n, x in outputs.items() if x.isnan().any()} == affected
 
 
 # ----------------------------------------------------------------------------
-# Rows that see no key
+# Fully masked rows
 
 DEAD = Case(seqlen_q=9, seqlen_k=4)  # five of nine rows
 
@@ -141,7 +143,7 @@ def test_fully_masked_rows_pass_no_cotangent_on_even_if_it_is_nan(how: str, back
 
 
 # ----------------------------------------------------------------------------
-# Nothing there
+# Sizes of zero
 
 
 @over_backends

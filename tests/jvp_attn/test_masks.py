@@ -1,4 +1,4 @@
-"""Masks of every kind and broadcast shape: what they hide, what they add, how they are derived."""
+"""Masks of every kind and broadcast shape: their effect and their derivatives."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ over_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "cau
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 CASE = Case(batch=2, seqlen_q=9, seqlen_k=11, heads=4, heads_k=2)
-# Of two rows and two query heads each: a mask is cut along its rows, heads and batches.
+# Tiles of two rows and two query heads: masks are sliced along rows, heads and batches.
 SMALL_TILES = {"scores": 40, "rows": 4}
 
 
 def masked(kind: str, dims: str, causal: bool = False) -> Case:
-    """All that can move does."""
+    """Every floating point input has a tangent."""
     letters = "qkvm" if kind == "additive" else "qkv"
     return replace(CASE, mask=kind, mask_dims=dims, causal=causal, with_tangent=letters)
 
@@ -88,7 +88,7 @@ def test_out_its_tangent_and_gradients_through_both_equal_torch(
     with jvp_attn.backend(backend), small_tiles(**SMALL_TILES):
         ours = outputs_and_gradients(case.ours, data, through=through)
     torchs = outputs_and_gradients(case.torch_math, data, through=through)
-    # The gradient of a mask that is one number is a sum of some thousand to zero.
+    # The gradient of a scalar mask is a sum of some thousand terms that cancel.
     assert_close(part(ours, torchs), torchs, tolerance=1e-11)
 
 
@@ -102,7 +102,7 @@ def test_any_subset_of_tangents_works_with_a_mask(letters: str) -> None:
 
 
 # ----------------------------------------------------------------------------
-# What a mask means
+# The effect of a mask
 
 
 def test_a_boolean_mask_equals_an_additive_one_of_zero_and_minus_infinity() -> None:
@@ -168,7 +168,7 @@ def test_the_gradient_of_a_mask_through_out_sums_to_zero_along_a_row_and_through
 
 
 # ----------------------------------------------------------------------------
-# Rows that a mask hides whole
+# Fully masked rows
 
 
 @over_backends
@@ -199,8 +199,8 @@ def test_fully_masked_rows_have_out_zero_lse_minus_infinity_and_no_derivative(
 def test_a_mask_may_mask_every_key(kind: str, backend: str) -> None:
     case = masked(kind, "k")
     data = case.data()
-    hidden = torch.full((11,), False if kind == "boolean" else -torch.inf)
-    data["attn_mask"] = hidden.to(data["attn_mask"].dtype)
+    nothing_visible = torch.full((11,), False if kind == "boolean" else -torch.inf)
+    data["attn_mask"] = nothing_visible.to(data["attn_mask"].dtype)
     with jvp_attn.backend(backend):
         found = outputs_and_gradients(case.ours, data)
     assert (found.pop("lse") == -torch.inf).all()
@@ -243,8 +243,8 @@ def test_hessian_vector_products_equal_the_naive_formula(kind: str, dims: str) -
         point, direction = case.point_and_direction()
         fixed = [data["attn_mask"]] if kind == "boolean" else []
 
-        def f(*moving: Tensor) -> Tensor:
-            return energy(x.masked_fill(x == -torch.inf, 0) for x in attention(*moving, *fixed))
+        def f(*inputs: Tensor) -> Tensor:
+            return energy(x.masked_fill(x == -torch.inf, 0) for x in attention(*inputs, *fixed))
 
         return jvp(grad(f, argnums=tuple(range(len(point)))), point, direction)
 
@@ -318,7 +318,7 @@ def test_a_mask_is_never_modified(kind: str) -> None:
 def test_a_mask_may_be_float32_for_half_precision_inputs(dtype: torch.dtype) -> None:
     case = masked("additive", "bhqk")
     data = {name: x.to(dtype) for name, x in case.data().items()}
-    # Finer than half precision: rounded to it, the mask would be another.
+    # The mask is more precise than half precision: rounding it would change the result.
     fine = {name: x.float() for name, x in case.data().items() if "mask" in name}
     through = projection(dtype=dtype)
     found = outputs_and_gradients(case.ours, data | fine, through=through)
@@ -370,4 +370,4 @@ def test_a_mask_is_not_expanded_in_memory(kind: str, dims: str, backend: str) ->
     data = case.data()
     with jvp_attn.backend(backend), small_tiles(scores=2**12, rows=4):
         _, largest = peak_and_largest_allocation(lambda: outputs_and_gradients(case.ours, data))
-    assert largest < seqlen * seqlen / 4  # bytes; one a score is what a boolean mask would take
+    assert largest < seqlen * seqlen / 4  # bytes; an expanded boolean mask takes one a score

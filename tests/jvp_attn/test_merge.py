@@ -1,4 +1,4 @@
-"""Attention over disjoint sets of keys, merged, is attention over all of them."""
+"""Merged attention over disjoint sets of keys equals attention over all of them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ QKV = (0, 1, 2)
 CASES = {
     "full": Case(seqlen_q=3, seqlen_k=7),
     "causal": Case(seqlen_q=5, seqlen_k=7, causal=True),
-    "causal, rows that see no key": Case(seqlen_q=9, seqlen_k=7, causal=True),
+    "causal, fully masked rows": Case(seqlen_q=9, seqlen_k=7, causal=True),
     "tangent of k": Case(seqlen_q=3, seqlen_k=7, with_tangent="k"),
 }
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def cut(case: Case, seed: int) -> list[slice]:
-    """The keys of the case in 1 to 4 parts, cut at random places."""
+    """The keys of the case, cut at random places into 1 to 4 parts."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(case.seqlen_k - 1, generator=generator)[: seed % 4] + 1
     edges = [0, *sorted(places.tolist()), case.seqlen_k]
@@ -46,7 +46,7 @@ def cut(case: Case, seed: int) -> list[slice]:
 
 
 def part_of(case: Case, keys: slice) -> Attention:
-    """The attention over these keys alone. Where the case is causal, rows may see none of them."""
+    """Attention over these keys alone; with a causal mask, some rows may have none of them."""
     visible = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool)
     visible = visible.tril(case.seqlen_k - case.seqlen_q)[:, keys] if case.causal else None
 
@@ -85,7 +85,7 @@ def test_second_derivatives_equal_attention_over_all_keys(case: Case, derivative
 
 
 def random_parts(number: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    """Any numbers are an out; any are an lse."""
+    """Random out and lse; any values are valid."""
     return [
         (
             randn(2, 3, 4, 2, seed=f"out {i}", dtype=dtype),
@@ -128,7 +128,7 @@ def test_a_batch_of_parts_merges_under_vmap() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
 def test_derivatives_equal_finite_differences_for_any_size_of_lse(shift: float) -> None:
-    """exp of such an lse is 0 or infinite; what keeps it finite must not enter a derivative."""
+    """exp(lse) is 0 or infinite; the shift that keeps it finite must not change a derivative."""
     parts = [(out[:1, :2, :2], lse[:1, :2, :2]) for out, lse in random_parts(3)]
     tensors = tuple(x.clone().requires_grad_() for part in parts for x in part)
 
@@ -142,7 +142,7 @@ def test_derivatives_equal_finite_differences_for_any_size_of_lse(shift: float) 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_part_with_all_the_weight_determines_the_result(place: int) -> None:
-    """The ratio of the weights is beyond the range of float64."""
+    """The ratio of the weights overflows float64."""
     (out, lse), light, _ = random_parts(3)
     parts = [light]
     parts.insert(place, (out, lse + 1000))
@@ -156,14 +156,14 @@ def test_a_part_with_all_the_weight_determines_the_result(place: int) -> None:
 
 
 def absent(part: tuple[Tensor, Tensor], value: float) -> tuple[Tensor, Tensor]:
-    """A part that saw no key, its out being anything."""
+    """A part without keys, whose out has any value."""
     return torch.full_like(part[0], value), torch.full_like(part[1], -torch.inf)
 
 
 def values_and_derivatives(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Of the merged parts: out, lse, their tangents, and the gradients through all four.
 
-    Tangents are 1, and where a number is not finite they are no better.
+    Tangents are 1; those of a number that is not finite are that number.
     """
     leaves = {
         f"{kind}{name}{i}": y.clone().requires_grad_()
@@ -177,8 +177,8 @@ def values_and_derivatives(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tens
             tuple(x[f"{kind}{name}{i}"] for i in range(len(parts)) for name in ("out", "lse"))
             for kind in ("", "t")
         )
-        values, moved = jvp(lambda *x: merge_attention(pairs(x)), primals, tangents)
-        return dict(zip(("out", "lse", "tout", "mu"), (*values, *moved), strict=True))
+        values, output_tangents = jvp(lambda *x: merge_attention(pairs(x)), primals, tangents)
+        return dict(zip(("out", "lse", "tout", "mu"), (*values, *output_tangents), strict=True))
 
     results = outputs(leaves)
     gradients = torch.autograd.grad(projection()(results), list(leaves.values()))
@@ -251,7 +251,7 @@ def test_out_is_rounded_once_to_the_dtype_of_the_parts(dtype: torch.dtype) -> No
 
 
 # ----------------------------------------------------------------------------
-# What does not fit
+# Parts that do not fit
 
 OUT, LSE = random_parts(1)[0]
 MISFITS: dict[str, tuple[Any, type[Exception], str]] = {

@@ -1,4 +1,4 @@
-"""The operators behind every backend: what tracers, compilers and tensors without data see."""
+"""The custom operators, as tracers, compilers and meta tensors see them."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def full_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
-    """All that may be given and asked for."""
+    """Every argument is given, and every result requested."""
     call = call_of(case, backend=backend)
-    moves = tuple(t is not None for t in call.tangents)
-    return replace(call, needs=(True, True, True, moves[3], *moves))
+    has_tangent = tuple(t is not None for t in call.tangents)
+    return replace(call, needs=(True, True, True, has_tangent[3], *has_tangent))
 
 
 def sparse_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
-    """As little as may be."""
+    """Only the necessary arguments and results."""
     call = call_of(replace(case, with_tangent=""), backend=backend, return_lo=False)
     return replace(
         call.changed("outputs", out_lo=None, tout_lo=None),
@@ -62,21 +62,21 @@ over_calls = pytest.mark.parametrize(
 
 
 # ----------------------------------------------------------------------------
-# From the maps to the operators and back
+# Arguments and results
 
 
-class Noting:
-    """The maps of the backend `tiled`, which note what they are given."""
+class ArgumentRecorder:
+    """The backend `tiled`, which records the arguments of each call."""
 
     def __init__(self) -> None:
         self.given: list[tuple[str, tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:
-        def noting(*arguments: Any) -> Any:
+        def recording(*arguments: Any) -> Any:
             self.given.append((name, arguments))
             return getattr(tiled, name)(*arguments)
 
-        return noting
+        return recording
 
 
 @over_calls
@@ -84,10 +84,10 @@ class Noting:
 def test_operators_pass_arguments_and_results_unchanged(
     case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall]
 ) -> None:
-    directly, through_operators = Noting(), Noting()
-    noting = select._Backend(lambda: through_operators, without_data=meta)
-    with mock.patch.dict(select._BACKENDS, {"noting": noting}):
-        call = call_of_case(case, "noting")
+    directly, through_operators = ArgumentRecorder(), ArgumentRecorder()
+    recording = select._Backend(lambda: through_operators, without_data=meta)
+    with mock.patch.dict(select._BACKENDS, {"recording": recording}):
+        call = call_of_case(case, "recording")
         expected = call.all_four(directly)
         found = call.all_four(ops)
     assert_close(named(found), named(expected), tolerance=0)
@@ -121,16 +121,16 @@ def test_a_tracer_sees_one_operator_for_each_primitive() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Tensors without data
+# Meta and fake tensors
 
 
 @contextmanager
 def recorded_kernels() -> Iterator[None]:
-    """The backend `cuda` with an extension that computes nothing."""
+    """The backend `cuda` with an extension that only records."""
     recorder = Recorder()
-    maps = CudaBackend(recorder, recorder.stream_of)
+    backend = CudaBackend(recorder, recorder.stream_of)
     with mock.patch.dict(
-        select._BACKENDS, {"cuda": select._Backend(lambda: maps, MetaCudaBackend())}
+        select._BACKENDS, {"cuda": select._Backend(lambda: backend, MetaCudaBackend())}
     ):
         yield
 
@@ -189,7 +189,7 @@ def test_an_unsupported_dtype_raises_for_meta_tensors_too() -> None:
 
 
 def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
-    """What each operator is called with, by its name."""
+    """The arguments of each operator, by its name."""
     out, lse, _, _, out_lo, _ = call.outputs
     options = call.options
     scalars = (
@@ -197,12 +197,18 @@ def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
         *(options.max_seqlens, options.deterministic),
     )
     g_out, g_lse, *_ = call.cotangents
-    moving = (*call.inputs, *call.tangents)
+    primals_and_tangents = (*call.inputs, *call.tangents)
     return {
         "forward": (*call.inputs, *scalars),
-        "forward_jvp": (*moving, *scalars),
+        "forward_jvp": (*primals_and_tangents, *scalars),
         "backward": (*(*call.inputs, out, lse, out_lo, g_out, g_lse, call.needs[:4], *scalars),),
-        "jvp_backward": (*moving, *call.outputs, *call.cotangents, call.needs, *scalars),
+        "jvp_backward": (
+            *primals_and_tangents,
+            *call.outputs,
+            *call.cotangents,
+            call.needs,
+            *scalars,
+        ),
     }
 
 
@@ -231,7 +237,7 @@ def test_opcheck(call: PrimitiveCall) -> None:
 
 
 # ----------------------------------------------------------------------------
-# The derivatives that are registered for the compiler
+# Derivatives registered for the compiler
 
 
 @over_cases

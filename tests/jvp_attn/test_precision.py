@@ -1,6 +1,6 @@
-"""In each dtype the error is at most twice that of torch's own operations, also on hard data.
+"""In each dtype the error is at most twice that of torch's operations, also on hard data.
 
-Errors are ‖x − exact‖ / ‖exact‖ against float64, and one rounding of the dtype is always allowed.
+The error is ‖x − exact‖ / ‖exact‖ against float64; half an eps of the dtype is always allowed.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_all_outputs_and_gradients_have_at_most_twice_the_error_of_torch(
     data = in_dtype(kind(problem.data()), dtype)
     through = projection(dtype=dtype)
     ours = outputs_and_gradients(problem.ours, data, through=through)
-    # As torch's own attention does it: half precision is computed in float32, and rounded.
+    # As torch's attention: half precision is computed in float32 and then rounded.
     torchs = outputs_and_gradients(problem.naive, in_dtype(data, torch.float32), through=through)
     assert_at_most_twice_the_error(
         ours,

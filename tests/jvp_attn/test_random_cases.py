@@ -1,4 +1,4 @@
-"""Shapes, masks, tangents, strides, dtypes and blocks that nobody thought of."""
+"""Attention with random shapes, masks, tangents, strides, dtypes and tilings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> Case:
     torchs_interface, causal = draw(st.booleans()), draw(st.booleans())
     mask = draw(st.sampled_from([None, "boolean", "additive"]))
     if torchs_interface and causal:
-        mask = None  # torch wants one or the other
+        mask = None  # torch does not allow both
     return Case(
         batch=draw(st.integers(0, 3)),
         seqlen_q=draw(st.integers(0, 12)),
@@ -86,7 +86,7 @@ def packed_cases(draw: st.DrawFn) -> PackedCase:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory."""
+    """The memory layout of a tensor."""
 
     order: tuple[int, ...]  # of its dimensions, the slowest first
     step: int  # between the rows of the slowest
@@ -105,47 +105,47 @@ class Layout:
 any_layout = st.builds(
     Layout, st.permutations(range(4)).map(tuple), st.sampled_from([1, 2]), st.booleans()
 )
-# A tangent is laid out as its primal: where the primal is expanded, torch takes no other.
+# A tangent has the layout of its primal: torch requires it if the primal is expanded.
 any_layouts = st.fixed_dictionaries(dict.fromkeys(INPUTS.values(), any_layout))
 any_dtype = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 any_tiling = st.fixed_dictionaries({"scores": st.integers(1, 500), "rows": st.integers(1, 6)})
 
 
 # ----------------------------------------------------------------------------
-# What holds for each
+# Properties
 
 
 def everything_equals_the_naive_formula(
-    case: Case | PackedCase, layouts: dict[str, Layout], blocks: dict[str, int]
+    case: Case | PackedCase, layouts: dict[str, Layout], tiling: dict[str, int]
 ) -> None:
     data = {name: layouts[name.removeprefix("t")](x) for name, x in case.data().items()}
-    with small_tiles(**blocks):
+    with small_tiles(**tiling):
         ours = outputs_and_gradients(case.ours, data)
     assert_close(ours, outputs_and_gradients(case.naive, data), tolerance=1e-11)
 
 
 def out_tangent_and_gradients_equal_torch(
-    case: Case, layouts: dict[str, Layout], blocks: dict[str, int], backend: str
+    case: Case, layouts: dict[str, Layout], tiling: dict[str, int], backend: str
 ) -> None:
     data = {name: layouts[name.removeprefix("t")](x) for name, x in case.data().items()}
     through = projection("out", "out_tangent")
-    with jvp_attn.backend(backend), small_tiles(**blocks):
+    with jvp_attn.backend(backend), small_tiles(**tiling):
         ours = outputs_and_gradients(case.ours, data, through=through)
     torchs = outputs_and_gradients(case.torch_math, data, through=through)
     assert_close(part(ours, torchs), torchs, tolerance=1e-11)
 
 
 def lower_precision_costs_one_rounding(
-    case: Case, dtype: torch.dtype, blocks: dict[str, int]
+    case: Case, dtype: torch.dtype, tiling: dict[str, int]
 ) -> None:
     data = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.data().items()}
     through = projection(dtype=dtype)
-    with small_tiles(**blocks):
+    with small_tiles(**tiling):
         ours = outputs_and_gradients(case.ours, data, through=through)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in data.items()}
     expected = outputs_and_gradients(case.naive, exact, through=through)
-    # What cancels is zero up to the rounding of its terms, which are about 1, or, where a gradient
-    # is the sum over a broadcast mask, those of the mask that is not.
+    # A result whose terms cancel is zero up to the rounding of these terms. They are about 1; for
+    # the gradient of a broadcast mask they are the gradient of the expanded mask.
     terms = {}
     if case.mask == "additive":
         everywhere = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
@@ -186,7 +186,7 @@ def test_a_few_random_cases(name: str) -> None:
     check(name, few)
 
 
-# Not computed in half precision: where a result of a random case cancels, it is all rounding.
+# Not the emulated backend: with half precision, a result that cancels is only rounding error.
 over_exact_backends = pytest.mark.parametrize("backend", ["cpu", "tiled"])
 
 

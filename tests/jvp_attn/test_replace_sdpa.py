@@ -22,7 +22,7 @@ from tests.jvp_attn.sdpa_callers import SEQLEN, TX, Function, X, by_torch, self_
 
 
 def torch_computes_attention(f: Function = self_attention) -> bool:
-    """Whether torch computes attention itself: its fused backends have no forward derivative."""
+    """Whether torch computes the attention: its fused backends have no jvp and raise."""
     try:
         jvp(f, (X,), (TX,))
     except NotImplementedError as error:
@@ -33,7 +33,7 @@ def torch_computes_attention(f: Function = self_attention) -> bool:
 
 
 # ----------------------------------------------------------------------------
-# Where it holds
+# Scope of the block
 
 
 def test_attention_is_replaced_only_inside_the_block() -> None:
@@ -61,16 +61,16 @@ def test_blocks_can_be_nested() -> None:
 
 
 def test_attention_is_not_replaced_in_other_threads() -> None:
-    refused = []
+    by_torch_in_thread = []
 
     def run() -> None:
-        refused.append(torch_computes_attention())
+        by_torch_in_thread.append(torch_computes_attention())
 
     with replace_sdpa():
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-    assert refused == [True]
+    assert by_torch_in_thread == [True]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_outputs_from_inside_can_be_differentiated_outside() -> None:
 
 
 # ----------------------------------------------------------------------------
-# What is refused
+# Other attention
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tests.jvp_attn.sdpa_callers import HEADS, MODULES, TOKENS, TTOKENS, WIDTH, 
 
 @contextmanager
 def without_fused_paths() -> Iterator[None]:
-    """Let the layers of torch.nn.Transformer call functions that have derivatives."""
+    """The layers of torch.nn.Transformer call functions that have derivatives."""
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield

@@ -32,7 +32,7 @@ from tests.jvp_attn.sdpa_callers import (
 
 
 def counted(f: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
-    """The function, which adds to a list whenever it is called."""
+    """The function; each call appends to the list."""
 
     def counting(*args: Any) -> Any:
         calls.append(None)
@@ -96,7 +96,7 @@ def test_backward_inside_recomputes_checkpoints_with_the_same_attention(
 def test_checkpoints_with_forward_and_backward_on_different_sides_raise(
     inside: str, heads: int
 ) -> None:
-    """For torch would save other tensors; also where they happen to have the same shapes."""
+    """The recomputation saves other tensors, possibly of the same shapes."""
     around = {
         "forward_in": nullcontext() if inside == "backward" else replace_sdpa(),
         "backward_in": replace_sdpa() if inside == "backward" else nullcontext(),

@@ -1,4 +1,4 @@
-"""`scaled_dot_product_attention` means what torch's function means, and has every derivative."""
+"""`scaled_dot_product_attention` agrees with torch's function and has every derivative."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 
 def torch_math(*args: Any, **options: Any) -> Tensor:
-    """torch's function, in the variant that has all derivatives."""
+    """torch's function, by its backend MATH, which has all derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **options)
 
@@ -134,7 +134,7 @@ def test_sizes_may_be_zero(of_query: Shape, of_keys: Shape) -> None:
 
 
 def visible(*shape: int) -> Tensor:
-    """A random boolean mask that leaves each row the first key."""
+    """A random boolean mask; the first key is visible to every row."""
     mask = randn(*shape, seed="visible") > 0
     mask[..., 0] = True
     return mask
@@ -143,7 +143,7 @@ def visible(*shape: int) -> Tensor:
 def with_mask(
     data: dict[str, Tensor], kind: str, *shape: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Data and options for a mask that has derivatives, or has none."""
+    """Data and options for a mask with derivatives or without."""
     if kind == "boolean":
         return data, {"attn_mask": visible(*shape)}
     masks = {x: randn(*shape, seed=x) for x in ("attn_mask", "tattn_mask")}
@@ -266,7 +266,7 @@ def test_the_layout_is_that_of_torchs_fused_attention() -> None:
 
 
 # ----------------------------------------------------------------------------
-# What is refused, beyond what the tests of bad input list
+# Unsupported arguments, besides those of test_bad_sdpa.py
 
 Q = torch.zeros(2, 4, SEQLEN_Q, HEAD_DIM)
 NESTED = torch.nested.nested_tensor(list(Q), layout=torch.jagged)
@@ -277,7 +277,7 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         NotImplementedError,
         "query is a nested tensor.*flash_attn_varlen_jvp",
     ),
-    "a mask that is no tensor": (
+    "a mask that is not a tensor": (
         lambda f: f(Q, Q, Q, [[True]]),
         TypeError,
         "attn_mask must be a torch.Tensor or None, got list",

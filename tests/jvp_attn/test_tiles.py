@@ -1,4 +1,4 @@
-"""However attention is cut into blocks of batches, heads and rows, the result is the same."""
+"""The tiling of attention into blocks of batches, heads and rows changes no result."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ Sizes = dict[str, list[int]]
 
 
 def block_sizes(case: Case) -> Sizes:
-    """How many batches, key heads and rows the blocks have, as they follow one another."""
+    """The numbers of batches, key heads and rows of successive blocks."""
     causal = Causal.BOTTOM_RIGHT if case.causal else Causal.NO
     blocks = list(head_blocks(Inputs(*case.primals().values()), AttentionOptions(1.0, causal)))
     cuts = {
@@ -32,7 +32,7 @@ def block_sizes(case: Case) -> Sizes:
 
 one_head = Case(batch=1, heads=1, heads_k=1)
 CUTS: dict[str, tuple[Case, int, int, Sizes]] = {
-    # name: case, scores and rows as in `small_tiles`, the blocks that shall come of them
+    # name: case, scores and rows as in `small_tiles`, the expected blocks
     "a row less than a block": (replace(one_head, seqlen_q=3), 1, 4, {"rows": [3]}),
     "one block": (replace(one_head, seqlen_q=4), 1, 4, {"rows": [4]}),
     "a row more than a block": (replace(one_head, seqlen_q=5), 1, 4, {"rows": [4, 1]}),
@@ -43,7 +43,7 @@ CUTS: dict[str, tuple[Case, int, int, Sizes]] = {
     "causal, more keys": (
         replace(one_head, seqlen_q=7, seqlen_k=13, causal=True), 1, 3, {"rows": [3, 3, 1]},
     ),
-    "causal, rows that see no key": (
+    "causal, fully masked rows": (
         replace(one_head, seqlen_q=13, seqlen_k=7, causal=True), 1, 3, {"rows": [3, 3, 1]},
     ),
     "grouped heads": (

@@ -1,4 +1,4 @@
-"""Packed sequences are what each of them is alone, in all that derives from attention."""
+"""Packed sequences give the values and derivatives of each sequence alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = {
     "one token": PackedCase((1,), (1,)),
     "four sequences": PackedCase(),
     "causal": PackedCase((3, 5, 2), (6, 5, 9), causal=True),
-    "causal, rows that see no key": PackedCase((3, 5, 4), (1, 5, 2), causal=True),
+    "causal, fully masked rows": PackedCase((3, 5, 4), (1, 5, 2), causal=True),
     "a key head for each head": PackedCase(heads=3, heads_k=3),
     "one key head for 6": PackedCase(heads=6, heads_k=1, causal=True),
     "own scale": PackedCase(softmax_scale=-0.7),
@@ -45,9 +45,9 @@ CASES = {
     "queries without keys": PackedCase((3, 2, 4), (4, 0, 6)),
     "the first queries without keys": PackedCase((3, 2), (0, 5), causal=True),
     "keys without queries": PackedCase((3, 0, 4), (4, 2, 6)),
-    "tokens beyond the last": PackedCase(beyond=3),
-    "tokens beyond the last, causal": PackedCase(beyond=2, causal=True),
-    "tokens beyond empty sequences": PackedCase((3, 0), (4, 0), beyond=5),
+    "tokens after the last": PackedCase(beyond=3),
+    "tokens after the last, causal": PackedCase(beyond=2, causal=True),
+    "tokens after empty sequences": PackedCase((3, 0), (4, 0), beyond=5),
     "all are empty": PackedCase((0, 0), (0, 0), beyond=4),
     "tangent of q": PackedCase(with_tangent="q"),
     "tangents of k, v": PackedCase(with_tangent="kv", beyond=1),
@@ -77,7 +77,7 @@ def test_out_its_tangent_and_gradients_through_both_equal_torch(case: PackedCase
 
 
 def test_a_sequence_is_independent_of_the_others() -> None:
-    """To the last bit."""
+    """Bit for bit."""
     case = PackedCase(causal=True, beyond=2)
     data = case.data()
     others = {name: x.clone() for name, x in data.items()}
@@ -163,17 +163,17 @@ SECOND_ORDER = {
     name: CASES[name]
     for name in (
         "four sequences",
-        "causal, rows that see no key",
+        "causal, fully masked rows",
         "one in the middle is empty",
         "queries without keys",
-        "tokens beyond the last",
+        "tokens after the last",
     )
 }
 over_second_order = pytest.mark.parametrize("case", SECOND_ORDER.values(), ids=SECOND_ORDER.keys())
 
 
 def energy_of(attention: Callable[..., Any]) -> Callable[..., Tensor]:
-    """A function that has derivatives of every order, where lse is −inf as well."""
+    """A function with derivatives of every order, also if lse is −inf."""
     return lambda *x: energy(y.masked_fill(y == -torch.inf, 0) for y in attention(*x))
 
 
@@ -197,7 +197,7 @@ def test_gradients_of_gradient_penalties_equal_the_naive_formula(case: PackedCas
 
 
 # ----------------------------------------------------------------------------
-# vmap, over all but where sequences start and end
+# vmap, over all arguments but cu_seqlens
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, -1), (None, None, 0)])
