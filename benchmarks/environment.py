@@ -1,4 +1,4 @@
-"""What someone needs to know to repeat a measurement; every result carries it."""
+"""Device, versions and commit of a measurement; every result file holds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import jvp_attn
 
 
-def circumstances() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Device, threads, versions, commit and date."""
     return {
         "device": device_name(),
@@ -36,7 +36,7 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this folder, "-dirty" where source differs from it."""
+    """The commit of this folder, with "-dirty" if files have changed since."""
     folder = str(Path(__file__).parent)
     describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     result = subprocess.run(["git", "-C", folder, *describe], capture_output=True, text=True)
