@@ -1,14 +1,15 @@
-"""Attention: speed and peak memory of every contender, in one run.
+"""Speed and peak memory of attention.
 
     python benchmarks/attention.py [--sizes 1024 4096] [--repeats 5] [--out FOLDER]
 
-With a GPU, attention_on_gpu.py measures forward, forward+tangent and both backwards in bfloat16;
---head-dims chooses some of its head dims. On a CPU it is forward+tangent in float32, as follows.
+With a GPU this runs attention_on_gpu.py: forward, forward+tangent and both backwards in bfloat16,
+for the head dims of --head-dims. Without a GPU it times forward+tangent in float32 on the CPU and
+writes attention-cpu.json and attention-cpu.png.
 
-Contenders take turns, so that a machine that slows down slows all of them; times are medians. Work
-is counted as 12·B·H·N²·d floating point operations, whatever a contender really executes, and the
-rate of a plain matrix product of the same dtype is measured in between. Peak memory is what a fresh
-process needs beyond its inputs. Writes attention-cpu.json and a plot beside it.
+The contenders run in turn, so that a slowdown of the computer affects all of them; times are
+medians. The work is counted as 12·B·H·N²·d floating point operations for every contender. A matrix
+product of the same dtype is timed in between as a reference. Peak memory is measured in a fresh
+process, beyond the inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import attention_on_gpu
 import torch
 import torch.nn.functional as F
-from circumstances import circumstances
+from environment import environment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -84,7 +85,7 @@ def main() -> None:
         parser.error(f"--head-dims needs a GPU; on a CPU the head dim is {HEAD_DIM}")
 
     result: dict[str, Any] = {
-        **circumstances(),
+        **environment(),
         "batch": BATCH,
         "heads": HEADS,
         "head_dim": HEAD_DIM,
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def measure_speed(size: int, repeats: int, contenders: dict[str, float]) -> dict[str, Any]:
-    """Time contenders and the matrix product in turn; the first round only warms up."""
+    """Time the contenders and the matrix product in turn; the first round is a warm-up."""
     primals, tangents = inputs(size)
     matrix = torch.randn(MATMUL, MATMUL)
     samples: dict[str, list[float]] = {name: [] for name in (*contenders, "matmul")}
@@ -139,7 +140,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def measure_memory(size: int, smaller: dict[str, float]) -> tuple[dict[str, float], dict[str, str]]:
-    """Peak bytes of each contender, tried in a process of its own, and why one is left out."""
+    """Peak bytes of each contender in a process of its own, and why others are left out."""
     peak, missing = {}, {}
     for name in CONTENDERS:
         if smaller and name not in smaller:
@@ -156,20 +157,20 @@ def measure_memory(size: int, smaller: dict[str, float]) -> tuple[dict[str, floa
 
 
 def peak_memory_here(contender: Callable[[Tensors, Tensors], Any], size: int) -> float:
-    """Bytes beyond the inputs that one call needs at its peak, its results included."""
+    """Peak bytes of one call beyond its inputs, results included."""
     contender(*inputs(64))  # libraries and thread pools
     arguments = inputs(size)
-    # What does not fit shall fail here: without a limit the kernel ends a process of its choice.
-    available = int(kernel_says("/proc/meminfo", "MemAvailable"))
+    # With this limit a call that does not fit fails here; otherwise Linux may kill any process.
+    available = int(proc_bytes("/proc/meminfo", "MemAvailable"))
     resource.setrlimit(resource.RLIMIT_DATA, (available, available))
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = kernel_says("/proc/self/status", "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+    before = proc_bytes("/proc/self/status", "VmRSS")
     contender(*arguments)
-    return kernel_says("/proc/self/status", "VmHWM") - before
+    return proc_bytes("/proc/self/status", "VmHWM") - before
 
 
-def kernel_says(file: str, field: str) -> float:
-    """Bytes."""
+def proc_bytes(file: str, field: str) -> float:
+    """The value of a field of a file in /proc, in bytes."""
     for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * float(line.split()[1])
@@ -184,7 +185,7 @@ def inputs(size: int) -> tuple[Tensors, Tensors]:
 
 
 # ----------------------------------------------------------------------------
-# Telling
+# Output
 
 
 def print_row(row: dict[str, Any], missing: dict[str, str]) -> None:

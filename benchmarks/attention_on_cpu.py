@@ -1,11 +1,11 @@
-"""Attention on a CPU: every map against torch's attention and a plain matrix product.
+"""Speed of all four primitives on a CPU, compared with torch's attention and a matrix product.
 
     python benchmarks/attention_on_cpu.py [--problems 4k-d64 cross] [--repeats 5] [--out FOLDER]
 
-Float32, batch 1, 8 heads. Contenders and the product take turns, so that a machine that slows down
-slows all of them; times are medians. Work is counted as in contenders.py, whatever a contender
-really executes. Peak memory is what a fresh process needs beyond its inputs. Writes
-attention-cpu-maps.json. OMP_NUM_THREADS says how many threads all of them use.
+Float32, batch 1, 8 heads. The contenders and the matrix product run in turn, so that a slowdown of
+the computer affects all of them; times are medians. contenders.py defines the number of floating
+point operations, the same for every contender. Peak memory is measured in a fresh process, beyond
+the inputs. OMP_NUM_THREADS sets the number of threads. Writes attention-cpu-maps.json.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import kernel_says
-from circumstances import circumstances
+from attention import proc_bytes
 from contenders import CONTENDERS, OPERATIONS, Inputs, call_of
+from environment import environment
 
 MATMUL = 4096
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes; the batch is 1."""
+    """The sizes of a problem with batch 1."""
 
     seqlen_q: int
     seqlen_k: int
@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def scores(self) -> int:
-        """Of all heads."""
+        """The number of scores of all heads."""
         return self.heads * self.seqlen_q * self.seqlen_k
 
     def inputs(self) -> Inputs:
@@ -58,8 +58,8 @@ PROBLEMS = {
     "cross": Problem(4096, 77),
 }
 NAMES = ("jvp_attn", "torch SDPA (MATH)", "torch SDPA (flash)")
-# Of the backward through a tangent torch keeps a dozen matrices of scores.
-MOST_SCORES = {"backward of both": 2**26}
+# For the backward through a tangent torch keeps a dozen matrices of scores in memory.
+MAX_SCORES = {"backward of both": 2**26}
 MEMORY_SEQLEN = 65536
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     if options.memory_of:
         print(peak_memory_here(options.memory_of))
         return
-    result: dict[str, Any] = {**circumstances(), "matmul": MATMUL, "rows": []}
+    result: dict[str, Any] = {**environment(), "matmul": MATMUL, "rows": []}
     print(f"{result['device']}, {result['threads']} threads, float32, B1 H8")
     for name in options.problems:
         for operation in OPERATIONS:
@@ -90,13 +90,13 @@ def main() -> None:
 
 
 def measure(name: str, operation: str, repeats: int) -> dict[str, Any]:
-    """Time contenders and the matrix product in turn; the first round only warms up."""
+    """Time the contenders and the matrix product in turn; the first round is a warm-up."""
     problem = PROBLEMS[name]
     inputs, matrix = problem.inputs(), torch.randn(MATMUL, MATMUL)
     calls: dict[str, Callable[[], Any]] = {"matmul": lambda: matrix @ matrix}
     for contender in NAMES:
         attention, operations = CONTENDERS[contender]
-        is_too_large = contender != "jvp_attn" and problem.scores > MOST_SCORES.get(
+        is_too_large = contender != "jvp_attn" and problem.scores > MAX_SCORES.get(
             operation, problem.scores
         )
         if operation in operations and not is_too_large:
@@ -128,15 +128,15 @@ def measured_peak(operation: str) -> float:
 
 
 def peak_memory_here(operation: str) -> float:
-    """Bytes beyond inputs and, for a backward, outputs; for one head."""
+    """Peak bytes for one head beyond the inputs and, for a backward, the outputs."""
     attention, _ = CONTENDERS["jvp_attn"]
     call_of(operation, attention, Problem(64, 64).inputs())()  # libraries
     long = Problem(MEMORY_SEQLEN, MEMORY_SEQLEN, heads=1)
     call = call_of(operation, attention, long.inputs())
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = kernel_says("/proc/self/status", "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+    before = proc_bytes("/proc/self/status", "VmRSS")
     call()
-    return kernel_says("/proc/self/status", "VmHWM") - before
+    return proc_bytes("/proc/self/status", "VmHWM") - before
 
 
 if __name__ == "__main__":

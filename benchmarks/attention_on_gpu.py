@@ -1,8 +1,8 @@
-"""All of attention on a GPU, in bfloat16: what benchmarks/attention.py does where there is one.
+"""Speed and peak memory of attention on a GPU in bfloat16, run by benchmarks/attention.py.
 
-Every problem has 2048 columns of heads and 16384 rows of queries in all, or one longer sequence. A
-contender's calls are queued behind each other, so that they are timed as the GPU executes them, and
-contenders take turns with each other and with a matrix product.
+Every problem has heads × head_dim = 2048 and batch × seqlen_q = 16384, or one longer sequence. A
+sample times a queue of calls with CUDA events, so that launch overhead does not count. The
+contenders and a matrix product run in turn.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from circumstances import circumstances
 from contenders import CONTENDERS, OPERATIONS, Call, Inputs, call_of
+from environment import environment
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIMS = (64, 96, 128, 256)
-MASKS = ("full", "causal", "cross")  # cross: to 512 keys, as to those of a text
+MASKS = ("full", "causal", "cross")  # cross: cross-attention to 512 text tokens
 
-COLUMNS_OF_HEADS = 2048
-ROWS = 16384
-KEYS_OF_A_TEXT = 512
+HIDDEN_SIZE = 2048
+TOKENS = 16384
+TEXT_TOKENS = 512
 MATMUL = 8192
 DTYPE = torch.bfloat16
 
-# A sample takes about so long, in seconds, to be above what a GPU's clock can tell apart.
-SAMPLE = 0.02
+# The duration of a sample in seconds, far above the resolution of CUDA events.
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One point of the grid."""
+    """One point of the benchmark grid."""
 
     operation: str
     mask: str
@@ -45,19 +45,19 @@ class Problem:
 
     @property
     def seqlen_k(self) -> int:
-        return KEYS_OF_A_TEXT if self.mask == "cross" else self.seqlen_q
+        return TEXT_TOKENS if self.mask == "cross" else self.seqlen_q
 
     @property
     def batch(self) -> int:
-        return max(ROWS // self.seqlen_q, 1)
+        return max(TOKENS // self.seqlen_q, 1)
 
     @property
     def heads(self) -> int:
-        return COLUMNS_OF_HEADS // self.head_dim
+        return HIDDEN_SIZE // self.head_dim
 
     @property
     def work(self) -> float:
-        """Floating point operations, whatever a contender really executes."""
+        """Floating point operations, the same for every contender."""
         scores = self.batch * self.heads * self.seqlen_q * self.seqlen_k
         return OPERATIONS[self.operation] * scores * self.head_dim / (1 + (self.mask == "causal"))
 
@@ -76,7 +76,7 @@ class Problem:
 def run(sizes: Sequence[int], head_dims: Sequence[int], repeats: int, folder: Path) -> None:
     """Measure the whole grid; write attention-cuda.json and a plot for each mask."""
     result: dict[str, Any] = {
-        **circumstances(),
+        **environment(),
         "capability": torch.cuda.get_device_capability(),
         "cuda": torch.version.cuda,
         "dtype": str(DTYPE).removeprefix("torch."),
@@ -91,7 +91,7 @@ def run(sizes: Sequence[int], head_dims: Sequence[int], repeats: int, folder: Pa
             problem = Problem(operation, mask, head_dim, size)
             result["rows"].append(row := measure(problem, torch.device("cuda"), repeats))
             print_row(row)
-            path.write_text(json.dumps(result, indent=2) + "\n")  # what is measured is kept
+            path.write_text(json.dumps(result, indent=2) + "\n")  # keep partial results
     print(f"\nwrote {path}")
     for mask in MASKS:
         picture = folder / f"attention-cuda-{mask}.png"
@@ -104,7 +104,7 @@ def run(sizes: Sequence[int], head_dims: Sequence[int], repeats: int, folder: Pa
 
 
 def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Time every contender that can do it, and the matrix product, in turn."""
+    """Time every contender that supports the problem, and the matrix product, in turn."""
     inputs = problem.inputs(device)
     matrix = torch.randn(MATMUL, MATMUL, device=device, dtype=DTYPE)
     prepare: dict[str, Callable[[], Call]] = {"matmul": lambda: lambda: matrix @ matrix}
@@ -119,7 +119,7 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, A
             peak[name] = peak_memory(prepare_this())
             counts[name] = calls_of_a_sample(prepare_this())
             prepare[name] = prepare_this
-        except Exception as error:  # a contender that fails in any way is left out, and says why
+        except Exception as error:  # leave the contender out, with the reason
             peak.pop(name, None)
             missing[name] = first_line(error)
             torch.cuda.empty_cache()
@@ -127,7 +127,7 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, A
     samples: dict[str, list[float]] = {name: [] for name in prepare}
     for _ in range(repeats):
         for name in prepare:
-            # What a backward needs is there for its own sample only: it may fill the memory.
+            # Prepare a backward for its own sample only: its saved tensors may fill the memory.
             samples[name].append(seconds(prepare[name](), counts[name]))
 
     median = {name: statistics.median(times) for name, times in samples.items()}
@@ -145,7 +145,7 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, A
 
 
 def seconds(call: Call, count: int) -> float:
-    """Time of one call, from so many that are queued."""
+    """Seconds of one call, averaged over a queue of calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(count):
@@ -156,13 +156,13 @@ def seconds(call: Call, count: int) -> float:
 
 
 def calls_of_a_sample(call: Call) -> int:
-    """How many calls take about as long as a sample should; they warm up as well."""
+    """The number of calls in a sample; timing them is also the warm-up."""
     seconds(call, 2)
-    return max(1, round(SAMPLE / seconds(call, 2)))
+    return max(1, round(SAMPLE_SECONDS / seconds(call, 2)))
 
 
 def peak_memory(call: Call) -> int:
-    """Bytes beyond what is there already that one call needs at its peak, results included."""
+    """Peak bytes of one call beyond the memory in use before it, results included."""
     call()  # libraries and compilers
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -178,7 +178,7 @@ def first_line(error: Exception) -> str:
 
 
 # ----------------------------------------------------------------------------
-# Telling
+# Output
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
-    """Rates over the sequence length: a row of panels for each operation, one for each head dim."""
+    """Rates over the sequence length, in a grid of operations (rows) × head dims (columns)."""
     from matplotlib.figure import Figure
 
     head_dims = sorted({row["head_dim"] for row in rows})
@@ -225,13 +225,13 @@ def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    mask = {"cross": f"{KEYS_OF_A_TEXT} keys"}.get(rows[0]["mask"], rows[0]["mask"])
+    mask = {"cross": f"{TEXT_TOKENS} keys"}.get(rows[0]["mask"], rows[0]["mask"])
     figure.suptitle(f"TFLOP/s over the sequence length, {mask}, bfloat16, {device}", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[int], list[float]]]:
-    """Each contender that did something, with its sequence lengths and rates."""
+    """Each contender with results, its sequence lengths and rates."""
     for name in CONTENDERS:
         having = [row for row in rows if name in row["peak_bytes"]]
         if having:

@@ -1,7 +1,7 @@
-"""Who computes attention, and what of it: forward, tangent, backward, backward of both.
+"""The implementations of attention that the benchmarks compare, and the operations that they time.
 
-Tensors are (batch, seqlen, heads, head_dim). A contender that cannot do something raises, and the
-benchmark tells why.
+Tensors are (batch, seqlen, heads, head_dim). A contender raises for an operation or problem that it
+does not support, and the benchmark prints the reason.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Inputs:
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    with jvp_attn.backend(q.device.type):  # fails where there are no kernels
+    with jvp_attn.backend(q.device.type):  # raises if there are no kernels
         return jvp_attn.flash_attn_jvp(q, k, v, causal=causal)
 
 
 def ours_nondeterministic(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if torch.cuda.get_device_capability(q.device) != (9, 0) or not 64 < q.shape[3] <= 128:
-        raise NotImplementedError("its backward is deterministic anyhow")
+        raise NotImplementedError("its backward is always deterministic")
     with jvp_attn.backend("cuda"):
         return jvp_attn.flash_attn_jvp(q, k, v, causal=causal, deterministic=False)
 
@@ -64,9 +64,9 @@ def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor
     from jvp_flash_attention.jvp_attention import JVPAttn
 
     if q.shape != k.shape:
-        raise NotImplementedError("it takes no keys of another length")
+        raise NotImplementedError("it needs as many keys as queries")
     if q.shape[1] % 32:
-        raise NotImplementedError("it takes sequences whose length is a multiple of 32")
+        raise NotImplementedError("it needs sequence lengths that are multiples of 32")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return JVPAttn.fwd_dual(q, k, v, causal=causal).transpose(1, 2)
 
@@ -74,19 +74,19 @@ def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor
 PRIMAL = ("forward", "backward")
 CONTENDERS: dict[str, tuple[Attention, tuple[str, ...]]] = {
     "jvp_attn": (ours, tuple(OPERATIONS)),
-    "jvp_attn (any order)": (ours_nondeterministic, ("backward",)),
+    "jvp_attn (nondeterministic)": (ours_nondeterministic, ("backward",)),
     "torch SDPA (MATH)": (partial(torch_sdpa, SDPBackend.MATH), tuple(OPERATIONS)),
     "torch SDPA (flash)": (partial(torch_sdpa, SDPBackend.FLASH_ATTENTION), PRIMAL),
     "torch SDPA (efficient)": (partial(torch_sdpa, SDPBackend.EFFICIENT_ATTENTION), PRIMAL),
     "torch SDPA (cuDNN)": (partial(torch_sdpa, SDPBackend.CUDNN_ATTENTION), PRIMAL),
     "flash-attn": (flash_attn_2, PRIMAL),
-    # Of its tangent it has no backward.
+    # It has no backward through its tangent.
     "jvp_flash_attention": (jvp_flash_attention, (*PRIMAL, "forward+tangent")),
 }
 
 
 def call_of(operation: str, attention: Attention, inputs: Inputs) -> Call:
-    """The call that is to be timed; what goes before it is done already."""
+    """The call to be timed; a backward has run its forward already."""
     of_primals = partial(_positional, attention, inputs.causal)
     if operation == "forward":
         return _without_grad(lambda: of_primals(*inputs.primals))

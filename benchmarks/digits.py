@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from circumstances import circumstances
+from environment import environment
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     folders = [options.runs / f"digits-seed{seed}" for seed in options.seeds]
     seeds = [run(folder, seed) for folder, seed in zip(folders, options.seeds, strict=True)]
     options.out.mkdir(parents=True, exist_ok=True)
-    result = {**circumstances(), "seeds": seeds}
+    result = {**environment(), "seeds": seeds}
     (options.out / "digits.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.copy(folders[0] / "grid.png", options.out / "digits.png")
     print(table(seeds))

@@ -14,7 +14,7 @@ from torch.func import grad, jvp
 from jvp_attn import flash_attn_jvp
 from tests.gpu.machines import Machine, assert_accurate, outputs, outputs_and_gradients
 from tests.jvp_attn.attention_cases import Attention, Case, part, relative_error
-from tests.jvp_attn.kinds_of_data import Kind, over_data, plain
+from tests.jvp_attn.data_kinds import Kind, over_data, plain
 
 over_dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.gpu.machines import Machine, assert_accurate, outputs_and_gradients
 from tests.jvp_attn.attention_cases import Case
-from tests.jvp_attn.test_attention_layouts import over_layouts
+from tests.jvp_attn.test_layouts import over_layouts
 
 DTYPE = torch.bfloat16
 

@@ -16,7 +16,7 @@ from tests.gpu.machines import (
 )
 from tests.gpu.test_gpu_accuracy import over_dtypes, over_masks
 from tests.jvp_attn.attention_cases import Attention, Case, randn
-from tests.jvp_attn.kinds_of_data import in_dtype
+from tests.jvp_attn.data_kinds import in_dtype
 from tests.jvp_attn.packed_cases import PackedCase
 
 over_head_dims = pytest.mark.parametrize("head_dim", [64, 80, 128])

@@ -1,4 +1,4 @@
-"""What the tests of attention share: cases with their data, all that derives from them, oracles."""
+"""Attention problems with their data, derivatives and oracles, shared by the tests of attention."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Named = Mapping[str, Tensor]
 # What may have a tangent, by the letter of `Case.with_tangent`, in the order of the arguments.
 INPUTS = {"q": "q", "k": "k", "v": "v", "m": "attn_mask"}
 
-# Those that compute on every device.
+# The backends that run on every device.
 BACKENDS = [name for name in jvp_attn.available_backends() if name != "cuda"]
 
-# Inputs rounded to float16 and a map computed in it have errors of about half an eps each, and the
-# derivatives here compose up to five maps; most errors go different ways.
+# Rounding the inputs to float16 and computing a primitive in it give errors of about half an eps
+# each, and the derivatives here compose up to five primitives. Most errors cancel partly.
 HALF_TOLERANCE = 4 * torch.finfo(torch.float16).eps
 
 
@@ -50,14 +50,14 @@ class Case:
     head_dim_v: int = 6
     causal: bool = False
     softmax_scale: float | None = None
-    mask: str | None = None  # "boolean" or "additive"; both hide about a third, and a whole row
+    mask: str | None = None  # "boolean" or "additive"; masks a third of the keys and one full row
     mask_dims: str = "bhqk"  # from the right; of size 1 where there is a dot
     with_tangent: str = "qkv"  # the others have none; "m" is the mask
     torchs_interface: bool = False  # scaled_dot_product_attention, whose causal is top-left
     dtype: torch.dtype = torch.float64
 
     def data(self) -> dict[str, Tensor]:
-        """q, k, v, attn_mask where there is one, and tq, tk, tv, tattn_mask where they move."""
+        """q, k, v and attn_mask, and their tangents tq, tk, tv and tattn_mask, if present."""
         q_shape = (self.batch, self.seqlen_q, self.heads, self.head_dim)
         k_shape = (self.batch, self.seqlen_k, self.heads_k, self.head_dim)
         v_shape = (self.batch, self.seqlen_k, self.heads_k, self.head_dim_v)
@@ -67,9 +67,9 @@ class Case:
         shapes |= {f"t{x}": shapes[x] for x in (INPUTS[letter] for letter in self.with_tangent)}
         data = {x: randn(*shape, seed=x, dtype=self.dtype) for x, shape in shapes.items()}
         if self.mask:
-            hidden = self._hidden_by_mask()
-            additive = data["attn_mask"].masked_fill(hidden, -torch.inf)
-            data["attn_mask"] = ~hidden if self.mask == "boolean" else additive
+            masked_out = self._masked_out()
+            additive = data["attn_mask"].masked_fill(masked_out, -torch.inf)
+            data["attn_mask"] = ~masked_out if self.mask == "boolean" else additive
         return data
 
     def mask_shape(self) -> tuple[int, ...]:
@@ -77,21 +77,21 @@ class Case:
         sizes = {"b": self.batch, "h": self.heads, "q": self.seqlen_q, "k": self.seqlen_k, ".": 1}
         return tuple(sizes[dim] for dim in self.mask_dims)
 
-    def _hidden_by_mask(self) -> Tensor:
-        hidden = randn(*self.mask_shape(), seed="hidden") < -0.5
+    def _masked_out(self) -> Tensor:
+        masked_out = randn(*self.mask_shape(), seed="hidden") < -0.5
         if "q" in self.mask_dims:
-            hidden[..., 1:2, :] = True
-        return hidden
+            masked_out[..., 1:2, :] = True
+        return masked_out
 
     def primals(self) -> dict[str, Tensor]:
         """q, k, v, and attn_mask where there is one."""
         return replace(self, with_tangent="").data()
 
     def point_and_direction(self) -> tuple[Tensors, Tensors]:
-        """(q, k, v) and (tq, tk, tv), or whatever else moves."""
+        """The inputs that have tangents, and these tangents."""
         data = self.data()
-        moving = [x for x in INPUTS.values() if f"t{x}" in data]
-        return tuple(data[x] for x in moving), tuple(data[f"t{x}"] for x in moving)
+        names = [x for x in INPUTS.values() if f"t{x}" in data]
+        return tuple(data[x] for x in names), tuple(data[f"t{x}"] for x in names)
 
     def ours(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
@@ -117,18 +117,18 @@ class Case:
     def naive(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The same of the naive formula, which torch differentiates by itself."""
+        """The same by the naive formula, which torch differentiates itself."""
         with jvp_attn.backend("math"):
             return self.ours(q, k, v, attn_mask)
 
     def torch_math(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
     ) -> tuple[Tensor]:
-        """(out,) of torch's own attention, in the variant that has all derivatives."""
+        """(out,) of torch's own attention, by its backend MATH, which has all derivatives."""
         bias = None
         if self.causal or attn_mask is not None:
             bias = self._bias(attn_mask).to(q.dtype)
-            # Its gradients are NaN where a row sees no key: such rows see all, and are left out.
+            # Its gradients are NaN in fully masked rows: unmask these and zero their outputs.
             dead = (bias == -torch.inf).all(-1, keepdim=True)
             bias = bias.masked_fill(dead, 0)
         with sdpa_kernel(SDPBackend.MATH):
@@ -142,7 +142,7 @@ class Case:
         return (out.transpose(1, 2),)
 
     def _bias(self, attn_mask: Tensor | None) -> Tensor:
-        """The mask and causal as numbers to add to the scores."""
+        """The mask and `causal` as one additive mask."""
         later = torch.zeros(self.seqlen_q, self.seqlen_k, dtype=torch.bool)
         if self.causal:
             offset = 0 if self.torchs_interface else self.seqlen_k - self.seqlen_q
@@ -162,20 +162,20 @@ def randn(*shape: int, seed: str, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
-# All that derives from an attention
+# Outputs, tangents and gradients
 
 
 def with_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
     """out, out_tangent and, if the attention returns lse, lse and mu."""
     inputs = [x for x in INPUTS.values() if x in data]
-    moving = [x for x in inputs if f"t{x}" in data]
+    names = [x for x in inputs if f"t{x}" in data]
 
-    def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
-        primals = {**data, **dict(zip(moving, values, strict=True))}
+    def outputs_of(*values: Tensor) -> tuple[Tensor, ...]:
+        primals = {**data, **dict(zip(names, values, strict=True))}
         return attention(*(primals[x] for x in inputs))
 
     outputs, tangents = torch.func.jvp(
-        of_moving, tuple(data[x] for x in moving), tuple(data[f"t{x}"] for x in moving)
+        outputs_of, tuple(data[x] for x in names), tuple(data[f"t{x}"] for x in names)
     )
     return {
         **dict(zip(("out", "lse"), outputs, strict=False)),
@@ -192,7 +192,7 @@ def without_tangents(attention: Attention, data: Named) -> dict[str, Tensor]:
 def projection(*names: str, dtype: torch.dtype | None = None) -> Callable[[Named], Tensor]:
     """A random linear function of the named outputs, of all if none is named.
 
-    Its weights are exact in the dtype. Where lse is −inf it does not count.
+    Its weights are representable in the dtype. An lse of −inf counts as 0.
     """
 
     def project(outputs: Named) -> Tensor:
@@ -207,7 +207,7 @@ def projection(*names: str, dtype: torch.dtype | None = None) -> Callable[[Named
 
 
 def energy(outputs: Iterable[Tensor]) -> Tensor:
-    """A function of the outputs that has derivatives of every order."""
+    """A scalar function of the outputs with derivatives of every order."""
     return sum(((x**3).sum() for x in outputs), torch.zeros(()))
 
 
@@ -218,10 +218,9 @@ def outputs_and_gradients(
     evaluate: Callable[[Attention, Named], dict[str, Tensor]] = with_tangents,
     through: Callable[[Named], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a function of them for all data: "grad_q", ...
+    """The outputs, and the gradients of a function of them: "grad_q", ...
 
-    That function is a random projection of all outputs if no other is given. A boolean mask has
-    no gradient.
+    The default function is a random projection of all outputs. Boolean masks have no gradient.
     """
     through = through or projection()
     leaves = {x: y.detach().requires_grad_() for x, y in data.items() if y.is_floating_point()}
@@ -240,7 +239,7 @@ def outputs_and_gradients(
 
 
 def part(tensors: Named, names: Iterable[str]) -> dict[str, Tensor]:
-    """Those of the names."""
+    """The tensors with these names."""
     return {name: tensors[name] for name in names}
 
 
@@ -250,10 +249,10 @@ def rows_of(outputs: Named, which: slice | Tensor) -> dict[str, Tensor]:
 
 
 def relative_error(actual: Tensor, expected: Tensor, least: float = 0.01) -> float:
-    """‖actual − expected‖ / ‖expected‖, infinite where they disagree about what is infinite.
+    """‖actual − expected‖ / ‖expected‖, infinite if they differ in which elements are infinite.
 
-    A norm expected below `least` counts as that: a derivative that is zero, such as that of a
-    softmax over one key, is zero up to rounding.
+    An expected norm below `least` counts as `least`: a derivative that is exactly zero, such as
+    that of a softmax over one key, is computed as zero up to rounding.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     infinite = expected.isinf()
@@ -264,13 +263,13 @@ def relative_error(actual: Tensor, expected: Tensor, least: float = 0.01) -> flo
 
 
 def assert_exact_to_two_roundings(ours: Named, exact: Named) -> None:
-    """In bfloat16, as kernels round P and the like to the dtype once, and the results once more."""
+    """In bfloat16: kernels round P and similar matrices once, and the results once more."""
     errors = {name: relative_error(x, exact[name]) for name, x in ours.items()}
     assert all(error <= torch.finfo(torch.bfloat16).eps for error in errors.values()), errors
 
 
 def named(tree: Any) -> dict[str, Tensor]:
-    """The tensors in nested tuples, by their place; there may be None among them."""
+    """The tensors of nested tuples, named by their place; None is left out."""
     places = tree_flatten_with_path(tree)[0]
     return {keystr(place): x for place, x in places if x is not None}
 
@@ -278,7 +277,7 @@ def named(tree: Any) -> dict[str, Tensor]:
 def assert_close(actual: Named, expected: Named, tolerance: float = 1e-12) -> None:
     """Each of the named tensors has the shape, dtype and, within the tolerance, values expected.
 
-    A backend that computes in half precision is allowed that, where not 0 is the tolerance.
+    For the emulated backend, which computes in half precision, a tolerance above 0 is raised.
     """
     if jvp_attn.current_backend() == "emulated" and tolerance > 0:
         tolerance = HALF_TOLERANCE
@@ -291,18 +290,18 @@ def assert_close(actual: Named, expected: Named, tolerance: float = 1e-12) -> No
 
 
 # ----------------------------------------------------------------------------
-# Blocks and memory
+# Tiling and memory
 
 
 @contextmanager
-def small_blocks(scores: int, rows: int) -> Iterator[None]:
-    """Cut attention into blocks of about so many scores and no fewer rows, at any length."""
+def small_tiles(scores: int, rows: int) -> Iterator[None]:
+    """Tile attention into blocks of about this many scores, and at least this many rows."""
     with mock.patch.multiple(tiles, _CPU_BLOCK=scores, _GPU_BLOCK=scores, _MIN_ROWS=rows):
         yield
 
 
 def peak_and_largest_allocation(of: Callable[[], object]) -> tuple[int, int]:
-    """In bytes: of all that a computation holds at once, and of the largest tensor."""
+    """Peak memory of a computation and its largest allocation, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         of()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""The matrix of what composes: the tests of it and README's table are both made of these rows."""
+"""What composes with attention: the rows of docs/composition.md and of the tests behind it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Check = Callable[[Feature], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A use of PyTorch that composes with features of attention and, if so, is exact.
+    """A use of PyTorch that is exact with every feature of attention, or raises.
 
     Attributes:
-        use: as README says it.
-        derivatives: all that the use comprises; each equals that of an oracle.
-        checks: assertions about a feature, where the use is not to compute numbers.
-        of_tangents: whether it composes with what is itself a first derivative; else it is refused.
+        use: its name in docs/composition.md.
+        derivatives: the derivatives that this use computes; each must equal the oracle.
+        checks: assertions about a feature, for a use that computes no derivative itself.
+        of_tangents: whether it also works with features that are a tangent; else it raises there.
     """
 
     use: str
@@ -34,13 +34,13 @@ class Row:
     of_tangents: bool = False
 
     def composes_with(self, feature: Feature) -> bool:
-        """Whether it does. Where not, it raises."""
+        """Whether the use works with this feature; if not, it raises."""
         return self.of_tangents or not feature.is_tangent
 
 
 ROWS = [
     Row(
-        "`func.jvp` along any subset of tangents, `func.linearize`",
+        "`func.jvp` with any subset of tangents, `func.linearize`",
         (
             func.jvp_,
             func.jvp_along_each_subset,
@@ -65,7 +65,7 @@ ROWS = [
         of_tangents=True,
     ),
     Row(
-        "`.backward()` after a jvp, through output, tangent, lse and its tangent",
+        "`.backward()` after a jvp, through `out`, `lse` and their tangents",
         (
             autograd.backward_through_out,
             autograd.backward_through_tangent,
@@ -158,25 +158,25 @@ ROWS = [
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A use of PyTorch that raises, with every feature.
+class Unsupported:
+    """A use of PyTorch that raises with every feature.
 
     Attributes:
-        use: as README says it.
-        derivatives: all that the use comprises.
-        error: its type.
-        words: a regular expression for its message.
+        use: its name in docs/composition.md.
+        derivatives: the derivatives that this use computes.
+        error: the type of the error.
+        message: a regular expression for its message.
     """
 
     use: str
     derivatives: tuple[Derivative, ...]
     error: type[Exception]
-    words: str
+    message: str
 
 
-NOT_OF_THIS_ORDER = r"jvp of jvp\) is not implemented|which the four attention maps do not give"
-REFUSALS = [
-    Refusal(
+ORDER_TOO_HIGH = r"jvp of jvp\) is not implemented|needs a third derivative of attention"
+UNSUPPORTED = [
+    Unsupported(
         "`func.jvp` of `func.jvp`, third derivatives",
         (
             func.jvp_of_jvp,
@@ -190,31 +190,31 @@ REFUSALS = [
             autograd.backward_through_tangent_within_its_level,
         ),
         NotImplementedError,
-        NOT_OF_THIS_ORDER,
+        ORDER_TOO_HIGH,
     ),
-    Refusal(
+    Unsupported(
         "nested `forward_ad` dual levels",
         (autograd.nested_dual_levels, autograd.func_jvp_within_a_dual_level),
         RuntimeError,
         "Nested forward mode AD is not supported",
     ),
-    Refusal(
+    Unsupported(
         "`autograd.functional.jacobian` in forward mode",
         (autograd.jacobian_in_forward_mode,),
         RuntimeError,
-        f"Batching rule not implemented|{NOT_OF_THIS_ORDER}",
+        f"Batching rule not implemented|{ORDER_TOO_HIGH}",
     ),
 ]
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """A use of PyTorch that is tested by a file of its own, not with each feature.
+class OtherUse:
+    """A use of PyTorch that other tests cover, with some of the features.
 
     Attributes:
-        use: as README says it.
-        exact: whether it composes; else it raises.
-        tests: where that is stated, as paths and functions.
+        use: its name in docs/composition.md.
+        exact: whether it is exact; else it raises.
+        tests: the tests that show it, as "file::function" under tests/.
     """
 
     use: str
@@ -222,80 +222,87 @@ class Elsewhere:
     tests: tuple[str, ...]
 
 
-ELSEWHERE = [
-    Elsewhere(
+OTHER_USES = [
+    OtherUse(
         "`torch.compile(fullgraph=True)`: attention, a jvp of it, gradients through both; "
-        "lengths that vary",
+        "varying sequence lengths",
         True,
         (
-            "jvp_attn/test_attention_compile.py::test_a_compiled_feature_equals_eager",
-            "jvp_attn/test_attention_compile.py::test_inductor_equals_eager",
-            "jvp_attn/test_attention_compile.py::test_lengths_do_not_need_a_graph_each",
+            "jvp_attn/test_compile.py::test_a_compiled_feature_equals_eager",
+            "jvp_attn/test_compile.py::test_inductor_equals_eager",
+            "jvp_attn/test_compile_graphs.py::test_new_sequence_lengths_reuse_graphs",
         ),
     ),
-    Elsewhere(
-        "`torch.compile` of another transform of `torch.func`, and a transform of what is compiled",
+    OtherUse(
+        "`torch.compile` of other `torch.func` transforms, and transforms of compiled functions: "
+        "graph breaks",
         True,
-        ("jvp_attn/test_attention_compile.py::test_what_does_not_fit_one_graph_leaves_it",),
-    ),
-    Elsewhere(
-        "the same where `func.grad` is innermost (torch cannot resume the graph)",
-        False,
         (
-            "jvp_attn/test_attention_compile.py"
-            "::test_torch_raises_within_a_gradient_after_any_break_of_the_graph",
+            "jvp_attn/test_compile_graph_breaks.py"
+            "::test_an_unsupported_transform_breaks_the_graph_and_equals_eager",
         ),
     ),
-    Elsewhere(
-        "the same in one graph, `torch.compile(fullgraph=True)`",
-        False,
-        ("jvp_attn/test_attention_compile.py::test_what_does_not_fit_one_graph_says_so",),
-    ),
-    Elsewhere(
-        "the gradient of a gradient of what is compiled",
+    OtherUse(
+        "the same with `func.grad` innermost: torch cannot resume after the graph break",
         False,
         (
-            "jvp_attn/test_attention_compile.py"
-            "::test_torch_refuses_the_gradient_of_a_compiled_gradient",
+            "jvp_attn/test_compile_graph_breaks.py"
+            "::test_torch_raises_after_a_graph_break_inside_func_grad",
         ),
     ),
-    Elsewhere(
+    OtherUse(
+        "the same with `fullgraph=True`",
+        False,
+        (
+            "jvp_attn/test_compile_graph_breaks.py"
+            "::test_an_unsupported_transform_raises_with_fullgraph",
+        ),
+    ),
+    OtherUse(
+        "the gradient of a gradient of a compiled function",
+        False,
+        (
+            "jvp_attn/test_compile_graph_breaks.py"
+            "::test_torch_raises_for_the_gradient_of_a_compiled_gradient",
+        ),
+    ),
+    OtherUse(
         "`torch.autocast`",
         True,
-        ("jvp_attn/test_attention_autocast.py::test_autocast_changes_no_derivative",),
+        ("jvp_attn/test_autocast.py::test_autocast_changes_no_derivative",),
     ),
-    Elsewhere(
-        "DDP, FSDP2 (`fully_shard`): jvp, gradients through output and tangent",
+    OtherUse(
+        "DDP and FSDP2 (`fully_shard`): jvp, gradients through output and tangent",
         True,
         ("distributed/test_data_parallel.py::test_each_rank_finds_what_one_process_does",),
     ),
-    Elsewhere(
-        "`checkpoint` inside of a jvp, without grad",
+    OtherUse(
+        "`checkpoint` inside a jvp, without grad",
         True,
         (
-            "jvp_attn/test_attention_checkpoint.py"
-            "::test_a_checkpoint_inside_of_a_jvp_does_nothing_where_no_gradient_is_needed",
+            "jvp_attn/test_checkpoint.py"
+            "::test_a_checkpoint_inside_a_jvp_changes_nothing_without_grad",
         ),
     ),
-    Elsewhere(
-        "`checkpoint` inside of a jvp, and a gradient through both",
+    OtherUse(
+        "`checkpoint` inside a jvp, and a gradient through both",
         False,
         (
-            "jvp_attn/test_attention_checkpoint.py"
-            "::test_a_checkpoint_inside_of_a_jvp_raises_in_the_backward_pass",
+            "jvp_attn/test_checkpoint.py"
+            "::test_a_checkpoint_inside_a_jvp_raises_in_the_backward_pass",
         ),
     ),
-    Elsewhere(
+    OtherUse(
         "`torch.library.opcheck` of every operator",
         True,
         ("jvp_attn/test_ops.py::test_opcheck",),
     ),
-    Elsewhere(
+    OtherUse(
         "models of diffusers, timm and transformers, under `replace_sdpa`",
         True,
         ("models/test_networks.py::test_output_tangent_and_gradients_are_torchs",),
     ),
 ]
 
-# Where torch's own attention has no such derivative either.
+# Derivatives that torch's own attention lacks: the naive formula is the oracle.
 TORCH_CANNOT: set[Derivative] = {autograd.backward_of_dual_numbers}

@@ -1,6 +1,6 @@
-"""Derivatives of f at x along t by torch.autograd, for the matrix of what composes.
+"""Derivatives of f at x along t by torch.autograd, for the tests of composition.
 
-f takes tensors, any number of them, and returns a tuple of tensors.
+f takes any number of tensors and returns a tuple of tensors.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def duals(x: Tensors, t: Tensors) -> Tensors:
 
 
 def unpacked(numbers: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Primals and tangents, zeros where there is none."""
-    primals, moved = zip(*map(fwAD.unpack_dual, numbers), strict=True)
+    """Primals and tangents; a missing tangent is zeros."""
+    primals, output_tangents = zip(*map(fwAD.unpack_dual, numbers), strict=True)
     zeros = map(torch.zeros_like, primals)
-    return list(primals), [z if t is None else t for z, t in zip(zeros, moved, strict=True)]
+    return list(primals), [
+        z if t is None else t for z, t in zip(zeros, output_tangents, strict=True)
+    ]
 
 
 def tangents(numbers: Iterable[Tensor]) -> list[Tensor]:
@@ -39,7 +41,7 @@ def tangents(numbers: Iterable[Tensor]) -> list[Tensor]:
 
 
 def grads(x: Tensors) -> list[Tensor]:
-    """What .backward() left; zeros where nothing came."""
+    """The gradients after .backward(); a missing gradient is zeros."""
     return [torch.zeros_like(y) if y.grad is None else y.grad for y in x]
 
 
@@ -75,16 +77,16 @@ def dual_numbers_under_vmap(f: Attention, x: Tensors, t: Tensors) -> Any:
 def backward_of_dual_numbers(f: Attention, x: Tensors, t: Tensors) -> Any:
     x, t = leaves(x), leaves(t)
     with fwAD.dual_level():
-        moved = tangents(f(*duals(x, t)))
-    energy(moved).backward()
+        output_tangents = tangents(f(*duals(x, t)))
+    energy(output_tangents).backward()
     return grads(x + t)
 
 
 def backward_of_dual_numbers_for_their_directions(f: Attention, x: Tensors, t: Tensors) -> Any:
     t = leaves(t)
     with fwAD.dual_level():
-        moved = tangents(f(*duals(x, t)))
-    energy(moved).backward()
+        output_tangents = tangents(f(*duals(x, t)))
+    energy(output_tangents).backward()
     return grads(t)
 
 
@@ -142,38 +144,38 @@ def backward_through_out(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 def backward_through_tangent(f: Attention, x: Tensors, t: Tensors) -> Any:
     x, t = leaves(x), leaves(t)
-    _, moved = jvp(f, x, t)
-    energy(moved[:1]).backward()
+    _, output_tangents = jvp(f, x, t)
+    energy(output_tangents[:1]).backward()
     return grads(x + t)
 
 
 def backward_through_out_and_tangent(f: Attention, x: Tensors, t: Tensors) -> Any:
     x, t = leaves(x), leaves(t)
-    outputs, moved = jvp(f, x, t)
-    energy(outputs[:1] + moved[:1]).backward()
+    outputs, output_tangents = jvp(f, x, t)
+    energy(outputs[:1] + output_tangents[:1]).backward()
     return grads(x + t)
 
 
 def backward_through_lse_and_mu(f: Attention, x: Tensors, t: Tensors) -> Any:
-    """Those of out again where lse is not returned."""
+    """Through out and its tangent if lse is not returned."""
     x, t = leaves(x), leaves(t)
-    outputs, moved = jvp(f, x, t)
-    energy(outputs[-1:] + moved[-1:]).backward()
+    outputs, output_tangents = jvp(f, x, t)
+    energy(outputs[-1:] + output_tangents[-1:]).backward()
     return grads(x + t)
 
 
 def backward_through_all(f: Attention, x: Tensors, t: Tensors) -> Any:
     x, t = leaves(x), leaves(t)
-    outputs, moved = jvp(f, x, t)
-    energy(outputs + moved).backward()
+    outputs, output_tangents = jvp(f, x, t)
+    energy(outputs + output_tangents).backward()
     return grads(x + t)
 
 
 def backward_to_some(f: Attention, x: Tensors, t: Tensors) -> Any:
-    """The network's output moves, but its input is not trained; the last has no tangent."""
+    """The first input requires no grad, and the last has no tangent."""
     x = (x[0], *leaves(x[1:]))
-    outputs, moved = jvp(lambda *y: f(*y, x[-1]), x[:-1], t[:-1])
-    energy(outputs + moved).backward()
+    outputs, output_tangents = jvp(lambda *y: f(*y, x[-1]), x[:-1], t[:-1])
+    energy(outputs + output_tangents).backward()
     return grads(x[1:])
 
 
@@ -226,15 +228,15 @@ def checkpoint_around_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
     n, xt = len(x), leaves(x + t)
 
     def with_tangent(*xt: Tensor) -> Tensor:
-        outputs, moved = jvp(f, xt[:n], xt[n:])
-        return energy(outputs + moved)
+        outputs, output_tangents = jvp(f, xt[:n], xt[n:])
+        return energy(outputs + output_tangents)
 
     checkpoint(with_tangent, *xt, use_reentrant=False).backward()
     return grads(xt)
 
 
 # ----------------------------------------------------------------------------
-# What is refused
+# Unsupported
 
 
 def nested_dual_levels(f: Attention, x: Tensors, t: Tensors) -> Any:
@@ -257,7 +259,7 @@ def func_jvp_within_a_dual_level(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 
 def backward_through_tangent_within_its_level(f: Attention, x: Tensors, t: Tensors) -> Any:
-    """The gradient would have a tangent."""
+    """The gradient would need a tangent, a third derivative."""
     x = leaves(x)
     with fwAD.dual_level():
         energy(tangents(f(*duals(x, t)))).backward()

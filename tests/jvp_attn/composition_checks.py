@@ -1,6 +1,6 @@
-"""What tracers, checkers and tensors without data make of a feature, for the matrix of composition.
+"""Checks of a feature by tracers, gradcheck and meta tensors, for the tests of composition.
 
-Each function asserts it for one feature.
+Each function makes its assertions for one feature.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Metadata = dict[str, tuple[Any, ...]]
 
 
 def derivatives(feature: Feature, x: Tensors, t: Tensors) -> Any:
-    """By all four maps, where the feature goes through them all."""
+    """By all four primitives, if the feature has a jvp."""
     f = feature.ours
     if feature.is_tangent:
         return f(*x), vjp_(f, x, t)
@@ -60,7 +60,7 @@ def linearize_(feature: Feature) -> None:
 
 
 # ----------------------------------------------------------------------------
-# Tensors without data
+# Meta and fake tensors
 
 
 def metadata(results: Any) -> Metadata:

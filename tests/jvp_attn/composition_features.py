@@ -1,4 +1,4 @@
-"""The columns of the matrix of what composes: features of attention, each with an oracle."""
+"""The features of attention in docs/composition.md, each with an oracle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jvp_attn import (
 )
 from tests.jvp_attn.attention_cases import Attention, Tensors, randn
 
-# (q, k, v, mask, softmax_scale) → (out, lse), by what shares no rule and no map with ours.
+# (q, k, v, mask, softmax_scale) → (out, lse), by a formula without our derivative rules.
 Formula = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -32,11 +32,11 @@ class Feature:
     """A function of tensors that uses a feature of attention, and an oracle of it.
 
     Attributes:
-        name: as README says it.
+        name: its name in docs/composition.md.
         shapes: of the primals, by their names.
-        ours: of the primals, returns (out,) or (out, lse).
-        oracle: the same function, made of a formula.
-        torch_has_it: whether torch's own attention can be that formula.
+        ours: a function of the primals that returns (out,) or (out, lse).
+        oracle: makes the same function from a formula.
+        torch_has_it: whether the formula can be torch's own attention.
         is_tangent: whether the function is itself a first derivative of attention.
     """
 
@@ -63,7 +63,7 @@ class Feature:
 def naive_formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Plain operations, which torch differentiates by itself."""
+    """Plain operations, which torch differentiates itself."""
     with jvp_attn.backend("math"):
         return flash_attn_jvp(q, k, v, attn_mask=mask, softmax_scale=scale, return_lse=True)
 
@@ -71,7 +71,7 @@ def naive_formula(
 def torch_formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Torch's own attention, in the variant that has all derivatives; lse, which it has not."""
+    """out of torch's own attention, by its backend MATH, and lse of the naive formula."""
     with sdpa_kernel(SDPBackend.MATH):
         out = F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale, enable_gqa=True
@@ -80,7 +80,7 @@ def torch_formula(
 
 
 # ----------------------------------------------------------------------------
-# Of features
+# Building blocks of features
 
 
 def qkv(seqlen_q: int, seqlen_k: int, heads: int = 2) -> dict[str, tuple[int, ...]]:
@@ -89,7 +89,7 @@ def qkv(seqlen_q: int, seqlen_k: int, heads: int = 2) -> dict[str, tuple[int, ..
 
 
 def visible(seqlen_q: int, seqlen_k: int, offset: int) -> Tensor:
-    """Row i sees column j where j ≤ i + offset."""
+    """Row i attends to column j if j ≤ i + offset."""
     return torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(offset)
 
 
@@ -108,7 +108,7 @@ def formula_with(
 
 
 def lse_where_finite(attention: Attention) -> Attention:
-    """lse is 0 in rows that see no key: −inf has no place in sums."""
+    """The attention with an lse of 0, not −inf, in fully masked rows, so that sums are finite."""
 
     def of_seen(*x: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = attention(*x)
@@ -139,7 +139,7 @@ def each_sequence(formula: Formula) -> Attention:
 
 
 def as_torch(function: Callable[..., Tensor]) -> Attention:
-    """Causal at the top left, two queries a key head, in torch's layout."""
+    """Torch's interface: causal at the top left, two query heads for each key head."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
@@ -176,7 +176,7 @@ def tangent_of(formula: Formula) -> Attention:
 
 
 # ----------------------------------------------------------------------------
-# The columns
+# The features
 
 SEEN = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 1]], dtype=torch.bool)
 SEEN_BY_BATCH = torch.stack([SEEN, ~SEEN]).unsqueeze(1)
@@ -197,7 +197,7 @@ FEATURES = [
     ),
     Feature("`causal`", qkv(3, 4), with_options(causal=True), formula_with(visible(3, 4, 1))),
     Feature(
-        "rows without keys",
+        "fully masked rows",
         qkv(4, 2),
         lse_where_finite(with_options(causal=True)),
         lambda formula: lse_where_finite(formula_with(visible(4, 2, -2))(formula)),

@@ -1,6 +1,6 @@
-"""Derivatives of f at x along t by the transforms of torch.func, for the matrix of what composes.
+"""Derivatives of f at x along t by the transforms of torch.func, for the tests of composition.
 
-f takes tensors, any number of them, and returns a tuple of tensors.
+f takes any number of tensors and returns a tuple of tensors.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def at(x: Tensors, places: tuple[int, ...]) -> Tensors:
     return tuple(x[i] for i in places)
 
 
-def moving(f: Attention, x: Tensors, places: tuple[int, ...]) -> Attention:
-    """f of the arguments at these places, the others staying as in x."""
+def restricted(f: Attention, x: Tensors, places: tuple[int, ...]) -> Attention:
+    """f as a function of the arguments at these places; the others are those of x."""
 
-    def of_moving(*values: Tensor) -> Tensors:
-        moved = dict(zip(places, values, strict=True))
-        return f(*(moved.get(i, y) for i, y in enumerate(x)))
+    def of_some(*values: Tensor) -> Tensors:
+        changed = dict(zip(places, values, strict=True))
+        return f(*(changed.get(i, y) for i, y in enumerate(x)))
 
-    return of_moving
+    return of_some
 
 
 # ----------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def jvp_in_inference_mode(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 def jvp_along_each_subset(f: Attention, x: Tensors, t: Tensors) -> Any:
     return {
-        str(places): jvp(moving(f, x, places), at(x, places), at(t, places))
+        str(places): jvp(restricted(f, x, places), at(x, places), at(t, places))
         for number in range(1, len(x))
         for places in combinations(every(x), number)
     }
@@ -96,7 +96,7 @@ def grad_of_jvp(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 def grad_of_jvp_along_one(f: Attention, x: Tensors, t: Tensors) -> Any:
     def along_one(*x: Tensor) -> Tensor:
-        return energy_of_tangent(moving(f, x, (0,)), x[:1], t[:1])
+        return energy_of_tangent(restricted(f, x, (0,)), x[:1], t[:1])
 
     return grad(along_one, every(x))(*x)
 
@@ -137,7 +137,7 @@ def hessian_(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 
 def in_a_plane(f: Attention, x: Tensors, t: Tensors) -> Callable[[Tensor], Tensor]:
-    """A function of two numbers, which move all of x."""
+    """f on a plane through x, as a function of two numbers."""
     return lambda a: energy(
         f(*(y + a[0] * ty + a[1] * ty.cos() for y, ty in zip(x, t, strict=True)))
     )
@@ -160,7 +160,7 @@ def jacrev_of_jacrev(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 
 def several(x: Tensors, dim: int = 0) -> Tensors:
-    """Each of x thrice, each time another."""
+    """Three different tensors stacked, for each of x."""
     return tuple(torch.stack([y, 2 * y, y.cos()], dim) for y in x)
 
 

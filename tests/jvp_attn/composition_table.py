@@ -1,6 +1,6 @@
-"""Writes README's tables of what composes, from the rows of the tests:
+"""Writes the tables of docs/composition.md from the rows of the tests:
 
-python tests/jvp_attn/composition_table.py
+python -m tests.jvp_attn.composition_table
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from textwrap import fill
 
-from tests.jvp_attn.composition import ELSEWHERE, REFUSALS, ROWS
+from tests.jvp_attn.composition import OTHER_USES, ROWS, UNSUPPORTED
 from tests.jvp_attn.composition_features import FEATURES
 
-README = Path(__file__).parents[2] / "README.md"
-BETWEEN_MARKERS = re.compile(r"(?<=composition_table.py -->\n).*(?=<!-- end -->\n)", re.DOTALL)
+PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
+BETWEEN_MARKERS = re.compile(r"(?<=composition_table -->\n).*(?=<!-- end -->\n)", re.DOTALL)
 
 
 def mark(exact: bool) -> str:
@@ -27,32 +27,32 @@ def tables() -> str:
         (row.use, *(mark(all(map(row.composes_with, fs))) for fs in (features, tangents)))
         for row in ROWS
     ]
-    rows += [(row.use, mark(False), mark(False)) for row in REFUSALS]
+    rows += [(row.use, mark(False), mark(False)) for row in UNSUPPORTED]
     return "\n".join(
         [
             "",
             fill(f"Features: {', '.join(f.name for f in features)}.", 100),
             "",
-            f"| | each feature | {', '.join(f.name for f in tangents)} |",
+            f"| use of PyTorch | every feature | {', '.join(f.name for f in tangents)} |",
             "|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
-            "| | some features |",
+            "| use of PyTorch | some features |",
             "|---|---|",
-            *(f"| {row.use} | {mark(row.exact)} |" for row in ELSEWHERE),
+            *(f"| {row.use} | {mark(row.exact)} |" for row in OTHER_USES),
             "",
             "",
         ]
     )
 
 
-def with_tables(readme: str) -> str:
-    """The text with the tables between its markers."""
-    text, found = BETWEEN_MARKERS.subn(lambda _: tables(), readme)
-    if found != 1:
-        raise ValueError(f"{README} has {found} places for the tables, not one")
+def with_tables(page: str) -> str:
+    """The page with the tables between its markers."""
+    text, count = BETWEEN_MARKERS.subn(lambda _: tables(), page)
+    if count != 1:
+        raise ValueError(f"{PAGE} must have one pair of markers, found {count}")
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text("utf-8")), "utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")

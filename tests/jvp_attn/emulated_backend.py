@@ -1,7 +1,7 @@
-"""A backend for tests: the Python side of the CUDA backend, its kernels run by the emulator.
+"""A backend for tests: the CUDA backend with its kernels run by the emulator.
 
-It computes in half precision: what comes in float64 or float32 is rounded to float16, keeping its
-strides, and results go back in the dtype that they are expected in. What is finite stays so.
+It computes in half precision: float64 and float32 inputs are rounded to float16 with the same
+strides, and results are converted back. Finite numbers are clamped to the range of float16.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class InHalfPrecision:
-    """The four maps of kernels, for every dtype."""
+    """The primitives of the CUDA backend, for every dtype."""
 
-    def __init__(self, maps: CudaBackend) -> None:
-        self._maps = maps
+    def __init__(self, backend: CudaBackend) -> None:
+        self._backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        """A map of this name."""
-        of_kernels = getattr(self._maps, name)
+        """The primitive of this name."""
+        primitive = getattr(self._backend, name)
 
         def in_half_precision(inputs: Inputs, *others: Any) -> Any:
             if inputs.q.dtype in _HALF:
-                return of_kernels(inputs, *others)
-            results = of_kernels(*tree_map_with_path(_rounded, (inputs, *others)))
+                return primitive(inputs, *others)
+            results = primitive(*tree_map_with_path(_rounded, (inputs, *others)))
             return tree_map_only(Tensor, lambda x: x.to(inputs.q.dtype), results)
 
         return in_half_precision
 
 
 def _rounded(place: KeyPath, x: Any) -> Any:
-    """Row vectors, (batch, heads, rows), and masks in float32, other numbers in float16."""
+    """Row vectors, (batch, heads, rows), and masks in float32, other tensors in float16."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     is_float32 = x.ndim == 3 or keystr(place).endswith(".mask")
@@ -65,11 +65,13 @@ def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def emulated_backend(capability: tuple[int, int] = MIN_CAPABILITY) -> Iterator[None]:
-    """Compute attention with it inside the block, as on a device of this compute capability."""
+    """Compute attention with the emulator, as a device of this compute capability."""
 
     def kernels() -> InHalfPrecision:
-        machine = emulator.load()
-        return InHalfPrecision(CudaBackend(machine, lambda _: nullcontext(0), lambda _: capability))
+        extension = emulator.load()
+        return InHalfPrecision(
+            CudaBackend(extension, lambda _: nullcontext(0), lambda _: capability)
+        )
 
     emulated = select._Backend(kernels, meta=InHalfPrecision(MetaCudaBackend()))
     with (

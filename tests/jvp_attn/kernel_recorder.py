@@ -1,4 +1,4 @@
-"""An extension without kernels, for tests: it keeps what is launched, and computes nothing."""
+"""An extension without kernels, for tests: it records the launches and computes nothing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ STREAM = 77
 
 
 class Params:
-    """Fields that were set."""
+    """The parameters of a launch."""
 
 
 class Recorder:
-    """Stands in for `jvp_attn._C`, and for what selects a device and a stream.
+    """Stands in for `jvp_attn._C` and for the selection of device and stream.
 
     Args:
-        compiled: the kernels that it says it has.
+        compiled: the kernels that it reports as compiled.
 
     Attributes:
-        launches: (kernel, its fields, stream), one after the other. A tensor is (address, strides),
-            a mask (address, strides, kind).
-        streams_of: the devices whose stream was asked for.
+        launches: (kernel, fields, stream) of each launch. A tensor is (address, strides), a mask
+            (address, strides, kind).
+        streams_of: the devices whose stream was requested.
     """
 
     AttentionParams = Params
@@ -71,6 +71,11 @@ class Recorder:
         return [name for name, _, _ in self.launches]
 
     @property
+    def steps(self) -> list[str]:
+        """The launched kernels without dtype and head dim."""
+        return [name.partition("_bf16")[0] for name in self.names]
+
+    @property
     def fields(self) -> dict[str, Any]:
-        """What the last kernel was given."""
+        """The fields of the last launch."""
         return self.launches[-1][1]

@@ -1,4 +1,4 @@
-"""Packed sequences for tests: their data, and oracles that take one sequence at a time."""
+"""Packed sequences for tests: their data, and oracles that compute one sequence at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.jvp_attn.attention_cases import INPUTS, Attention, Case, Tensors, ran
 class PackedCase:
     """An attention problem of packed sequences. Its data are random, O(1), and the same each time.
 
-    Its attentions take q, k and v to (out, lse), as those of a `Case` do.
+    Its attentions return (out, lse) of q, k and v, as those of a `Case` do.
     """
 
     seqlens_q: tuple[int, ...] = (3, 5, 1, 4)
     seqlens_k: tuple[int, ...] = (6, 2, 4, 7)
-    beyond: int = 0  # tokens after the last sequence, which belong to none
+    beyond: int = 0  # tokens after the last sequence
     heads: int = 4
     heads_k: int = 2
     head_dim: int = 3
@@ -48,10 +48,10 @@ class PackedCase:
         return replace(self, with_tangent="").data()
 
     def point_and_direction(self) -> tuple[Tensors, Tensors]:
-        """(q, k, v) and (tq, tk, tv), or whatever else moves."""
+        """The inputs that have tangents, and these tangents."""
         data = self.data()
-        moving = [x for x in INPUTS.values() if f"t{x}" in data]
-        return tuple(data[x] for x in moving), tuple(data[f"t{x}"] for x in moving)
+        names = [x for x in INPUTS.values() if f"t{x}" in data]
+        return tuple(data[x] for x in names), tuple(data[f"t{x}"] for x in names)
 
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
         """Where the sequences of queries and of keys start and end."""
@@ -70,7 +70,7 @@ class PackedCase:
         )
 
     def one_by_one(self, attention_of: Callable[[Case], Attention]) -> Attention:
-        """(out, lse), or only out, of an attention that takes one sequence at a time."""
+        """(out, lse), or only out, computed by an attention for each sequence."""
 
         def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
             places = (pairwise(x.tolist()) for x in self.cu_seqlens())

@@ -1,4 +1,4 @@
-"""What only the backend `cpu` has: threads, which are torch's in number, and forks."""
+"""The backend `cpu`: threads, forks, instruction sets and layouts."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from tests.jvp_attn.attention_cases import (
     peak_and_largest_allocation,
     with_tangents,
 )
-from tests.jvp_attn.map_calls import call_of
+from tests.jvp_attn.primitive_calls import call_of
 
 _cpu = pytest.importorskip("jvp_attn._cpu", reason="the CPU extension is not built")
 
 pytestmark = pytest.mark.parametrize("computed_by", ["cpu"], indirect=True)
 
 LARGE = Case(2, 150, 300, 4, 2, 32, 16, dtype=torch.float32)
-# So few queries that the keys are split, but so many keys that threads are worth starting.
+# Few queries, so that the keys are split, and enough keys to use threads.
 FEW_QUERIES = Case(1, 20, 5000, 2, 1, 16, 16, dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_afterwards() -> Iterator[None]:
+def restore_number_of_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -74,28 +74,28 @@ def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_keys_in_parts_are_those_of_the_naive_formula(causal: bool) -> None:
+def test_split_keys_equal_the_naive_formula(causal: bool) -> None:
     case = replace(FEW_QUERIES, causal=causal, dtype=torch.float64)
     data = case.data()
     assert_close(with_tangents(case.ours, data), with_tangents(case.naive, data))
 
 
-def test_there_are_as_many_threads_as_torch_has() -> None:
+def test_the_number_of_threads_is_torchs() -> None:
     used = []
 
-    def noting(params: Any, instruction_set: str) -> None:
+    def recording(params: Any, instruction_set: str) -> None:
         used.append(params.threads)
 
     fields = {name: getattr(_cpu, name) for name in ("AttentionParams", "Tensor", "RowVector")}
-    maps = CpuBackend(SimpleNamespace(**fields, forward=noting), "baseline")
+    backend = CpuBackend(SimpleNamespace(**fields, forward=recording), "baseline")
     for count in (1, 3):
         torch.set_num_threads(count)
-        call_of(replace(LARGE, batch=1), backend="cpu").forward(maps)
+        call_of(replace(LARGE, batch=1), backend="cpu").forward(backend)
     assert used == [1, 3]
 
 
-def test_threads_are_those_that_torch_has_already() -> None:
-    """Others would share the processors with torch's, which go on turning when they are done."""
+def test_no_threads_start_beyond_torchs() -> None:
+    """More threads would compete with torch's, which spin-wait after finishing."""
     x = tuple(replace(LARGE, seqlen_q=1500, seqlen_k=1500).primals().values())
     torch.set_num_threads(4)
     torch.ones(10**6).exp()  # in all of torch's threads
@@ -119,7 +119,7 @@ def attention_in_a_child(x: tuple[Tensor, ...], answer: Connection) -> None:
     answer.send(flash_attn_jvp(*x).numpy())
 
 
-def test_a_forked_process_computes_too() -> None:
+def test_attention_works_in_a_forked_process() -> None:
     x = tuple(LARGE.primals().values())
     torch.set_num_threads(4)
     expected = flash_attn_jvp(*x)  # with threads, in the parent
@@ -128,17 +128,17 @@ def test_a_forked_process_computes_too() -> None:
     child = fork.Process(target=attention_in_a_child, args=(x, sender))
     child.start()
     try:
-        assert receiver.poll(60), "the child does not answer"
+        assert receiver.poll(60), "the child process does not answer"
         assert torch.equal(torch.from_numpy(receiver.recv()), expected)
     finally:
         child.kill()
         child.join()
 
 
-def test_a_process_forked_before_the_package_is_loaded_computes_too() -> None:
-    """It has none of torch's threads, and OpenMP, which believes that it has, waits for them.
+def test_attention_works_in_a_process_forked_before_the_import() -> None:
+    """OpenMP in the child waits for torch's threads, which exist only in the parent.
 
-    So does torch itself, but for tensors as small as these.
+    Torch itself has this problem, except with tensors as small as these.
     """
     child = """
 import os, signal, torch
@@ -160,26 +160,28 @@ os._exit(not torch.allclose(flash_attn_jvp(x, x, x), x))
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_instruction_set_computes_the_same(dtype: torch.dtype, instruction_set: str) -> None:
+def test_every_instruction_set_gives_the_same_result(
+    dtype: torch.dtype, instruction_set: str
+) -> None:
     call = call_of(replace(LARGE, dtype=dtype), backend="cpu", return_lo=False)
     fastest, this = (call.forward_jvp(CpuBackend(_cpu, x)) for x in (None, instruction_set))
     tolerance = 20 * torch.finfo(dtype).eps
     assert_close(named(this), named(fastest), tolerance)
 
 
-def test_an_instruction_set_of_another_machine_is_refused() -> None:
+def test_an_instruction_set_that_the_cpu_lacks_raises() -> None:
     call = call_of(Case(), backend="cpu")
     with pytest.raises(ValueError, match="does not run instruction set amx"):
         call.forward(CpuBackend(_cpu, "amx"))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every second"])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other"])
 def test_rows_that_are_contiguous_are_not_copied(layout: str) -> None:
     q, k, v = replace(LARGE, heads=2).primals().values()
     laid_out = {
         "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "expanded": lambda x: x[:1, :, :1].expand(x.shape),
-        "every second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     }[layout]
     x = tuple(laid_out(y) for y in (q, k, v))
     with torch.no_grad():
@@ -190,7 +192,7 @@ def test_rows_that_are_contiguous_are_not_copied(layout: str) -> None:
     assert_close({"out": flash_attn_jvp(*x)}, {"out": flash_attn_jvp(*(y.clone() for y in x))}, 0)
 
 
-def test_a_last_dimension_with_gaps_is_copied_and_right() -> None:
+def test_a_strided_last_dimension_is_copied() -> None:
     x = [y.repeat_interleave(2, 3)[..., ::2] for y in LARGE.primals().values()]
     with jvp_attn.backend("tiled"):
         expected = flash_attn_jvp(*x)

@@ -1,4 +1,4 @@
-"""On compute capability 9.0, and there alone, kernels for it are launched where they can be."""
+"""Hopper kernels are launched on compute capability 9.0 only, for problems that they support."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jvp_attn.backends.kernel_table import KERNELS
 from jvp_attn.types import AttentionOptions, Inputs, Tangents
 from tests.jvp_attn.attention_cases import Case
 from tests.jvp_attn.kernel_recorder import Recorder
-from tests.jvp_attn.map_calls import MapCall, call_of
 from tests.jvp_attn.packed_cases import PackedCase
+from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
 
 SHAPE = (2, 8, 4, 64)  # (batch, seqlen, heads, head_dim)
 SCALE = 0.25
 
 
 def tensor(shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Zeros, at a multiple of 64 bytes."""
+    """Zeros; torch aligns them to 64 bytes."""
     return torch.zeros(shape, dtype=dtype)
 
 
@@ -37,7 +37,7 @@ def launched(
     tangents: str = "qkv",
     **changed: Tensor,
 ) -> list[str]:
-    """The kernels that forward with tangent launches, on tensors of SHAPE but for some."""
+    """The kernels that forward JVP launches, on tensors of SHAPE except those given."""
     shapes = {name: changed.get(name, tensor()).shape for name in "qkv"}
     x = {name: changed.get(name, tensor(shapes[name])) for name in "qkv"}
     t = {
@@ -47,16 +47,16 @@ def launched(
         for name in "qkv"
     }
     recorder = Recorder(names)
-    maps = CudaBackend(recorder, recorder.stream_of, lambda device: capability)
+    backend = CudaBackend(recorder, recorder.stream_of, lambda device: capability)
     inputs = Inputs(*x.values(), changed.get("mask"), None, None)
     options = AttentionOptions(scale, backend="cuda", return_lo=False)
-    maps.forward_jvp(inputs, Tangents(*t.values(), None), options)
+    backend.forward_jvp(inputs, Tangents(*t.values(), None), options)
     return recorder.names
 
 
 @pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
 @pytest.mark.parametrize(("head_dim", "padded"), [(8, 64), (64, 64), (72, 96), (128, 128)])
-def test_hopper_has_kernels_of_its_own(
+def test_hopper_runs_its_own_kernels(
     head_dim: int, padded: int, dtype: torch.dtype, element: str
 ) -> None:
     x = tensor((2, 8, 4, head_dim), dtype)
@@ -65,16 +65,16 @@ def test_hopper_has_kernels_of_its_own(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
-def test_they_are_launched_on_no_other_device(capability: tuple[int, int]) -> None:
+def test_other_devices_run_the_general_kernels(capability: tuple[int, int]) -> None:
     assert launched(capability) == ["forward_jvp_bf16_d64"]
 
 
-def test_a_build_without_them_does_without_them() -> None:
+def test_a_build_without_hopper_kernels_runs_the_general_ones() -> None:
     older = [name for name in KERNELS if KERNELS[name].arch == "sm80"]
     assert launched(names=older) == ["forward_jvp_bf16_d64"]
 
 
-def test_tangents_of_the_queries_alone_have_a_kernel_of_their_own() -> None:
+def test_tangents_of_q_alone_have_their_own_kernel() -> None:
     assert launched(tangents="q") == ["forward_jvp_q_bf16_d64_sm90"]
     for tangents in ("k", "qv", "kv"):
         assert launched(tangents=tangents) == ["forward_jvp_bf16_d64_sm90"]
@@ -96,34 +96,36 @@ def strided(strides: tuple[int, ...], offset: int = 0) -> Tensor:
     ids=["address", "head stride", "batch stride", "expanded batch", "expanded rows"],
 )
 @pytest.mark.parametrize("name", ["q", "k", "v", "tq", "tk", "tv"])
-def test_tensors_that_the_copy_engine_cannot_load_go_to_the_other_kernels(
+def test_tensors_that_the_tma_cannot_load_run_the_general_kernels(
     name: str, strides: tuple[int, ...], offset: int
 ) -> None:
     assert launched(**{name: strided(strides, offset)}) == ["forward_jvp_bf16_d64"]
 
 
-def test_the_stride_of_a_dimension_of_1_is_of_no_matter() -> None:
+def test_the_stride_of_a_dimension_of_size_1_is_ignored() -> None:
     x = torch.zeros(4096, dtype=torch.bfloat16).as_strided((1, 8, 1, 64), (3, 64, 0, 1))
     assert launched(q=x, k=x, v=x) == ["forward_jvp_bf16_d64_sm90"]
 
 
 @pytest.mark.parametrize("head_dims", [(60, 64), (64, 60)])
-def test_rows_of_any_length_go_to_the_other_kernels(head_dims: tuple[int, int]) -> None:
+def test_head_dims_that_are_no_multiples_of_8_run_the_general_kernels(
+    head_dims: tuple[int, int],
+) -> None:
     q, v = (torch.zeros(2, 8, 4, 64, dtype=torch.bfloat16)[..., :d] for d in head_dims)
     assert launched(q=q, k=q, v=v, tq=q, tk=q, tv=v) == ["forward_jvp_bf16_d64"]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.25])
-def test_scales_that_are_not_positive_go_to_the_other_kernels(scale: float) -> None:
+def test_scales_that_are_not_positive_run_the_general_kernels(scale: float) -> None:
     assert launched(scale=scale) == ["forward_jvp_bf16_d64"]
 
 
-def test_masks_go_to_the_other_kernels() -> None:
+def test_masks_run_the_general_kernels() -> None:
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     assert launched(mask=mask) == ["forward_jvp_bf16_d64_masked"]
 
 
-def test_a_step_without_a_kernel_for_hopper_is_launched_among_those_that_have_one() -> None:
+def test_steps_with_and_without_hopper_kernels_can_be_mixed() -> None:
     without = [name for name in KERNELS if "tangent_only" not in name or "sm90" not in name]
     x = tensor((2, 8, 4, 256))
     assert launched(names=without, q=x, k=x, v=x) == [
@@ -132,34 +134,36 @@ def test_a_step_without_a_kernel_for_hopper_is_launched_among_those_that_have_on
     ]
 
 
-def test_the_copy_engine_learns_where_packed_tensors_end() -> None:
+def test_the_tma_is_given_the_total_length_of_packed_tensors() -> None:
     recorder = Recorder()
-    maps = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
+    backend = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
     q, k = tensor((1, 30, 4, 64)), tensor((1, 50, 4, 64))
     ends_q, ends_k = torch.tensor([0, 10, 30]).int(), torch.tensor([0, 40, 50]).int()
     options = AttentionOptions(SCALE, backend="cuda", max_seqlens=(20, 40))
-    maps.forward(Inputs(q, k, k, None, ends_q, ends_k), options)
+    backend.forward(Inputs(q, k, k, None, ends_q, ends_k), options)
     fields = recorder.fields
     assert (fields["total_q"], fields["total_k"]) == (30, 50)
     assert (fields["seqlen_q"], fields["seqlen_k"]) == (20, 40)
 
 
 # ----------------------------------------------------------------------------
-# The backward whose sums may come in an order that varies
+# The backward with atomic accumulation of dQ
 
 ONE_PASS = ["preprocess_bf16", "backward_bf16_d128_sm90", "bwd_postprocess_bf16"]
 TWO_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128_sm90", "backward_dkv_bf16_d128_sm90"]
-ON_OTHER_DEVICES = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
+GENERAL_KERNELS = ["preprocess_bf16", "backward_dq_bf16_d128", "backward_dkv_bf16_d128"]
 
 
-def backward_call(head_dim: int = 128, *, deterministic: bool = False, **changes: Any) -> MapCall:
+def backward_call(
+    head_dim: int = 128, *, deterministic: bool = False, **changes: Any
+) -> PrimitiveCall:
     case = Case(head_dim=head_dim, head_dim_v=head_dim, dtype=torch.bfloat16, **changes)
     call = call_of(case)
     return replace(call, options=replace(call.options, deterministic=deterministic))
 
 
 def launched_backward(
-    call: MapCall,
+    call: PrimitiveCall,
     capability: tuple[int, int] = (9, 0),
     names: Collection[str] = tuple(KERNELS),
 ) -> list[str]:
@@ -168,23 +172,23 @@ def launched_backward(
     return recorder.names
 
 
-def test_the_backward_is_deterministic_unless_it_need_not_be() -> None:
+def test_the_backward_is_deterministic_by_default() -> None:
     assert launched_backward(backward_call(deterministic=True)) == TWO_KERNELS
     assert launched_backward(backward_call(deterministic=False)) == ONE_PASS
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
-def test_on_other_devices_it_is_deterministic_anyhow(capability: tuple[int, int]) -> None:
-    assert launched_backward(backward_call(), capability) == ON_OTHER_DEVICES
+def test_on_other_devices_the_backward_is_always_deterministic(capability: tuple[int, int]) -> None:
+    assert launched_backward(backward_call(), capability) == GENERAL_KERNELS
 
 
 @pytest.mark.parametrize("missing", ["backward_bf16_d128_sm90", "bwd_postprocess_bf16"])
-def test_a_build_without_the_sums_does_without_them(missing: str) -> None:
+def test_a_build_without_the_atomic_backward_is_deterministic(missing: str) -> None:
     names = [name for name in KERNELS if name != missing]
     assert launched_backward(backward_call(), names=names) == TWO_KERNELS
 
 
-def test_a_program_that_asks_torch_for_determinism_gets_it() -> None:
+def test_use_deterministic_algorithms_makes_the_backward_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert launched_backward(backward_call()) == TWO_KERNELS
@@ -192,26 +196,26 @@ def test_a_program_that_asks_torch_for_determinism_gets_it() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_without_the_gradient_of_the_queries_there_is_nothing_to_sum() -> None:
+def test_without_the_gradient_of_q_the_backward_is_deterministic() -> None:
     needs = (False, True, True, False)
     assert launched_backward(replace(backward_call(), needs=2 * needs)) == TWO_KERNELS
 
 
-def test_what_kernels_for_hopper_do_not_serve_is_deterministic_anyhow() -> None:
-    masked = [name if "preprocess" in name else f"{name}_masked" for name in ON_OTHER_DEVICES]
+def test_problems_outside_the_hopper_kernels_are_deterministic() -> None:
+    masked = [name if "preprocess" in name else f"{name}_masked" for name in GENERAL_KERNELS]
     assert launched_backward(backward_call(mask="boolean")) == masked
     expanded = tensor((1, 1, 1, 128)).expand(backward_call().cotangents.out.shape)
     call = backward_call().changed("cotangents", out=expanded)
-    assert launched_backward(call) == ON_OTHER_DEVICES
+    assert launched_backward(call) == GENERAL_KERNELS
     for head_dim, kernel in ((256, "bf16_d256"), (64, "bf16_d64_sm90")):
         dq_and_dkv = ["preprocess_bf16", f"backward_dq_{kernel}", f"backward_dkv_{kernel}"]
         assert launched_backward(backward_call(head_dim)) == dq_and_dkv
 
 
-def test_the_backward_through_a_tangent_does_not_change() -> None:
+def test_the_jvp_backward_is_always_deterministic() -> None:
     recorder = Recorder()
-    maps = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
-    backward_call().jvp_backward(maps)
+    backend = CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0))
+    backward_call().jvp_backward(backend)
     assert recorder.names == [
         "preprocess_bf16",
         "jvp_backward_dq_bf16_d128_sm90",
@@ -219,8 +223,8 @@ def test_the_backward_through_a_tangent_does_not_change() -> None:
     ]
 
 
-class LooksAtSums(Recorder):
-    """Keeps the strides of the sums that a kernel is to add to, and sees that all are 0."""
+class AccumulatorChecker(Recorder):
+    """Records the strides of the accumulators and checks that these are 0 at the launch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,40 +241,42 @@ class LooksAtSums(Recorder):
             assert not any((ctypes.c_float * count).from_address(address))
 
 
-def strides_of_sums(call: MapCall) -> dict[str, tuple[int, ...]]:
-    recorder = LooksAtSums()
+def strides_of_accumulators(call: PrimitiveCall) -> dict[str, tuple[int, ...]]:
+    recorder = AccumulatorChecker()
     call.backward(CudaBackend(recorder, recorder.stream_of, lambda device: (9, 0)))
     return recorder.strides
 
 
 @pytest.mark.parametrize(("seqlen", "rows"), [(1, 128), (128, 128), (129, 256)])
 @pytest.mark.parametrize("head_dim", [72, 104])
-def test_there_are_zeros_for_whole_tiles_of_sums(seqlen: int, rows: int, head_dim: int) -> None:
-    assert strides_of_sums(backward_call(head_dim, seqlen_q=seqlen, heads=4)) == {
+def test_accumulators_are_zeroed_and_padded_to_whole_tiles(
+    seqlen: int, rows: int, head_dim: int
+) -> None:
+    assert strides_of_accumulators(backward_call(head_dim, seqlen_q=seqlen, heads=4)) == {
         "dq_accum": (4 * rows * head_dim, rows * head_dim),
         "ds_row_sums": (4 * rows, rows),
     }
 
 
-def test_each_packed_sequence_has_whole_tiles_of_sums() -> None:
-    # 203 rows and three sequences, each of which begins at another multiple of 128.
+def test_accumulators_of_each_packed_sequence_are_padded_to_whole_tiles() -> None:
+    # 203 rows and three sequences, each of which starts at a multiple of 128.
     dims = {"head_dim": 72, "head_dim_v": 72, "dtype": torch.bfloat16}
     call = call_of(PackedCase((130, 0, 70), (9, 5, 7), beyond=3, **dims))
     call = replace(call, options=replace(call.options, deterministic=False))
-    assert strides_of_sums(call) == {"dq_accum": (0, 512 * 72), "ds_row_sums": (0, 512)}
+    assert strides_of_accumulators(call) == {"dq_accum": (0, 512 * 72), "ds_row_sums": (0, 512)}
 
 
 # ----------------------------------------------------------------------------
-# The report of what would be launched
+# The report of the kernels for a problem
 
 
-def reported(map_name: str, head_dim: int, capability: tuple[int, int]) -> list[str]:
+def reported(primitive: str, head_dim: int, capability: tuple[int, int]) -> list[str]:
     reports = report_problem(torch.bfloat16, (2, 8, 4, head_dim), capability=capability)
-    (kernels,) = (report.kernels for report in reports if report.primitive == map_name)
+    (kernels,) = (report.kernels for report in reports if report.primitive == primitive)
     return [kernel.name for kernel in kernels]
 
 
-def test_the_report_names_the_kernels_of_hopper_on_hopper_alone() -> None:
+def test_the_report_names_hopper_kernels_only_on_hopper() -> None:
     assert reported("forward_jvp", 64, (9, 0)) == ["forward_jvp_bf16_d64_sm90"]
     assert reported("forward_jvp", 64, (10, 0)) == ["forward_jvp_bf16_d64"]
     assert reported("forward_jvp", 60, (9, 0)) == ["forward_jvp_bf16_d64"]

@@ -1,4 +1,4 @@
-"""deterministic=False reaches the backend, and the gradients are as exact as those with True."""
+"""deterministic=False reaches the backend, and its gradients are as exact as those with True."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from tests.jvp_attn.attention_cases import (
     projection,
     without_tangents,
 )
+from tests.jvp_attn.data_kinds import Kind, in_dtype, over_data
 from tests.jvp_attn.emulated_backend import emulated_backend
-from tests.jvp_attn.kinds_of_data import Kind, in_dtype, over_data
 from tests.jvp_attn.packed_cases import PackedCase
 
 # ----------------------------------------------------------------------------
-# What the backend is told
+# The option reaches the backend
 
 
-class Noting:
-    """The maps of the backend `tiled`, which note whether they must be deterministic."""
+class OptionRecorder:
+    """The backend `tiled`, which records the option `deterministic` of each call."""
 
     def __init__(self) -> None:
-        self.noted: dict[str, bool] = {}
+        self.deterministic: dict[str, bool] = {}
 
     def __getattr__(self, name: str) -> Any:
-        def noting(*arguments: Any) -> Any:
-            self.noted[name] = arguments[-1].deterministic
+        def recording(*arguments: Any) -> Any:
+            self.deterministic[name] = arguments[-1].deterministic
             return getattr(tiled, name)(*arguments)
 
-        return noting
+        return recording
 
 
 @contextmanager
-def noting_backend() -> Iterator[Noting]:
-    maps = Noting()
-    noting = select._Backend(lambda: maps, meta=meta)
-    with mock.patch.dict(select._BACKENDS, {"noting": noting}), jvp_attn.backend("noting"):
-        yield maps
+def recording_backend() -> Iterator[OptionRecorder]:
+    backend = OptionRecorder()
+    recording = select._Backend(lambda: backend, meta=meta)
+    with mock.patch.dict(select._BACKENDS, {"recording": recording}), jvp_attn.backend("recording"):
+        yield backend
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -75,20 +75,20 @@ def inputs() -> list[Tensor]:
 
 
 @over_functions
-def test_gradients_are_deterministic_unless_they_need_not_be(
+def test_the_option_deterministic_reaches_the_backend(
     function: Callable[..., Tensor],
 ) -> None:
     for options, deterministic in (({}, True), ({"deterministic": False}, False)):
-        with noting_backend() as maps:
+        with recording_backend() as backend:
             function(*inputs(), **options).sum().backward()
-        assert maps.noted["backward"] == deterministic
+        assert backend.deterministic["backward"] == deterministic
 
 
-def test_a_compiled_call_hands_it_on() -> None:
-    with noting_backend() as maps:
+def test_a_compiled_call_passes_the_option_on() -> None:
+    with recording_backend() as backend:
         attention = partial(jvp_attn.flash_attn_jvp, deterministic=False)
         torch.compile(attention, fullgraph=True, backend="aot_eager")(*inputs()).sum().backward()
-    assert maps.noted["backward"] is False
+    assert backend.deterministic["backward"] is False
 
 
 # ----------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def test_a_compiled_call_hands_it_on() -> None:
 
 
 @contextmanager
-def not_deterministic() -> Iterator[None]:
-    """Within, attention that a test calls may sum in any order, as on Hopper."""
+def nondeterministic() -> Iterator[None]:
+    """Attention of the tests runs with deterministic=False, on an emulated Hopper GPU."""
     names = ("flash_attn_jvp", "flash_attn_varlen_jvp")
     changed = {name: partial(getattr(jvp_attn, name), deterministic=False) for name in names}
     with (
@@ -123,10 +123,12 @@ CASES = {
 
 @over_data
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_gradients_by_sums_nondeterministic(case: Case | PackedCase, kind: Kind) -> None:
+def test_nondeterministic_gradients_are_exact_to_two_roundings(
+    case: Case | PackedCase, kind: Kind
+) -> None:
     data = in_dtype(part(kind(case.data()), ("q", "k", "v")), torch.bfloat16)
     through = projection(dtype=torch.bfloat16)
-    with not_deterministic():
+    with nondeterministic():
         ours, exact = (
             outputs_and_gradients(f, x, evaluate=without_tangents, through=through)
             for f, x in ((case.ours, data), (case.naive, in_dtype(data, torch.float64)))

@@ -1,4 +1,4 @@
-"""The table of kernels says what is compiled, and the generated sources say the same."""
+"""The table of kernels is consistent, and the generated sources match it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ generate_py = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
 FEW = [KERNELS[name] for name in ("preprocess_bf16", "forward_bf16_d64", "forward_fp16_d64_masked")]
 
 
-def test_the_table_is_read_without_torch() -> None:
+def test_the_table_does_not_import_torch() -> None:
     script = (
         "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules, 'torch'"
     )
@@ -27,7 +27,7 @@ def test_the_table_is_read_without_torch() -> None:
     subprocess.run([sys.executable, "-c", script, table], check=True)
 
 
-def test_a_name_says_what_a_kernel_is() -> None:
+def test_a_kernel_name_gives_its_step_dtype_head_dim_and_class() -> None:
     kernel = KERNELS["jvp_backward_dq_fp16_d128_masked"]
     assert (kernel.step, kernel.element, kernel.head_dim) == ("jvp_backward_dq", "fp16", 128)
     assert kernel.masked
@@ -37,7 +37,7 @@ def test_a_name_says_what_a_kernel_is() -> None:
     assert KERNELS["preprocess_bf16"].cpp_class == "Preprocess<Bf16>"
 
 
-def test_a_name_says_what_a_kernel_is_for_alone() -> None:
+def test_a_kernel_name_gives_its_architecture() -> None:
     kernel = KERNELS["forward_jvp_bf16_d128_sm90"]
     assert (kernel.step, kernel.arch, kernel.masked) == ("forward_jvp", "sm90", False)
     assert kernel.header == "sm90/forward_jvp.cuh"
@@ -45,7 +45,7 @@ def test_a_name_says_what_a_kernel_is_for_alone() -> None:
     assert kernel.cpp_class == f"sm90::ForwardJvp<Bf16, 128, {rows}, {keys}, true>"
 
 
-def test_every_kernel_comes_in_both_dtypes_and_on_sm80_with_mask_and_without() -> None:
+def test_every_kernel_exists_in_both_dtypes_and_on_sm80_with_and_without_mask() -> None:
     for name, kernel in KERNELS.items():
         twin = name.replace("bf16", "fp16") if "bf16" in name else name.replace("fp16", "bf16")
         assert twin in KERNELS
@@ -54,7 +54,7 @@ def test_every_kernel_comes_in_both_dtypes_and_on_sm80_with_mask_and_without() -
             assert name.removesuffix("_masked") + "_masked" in KERNELS
 
 
-def test_warps_have_whole_matrices() -> None:
+def test_tile_sizes_are_multiples_of_16() -> None:
     for kernel in KERNELS.values():
         assert kernel.tile is None or all(size % 16 == 0 for size in kernel.tile), kernel.name
 
@@ -63,21 +63,23 @@ def test_warps_have_whole_matrices() -> None:
     ("head_dim", "head_dim_v", "padded"),
     [(1, 1, 64), (64, 64, 64), (64, 65, 96), (97, 8, 128), (128, 129, 256), (256, 256, 256)],
 )
-def test_a_head_dim_is_padded_to_the_next(head_dim: int, head_dim_v: int, padded: int) -> None:
+def test_head_dims_are_padded_to_the_next_kernel(
+    head_dim: int, head_dim_v: int, padded: int
+) -> None:
     assert padded_head_dim(head_dim, head_dim_v) == padded
 
 
-def test_no_kernel_serves_a_head_dim_above_256() -> None:
+def test_no_kernel_supports_a_head_dim_above_256() -> None:
     assert padded_head_dim(257, 64) is None
     assert all(kernels_of(name, torch.bfloat16, 257, 64) is None for name in PRIMITIVES)
 
 
-def names_of(map_name: str, head_dim: int) -> list[str] | None:
-    kernels = kernels_of(map_name, torch.bfloat16, head_dim, head_dim)
+def names_of(primitive: str, head_dim: int) -> list[str] | None:
+    kernels = kernels_of(primitive, torch.bfloat16, head_dim, head_dim)
     return None if kernels is None else [kernel.name for kernel in kernels]
 
 
-def test_kernels_of_each_map_in_the_order_of_their_launches() -> None:
+def test_kernels_of_each_primitive_in_launch_order() -> None:
     assert names_of("forward", 256) == ["forward_bf16_d256"]
     assert names_of("forward_jvp", 128) == ["forward_jvp_bf16_d128"]
     assert names_of("forward_jvp", 256) == [
@@ -121,7 +123,7 @@ def test_a_problem_without_kernels_has_a_reason(
 # Generated sources
 
 
-def test_each_kernel_has_a_source_and_the_list_has_them_all(tmp_path: Path) -> None:
+def test_each_kernel_has_a_source_and_is_listed(tmp_path: Path) -> None:
     sources = generate_py.generate(tmp_path, generate_py.kernel_table())
     assert sorted(sources) == sorted(tmp_path.iterdir())
     assert {path.stem for path in sources} == {*KERNELS, "all_kernels"}
@@ -135,7 +137,7 @@ def test_each_kernel_has_a_source_and_the_list_has_them_all(tmp_path: Path) -> N
     assert all(f"extern const Kernel {name};" in listed for name in KERNELS)
 
 
-def test_sources_that_do_not_change_are_not_written(tmp_path: Path) -> None:
+def test_unchanged_sources_are_not_rewritten(tmp_path: Path) -> None:
     generate_py.generate(tmp_path, FEW)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     changed = tmp_path / "preprocess_bf16.cu"
@@ -146,7 +148,7 @@ def test_sources_that_do_not_change_are_not_written(tmp_path: Path) -> None:
     assert "Preprocess" in changed.read_text()
 
 
-def test_only_sources_generated_before_are_deleted(tmp_path: Path) -> None:
+def test_only_generated_sources_are_deleted(tmp_path: Path) -> None:
     generate_py.generate(tmp_path, FEW)
     by_hand = tmp_path / "by_hand.cu"
     by_hand.write_text("// by hand\n")

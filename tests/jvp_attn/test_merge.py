@@ -1,4 +1,4 @@
-"""Attention over disjoint sets of keys, merged, is attention over all of them."""
+"""Merged attention over disjoint sets of keys equals attention over all of them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ QKV = (0, 1, 2)
 CASES = {
     "full": Case(seqlen_q=3, seqlen_k=7),
     "causal": Case(seqlen_q=5, seqlen_k=7, causal=True),
-    "causal, rows that see no key": Case(seqlen_q=9, seqlen_k=7, causal=True),
+    "causal, fully masked rows": Case(seqlen_q=9, seqlen_k=7, causal=True),
     "tangent of k": Case(seqlen_q=3, seqlen_k=7, with_tangent="k"),
 }
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def cut(case: Case, seed: int) -> list[slice]:
-    """The keys of the case in 1 to 4 parts, cut at random places."""
+    """The keys of the case, cut at random places into 1 to 4 parts."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(case.seqlen_k - 1, generator=generator)[: seed % 4] + 1
     edges = [0, *sorted(places.tolist()), case.seqlen_k]
@@ -46,7 +46,7 @@ def cut(case: Case, seed: int) -> list[slice]:
 
 
 def part_of(case: Case, keys: slice) -> Attention:
-    """The attention over these keys alone. Where the case is causal, rows may see none of them."""
+    """Attention over these keys alone; with a causal mask, some rows may have none of them."""
     visible = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool)
     visible = visible.tril(case.seqlen_k - case.seqlen_q)[:, keys] if case.causal else None
 
@@ -63,7 +63,7 @@ def merged(case: Case, seed: int) -> Attention:
 
 @over_cases
 @pytest.mark.parametrize("seed", range(8))
-def test_values_tangents_and_gradients_are_those_of_the_whole(case: Case, seed: int) -> None:
+def test_values_tangents_and_gradients_equal_attention_over_all_keys(case: Case, seed: int) -> None:
     data = case.data()
     ours = outputs_and_gradients(merged(case, seed), data)
     assert_close(ours, outputs_and_gradients(case.naive, data))
@@ -79,13 +79,13 @@ def grad_of_grad(f: Attention, x: Tensors, t: Tensors) -> Any:
 
 @pytest.mark.parametrize("derivative", [jvp_of_grad, grad_of_grad])
 @pytest.mark.parametrize("case", [CASES["full"], CASES["causal"]], ids=["full", "causal"])
-def test_second_derivatives_are_those_of_the_whole(case: Case, derivative: Any) -> None:
+def test_second_derivatives_equal_attention_over_all_keys(case: Case, derivative: Any) -> None:
     x, t = case.point_and_direction()
     assert_close(named(derivative(merged(case, 3), x, t)), named(derivative(case.naive, x, t)))
 
 
 def random_parts(number: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    """Any numbers are an out; any are an lse."""
+    """Random out and lse; any values are valid."""
     return [
         (
             randn(2, 3, 4, 2, seed=f"out {i}", dtype=dtype),
@@ -105,7 +105,7 @@ def test_merging_is_associative() -> None:
     assert_close(named(stepwise), named(merge_attention([a, b, c])))
 
 
-def test_one_part_is_the_whole_bit_for_bit() -> None:
+def test_merging_one_part_returns_it_bit_for_bit() -> None:
     part = random_parts(1)[0]
     assert_close(named(merge_attention([part])), named(part), 0)
 
@@ -127,8 +127,8 @@ def test_a_batch_of_parts_merges_under_vmap() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
-def test_derivatives_are_limits_of_difference_quotients_wherever_lse_lies(shift: float) -> None:
-    """exp of such an lse is 0 or infinite; what keeps it finite must not enter a derivative."""
+def test_derivatives_equal_finite_differences_for_any_size_of_lse(shift: float) -> None:
+    """exp(lse) is 0 or infinite; the shift that keeps it finite must not change a derivative."""
     parts = [(out[:1, :2, :2], lse[:1, :2, :2]) for out, lse in random_parts(3)]
     tensors = tuple(x.clone().requires_grad_() for part in parts for x in part)
 
@@ -141,8 +141,8 @@ def test_derivatives_are_limits_of_difference_quotients_wherever_lse_lies(shift:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_part_that_has_all_the_weight_is_the_whole(place: int) -> None:
-    """The ratio of the weights is beyond the range of float64."""
+def test_a_part_with_all_the_weight_determines_the_result(place: int) -> None:
+    """The ratio of the weights overflows float64."""
     (out, lse), light, _ = random_parts(3)
     parts = [light]
     parts.insert(place, (out, lse + 1000))
@@ -156,14 +156,14 @@ def test_a_part_that_has_all_the_weight_is_the_whole(place: int) -> None:
 
 
 def absent(part: tuple[Tensor, Tensor], value: float) -> tuple[Tensor, Tensor]:
-    """A part that saw no key, its out being anything."""
+    """A part without keys, whose out has any value."""
     return torch.full_like(part[0], value), torch.full_like(part[1], -torch.inf)
 
 
 def values_and_derivatives(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Of the merged parts: out, lse, their tangents, and the gradients through all four.
 
-    Tangents are 1, and where a number is not finite they are no better.
+    Tangents are 1; those of a number that is not finite are that number.
     """
     leaves = {
         f"{kind}{name}{i}": y.clone().requires_grad_()
@@ -177,8 +177,8 @@ def values_and_derivatives(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tens
             tuple(x[f"{kind}{name}{i}"] for i in range(len(parts)) for name in ("out", "lse"))
             for kind in ("", "t")
         )
-        values, moved = jvp(lambda *x: merge_attention(pairs(x)), primals, tangents)
-        return dict(zip(("out", "lse", "tout", "mu"), (*values, *moved), strict=True))
+        values, output_tangents = jvp(lambda *x: merge_attention(pairs(x)), primals, tangents)
+        return dict(zip(("out", "lse", "tout", "mu"), (*values, *output_tangents), strict=True))
 
     results = outputs(leaves)
     gradients = torch.autograd.grad(projection()(results), list(leaves.values()))
@@ -196,7 +196,7 @@ def test_a_part_without_keys_changes_nothing_and_gets_no_gradient(value: float) 
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan])
-def test_where_no_part_has_keys_all_is_zero(value: float) -> None:
+def test_rows_without_keys_in_any_part_are_zero(value: float) -> None:
     out, lse = random_parts(1)[0]
     dead = torch.zeros_like(lse, dtype=torch.bool)
     dead[0, 1, 2] = dead[1, 3, 0] = True
@@ -210,7 +210,7 @@ def test_where_no_part_has_keys_all_is_zero(value: float) -> None:
         assert x.isfinite().all(), name
 
 
-def test_nan_in_a_part_that_saw_keys_is_not_hidden() -> None:
+def test_nan_in_a_part_with_keys_reaches_the_result() -> None:
     (out, lse), second = random_parts(2)
     out[0, 1, 2, 0] = torch.nan
     lse[1, 3, 2] = torch.nan
@@ -225,7 +225,7 @@ def test_nan_in_a_part_that_saw_keys_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 3.0], ids=["plain", "v of mean 3"])
-def test_half_precision_has_at_most_twice_the_error_of_the_whole(
+def test_half_precision_has_at_most_twice_the_error_of_attention_over_all_keys(
     dtype: torch.dtype, offset: float
 ) -> None:
     case = Case(seqlen_q=16, seqlen_k=64, head_dim=16, head_dim_v=16)
@@ -251,7 +251,7 @@ def test_out_is_rounded_once_to_the_dtype_of_the_parts(dtype: torch.dtype) -> No
 
 
 # ----------------------------------------------------------------------------
-# What does not fit
+# Parts that do not fit
 
 OUT, LSE = random_parts(1)[0]
 MISFITS: dict[str, tuple[Any, type[Exception], str]] = {
@@ -328,8 +328,6 @@ MISFITS: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("parts", "error", "message"), MISFITS.values(), ids=MISFITS.keys())
-def test_parts_that_do_not_fit_are_refused(
-    parts: Any, error: type[Exception], message: str
-) -> None:
+def test_parts_that_do_not_fit_raise(parts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         merge_attention(parts)

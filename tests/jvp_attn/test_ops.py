@@ -1,4 +1,4 @@
-"""The operators behind every backend: what tracers, compilers and tensors without data see."""
+"""The custom operators, as tracers, compilers and meta tensors see them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.jvp_attn.attention_cases import Case, assert_close, named, projection
 from tests.jvp_attn.composition_checks import metadata
 from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.kernel_recorder import Recorder
-from tests.jvp_attn.map_calls import MapCall, call_of
 from tests.jvp_attn.packed_cases import PackedCase
+from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
 
 CASES: dict[str, Case | PackedCase] = {
     "plain": Case(),
@@ -38,15 +38,15 @@ CASES: dict[str, Case | PackedCase] = {
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def full_call(case: Case | PackedCase, backend: str) -> MapCall:
-    """All that may be given and asked for."""
+def full_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
+    """Every argument is given, and every result requested."""
     call = call_of(case, backend=backend)
-    moves = tuple(t is not None for t in call.tangents)
-    return replace(call, needs=(True, True, True, moves[3], *moves))
+    has_tangent = tuple(t is not None for t in call.tangents)
+    return replace(call, needs=(True, True, True, has_tangent[3], *has_tangent))
 
 
-def sparse_call(case: Case | PackedCase, backend: str) -> MapCall:
-    """As little as may be."""
+def sparse_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
+    """Only the necessary arguments and results."""
     call = call_of(replace(case, with_tangent=""), backend=backend, return_lo=False)
     return replace(
         call.changed("outputs", out_lo=None, tout_lo=None),
@@ -62,32 +62,32 @@ over_calls = pytest.mark.parametrize(
 
 
 # ----------------------------------------------------------------------------
-# From the maps to the operators and back
+# Arguments and results
 
 
-class Noting:
-    """The maps of the backend `tiled`, which note what they are given."""
+class ArgumentRecorder:
+    """The backend `tiled`, which records the arguments of each call."""
 
     def __init__(self) -> None:
         self.given: list[tuple[str, tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:
-        def noting(*arguments: Any) -> Any:
+        def recording(*arguments: Any) -> Any:
             self.given.append((name, arguments))
             return getattr(tiled, name)(*arguments)
 
-        return noting
+        return recording
 
 
 @over_calls
 @over_cases
-def test_arguments_arrive_in_their_places_and_results_too(
-    case: Case | PackedCase, call_of_case: Callable[..., MapCall]
+def test_operators_pass_arguments_and_results_unchanged(
+    case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall]
 ) -> None:
-    directly, through_operators = Noting(), Noting()
-    noting = select._Backend(lambda: through_operators, meta=meta)
-    with mock.patch.dict(select._BACKENDS, {"noting": noting}):
-        call = call_of_case(case, "noting")
+    directly, through_operators = ArgumentRecorder(), ArgumentRecorder()
+    recording = select._Backend(lambda: through_operators, meta=meta)
+    with mock.patch.dict(select._BACKENDS, {"recording": recording}):
+        call = call_of_case(case, "recording")
         expected = call.all_four(directly)
         found = call.all_four(ops)
     assert_close(named(found), named(expected), tolerance=0)
@@ -102,7 +102,7 @@ def test_arguments_arrive_in_their_places_and_results_too(
                 assert x == y
 
 
-def test_a_tracer_sees_one_operator_for_each_map() -> None:
+def test_a_tracer_sees_one_operator_for_each_primitive() -> None:
     call = call_of(Case(mask="additive"), backend="tiled")
 
     def gradients(q: Tensor) -> Any:
@@ -121,16 +121,16 @@ def test_a_tracer_sees_one_operator_for_each_map() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Tensors without data
+# Meta and fake tensors
 
 
 @contextmanager
 def recorded_kernels() -> Iterator[None]:
-    """The backend `cuda` with an extension that computes nothing."""
+    """The backend `cuda` with an extension that only records."""
     recorder = Recorder()
-    maps = CudaBackend(recorder, recorder.stream_of)
+    backend = CudaBackend(recorder, recorder.stream_of)
     with mock.patch.dict(
-        select._BACKENDS, {"cuda": select._Backend(lambda: maps, MetaCudaBackend())}
+        select._BACKENDS, {"cuda": select._Backend(lambda: backend, MetaCudaBackend())}
     ):
         yield
 
@@ -151,8 +151,8 @@ over_backends = pytest.mark.parametrize("backend", BACKENDS)
     [*CASES.values(), Case(head_dim=160, head_dim_v=256)],
     ids=[*CASES.keys(), "head dim 256"],
 )
-def test_tensors_without_data_have_the_shapes_strides_and_dtypes_of_real_ones(
-    case: Case | PackedCase, call_of_case: Callable[..., MapCall], backend: str
+def test_meta_and_fake_results_have_the_shapes_strides_and_dtypes_of_real_ones(
+    case: Case | PackedCase, call_of_case: Callable[..., PrimitiveCall], backend: str
 ) -> None:
     if backend == "cuda":
         case = replace(case, dtype=torch.bfloat16)
@@ -178,7 +178,7 @@ def test_results_are_on_the_device_of_the_inputs(backend: str) -> None:
     assert {x.device for x in named(found).values()} == {torch.device("cuda:0")}
 
 
-def test_another_dtype_is_refused_for_tensors_without_data_too() -> None:
+def test_an_unsupported_dtype_raises_for_meta_tensors_too() -> None:
     call = call_of(Case(dtype=torch.float32), backend="cuda").mapped(lambda x: x.to("meta"))
     with pytest.raises(TypeError, match="the CUDA kernels compute in float16 and bfloat16"):
         call.forward(ops)
@@ -188,8 +188,8 @@ def test_another_dtype_is_refused_for_tensors_without_data_too() -> None:
 # Torch's own checks of operators
 
 
-def arguments_of(call: MapCall) -> dict[str, tuple[Any, ...]]:
-    """What each operator is called with, by its name."""
+def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
+    """The arguments of each operator, by its name."""
     out, lse, _, _, out_lo, _ = call.outputs
     options = call.options
     scalars = (
@@ -197,12 +197,18 @@ def arguments_of(call: MapCall) -> dict[str, tuple[Any, ...]]:
         *(options.max_seqlens, options.deterministic),
     )
     g_out, g_lse, *_ = call.cotangents
-    moving = (*call.inputs, *call.tangents)
+    primals_and_tangents = (*call.inputs, *call.tangents)
     return {
         "forward": (*call.inputs, *scalars),
-        "forward_jvp": (*moving, *scalars),
+        "forward_jvp": (*primals_and_tangents, *scalars),
         "backward": (*(*call.inputs, out, lse, out_lo, g_out, g_lse, call.needs[:4], *scalars),),
-        "jvp_backward": (*moving, *call.outputs, *call.cotangents, call.needs, *scalars),
+        "jvp_backward": (
+            *primals_and_tangents,
+            *call.outputs,
+            *call.cotangents,
+            call.needs,
+            *scalars,
+        ),
     }
 
 
@@ -222,7 +228,7 @@ def with_gradients(x: Tensor) -> Tensor:
     ],
     ids=["plain", "sparse", "additive mask", "packed", "cpu", "by kernels"],
 )
-def test_opcheck(call: MapCall) -> None:
+def test_opcheck(call: PrimitiveCall) -> None:
     with BACKENDS[call.options.backend]():
         for name, arguments in arguments_of(call).items():
             if name.startswith("forward"):  # the others have no derivative
@@ -231,11 +237,11 @@ def test_opcheck(call: MapCall) -> None:
 
 
 # ----------------------------------------------------------------------------
-# The derivatives that are registered for the compiler
+# Derivatives registered for the compiler
 
 
 @over_cases
-def test_registered_derivatives_are_those_of_the_functions(case: Case | PackedCase) -> None:
+def test_registered_derivatives_equal_those_of_the_functions(case: Case | PackedCase) -> None:
     call = full_call(case, "tiled").mapped(with_gradients)
     inputs, tangents, options = call.inputs, call.tangents, call.options
     leaves = [x for x in (*inputs, *tangents) if x is not None and x.requires_grad]
@@ -259,7 +265,7 @@ def test_registered_derivatives_are_those_of_the_functions(case: Case | PackedCa
 
 
 @pytest.mark.parametrize("operator", [ops.forward, ops.forward_jvp])
-def test_second_derivatives_are_refused(operator: Callable[..., Any]) -> None:
+def test_second_derivatives_of_operators_raise(operator: Callable[..., Any]) -> None:
     call = call_of(Case(), backend="tiled").mapped(with_gradients)
     tangents = (call.tangents,) if operator is ops.forward_jvp else ()
     out, *_ = operator(call.inputs, *tangents, call.options)

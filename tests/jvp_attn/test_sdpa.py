@@ -1,4 +1,4 @@
-"""`scaled_dot_product_attention` means what torch's function means, and has every derivative."""
+"""`scaled_dot_product_attention` agrees with torch's function and has every derivative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.jvp_attn.attention_cases import (
     outputs_and_gradients,
     peak_and_largest_allocation,
     randn,
-    small_blocks,
+    small_tiles,
 )
 
 SEQLEN_Q, SEQLEN_K, HEAD_DIM, HEAD_DIM_V = 5, 7, 4, 6
@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 
 def torch_math(*args: Any, **options: Any) -> Tensor:
-    """torch's function, in the variant that has all derivatives."""
+    """torch's function, by its backend MATH, which has all derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **options)
 
@@ -57,7 +57,7 @@ def assert_like_torch(data: dict[str, Tensor], **options: Any) -> None:
     assert_close(derivatives(scaled_dot_product_attention), derivatives(torch_math))
 
 
-def test_signature_is_torchs() -> None:
+def test_the_signature_is_torchs() -> None:
     schema = torch.ops.aten.scaled_dot_product_attention.default._schema
     ours = inspect.signature(scaled_dot_product_attention).parameters.values()
     keyword_only = inspect.Parameter.KEYWORD_ONLY
@@ -122,7 +122,7 @@ def test_heads_are_grouped_with_enable_gqa(leading: tuple[Shape, Shape, Shape]) 
     ],
     ids=str,
 )
-def test_sizes_of_zero(of_query: Shape, of_keys: Shape) -> None:
+def test_sizes_may_be_zero(of_query: Shape, of_keys: Shape) -> None:
     query, key = randn(*of_query, HEAD_DIM, seed="q"), randn(*of_keys, HEAD_DIM, seed="k")
     value = randn(*of_keys, HEAD_DIM_V, seed="v")
     out = scaled_dot_product_attention(query, key, value)
@@ -134,7 +134,7 @@ def test_sizes_of_zero(of_query: Shape, of_keys: Shape) -> None:
 
 
 def visible(*shape: int) -> Tensor:
-    """A random boolean mask that leaves each row the first key."""
+    """A random boolean mask; the first key is visible to every row."""
     mask = randn(*shape, seed="visible") > 0
     mask[..., 0] = True
     return mask
@@ -143,7 +143,7 @@ def visible(*shape: int) -> Tensor:
 def with_mask(
     data: dict[str, Tensor], kind: str, *shape: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Data and options for a mask that has derivatives, or has none."""
+    """Data and options for a mask with derivatives or without."""
     if kind == "boolean":
         return data, {"attn_mask": visible(*shape)}
     masks = {x: randn(*shape, seed=x) for x in ("attn_mask", "tattn_mask")}
@@ -153,7 +153,7 @@ def with_mask(
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 @pytest.mark.parametrize("of_mask", list(product((1, 2), (1, 3), (1, 4))), ids=str)
-def test_mask_varies_along_any_of_the_leading_dimensions(of_mask: Shape, kind: str) -> None:
+def test_a_mask_may_vary_along_any_leading_dimension(of_mask: Shape, kind: str) -> None:
     data = random_data(*3 * ((2, 3, 4),))
     data, options = with_mask(data, kind, *of_mask, SEQLEN_Q, SEQLEN_K)
     assert_like_torch(data, **options)
@@ -175,7 +175,7 @@ def test_mask_varies_along_any_of_the_leading_dimensions(of_mask: Shape, kind: s
     ],
     ids=str,
 )
-def test_mask_may_have_fewer_and_smaller_dimensions(
+def test_a_mask_may_have_fewer_and_smaller_dimensions(
     leading: Shape, of_mask: Shape, kind: str
 ) -> None:
     data, options = with_mask(random_data(*3 * (leading,)), kind, *of_mask)
@@ -183,24 +183,24 @@ def test_mask_may_have_fewer_and_smaller_dimensions(
 
 
 @pytest.mark.parametrize("of_mask", list(product((1, 2), (1, 3), (1,))), ids=str)
-def test_mask_is_never_copied(of_mask: Shape) -> None:
+def test_a_mask_is_never_copied(of_mask: Shape) -> None:
     seqlen = 256
     query = randn(2, 3, 1, seqlen, HEAD_DIM, seed="q")
     mask = visible(*of_mask, seqlen, seqlen)
-    with small_blocks(scores=2**10, rows=1):
+    with small_tiles(scores=2**10, rows=1):
         _, largest = peak_and_largest_allocation(
             lambda: scaled_dot_product_attention(query, query, query, attn_mask=mask)
         )
     assert largest < mask[0, 0].nbytes
 
 
-def test_float32_mask_of_float64_queries() -> None:
+def test_a_mask_may_be_float32_for_float64_queries() -> None:
     data = random_data((2, 4), (2, 4), (2, 4))
     mask = randn(SEQLEN_Q, SEQLEN_K, seed="mask").float()
     assert_like_torch(data, attn_mask=mask)
 
 
-def test_rows_that_see_no_key_are_0_and_have_no_gradient() -> None:
+def test_fully_masked_rows_are_0_and_have_no_gradient() -> None:
     data = random_data((2, 4), (2, 4), (2, 4))
     mask = visible(SEQLEN_Q, SEQLEN_K)
     mask[2] = False
@@ -214,7 +214,7 @@ def test_rows_that_see_no_key_are_0_and_have_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
-def test_causal_bias_of_torch(bias: Callable[[int, int], Tensor]) -> None:
+def test_the_causal_biases_of_torch_work(bias: Callable[[int, int], Tensor]) -> None:
     data = random_data((2, 4), (2, 4), (2, 4))
     assert_like_torch(data, attn_mask=bias(SEQLEN_Q, SEQLEN_K))
 
@@ -238,7 +238,7 @@ FLOAT32, HALVES, FLOAT64 = (
     ],
     ids=str,
 )
-def test_autocast_casts_as_torchs(
+def test_autocast_casts_as_torch_does(
     dtypes: tuple[torch.dtype, ...], of_mask: torch.dtype | None
 ) -> None:
     data = random_data((2, 4), (2, 4), (2, 4))
@@ -254,7 +254,7 @@ def test_autocast_casts_as_torchs(
     assert torch.equal(out, explicit)
 
 
-def test_layout_is_that_of_torchs_fused_attention() -> None:
+def test_the_layout_is_that_of_torchs_fused_attention() -> None:
     """Contiguous as (batch, seqlen, heads, head_dim), which models make of it next."""
     query = randn(2, 4, SEQLEN_Q, HEAD_DIM, seed="q")
     strides = F.scaled_dot_product_attention(query, query, query).stride()
@@ -266,18 +266,18 @@ def test_layout_is_that_of_torchs_fused_attention() -> None:
 
 
 # ----------------------------------------------------------------------------
-# What is refused, beyond what the tests of bad input list
+# Unsupported arguments, besides those of test_bad_sdpa.py
 
 Q = torch.zeros(2, 4, SEQLEN_Q, HEAD_DIM)
 NESTED = torch.nested.nested_tensor(list(Q), layout=torch.jagged)
 
-REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
+UNSUPPORTED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "nested tensors": (
         lambda f: f(NESTED, NESTED, NESTED),
         NotImplementedError,
         "query is a nested tensor.*flash_attn_varlen_jvp",
     ),
-    "a mask that is no tensor": (
+    "a mask that is not a tensor": (
         lambda f: f(Q, Q, Q, [[True]]),
         TypeError,
         "attn_mask must be a torch.Tensor or None, got list",
@@ -305,8 +305,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_refused(what: str) -> None:
-    call, error, message = REFUSED[what]
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_unsupported_arguments_raise(what: str) -> None:
+    call, error, message = UNSUPPORTED[what]
     with pytest.raises(error, match=message):
         call(scaled_dot_product_attention)

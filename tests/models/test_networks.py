@@ -20,7 +20,7 @@ from tests.jvp_attn.attention_cases import (
     peak_and_largest_allocation,
     randn,
     relative_error,
-    small_blocks,
+    small_tiles,
 )
 from tests.models.networks import NETWORKS, Network, modern_bert
 
@@ -106,6 +106,6 @@ def test_memory_is_linear_in_the_sequence_length(build: Build) -> None:
         ]
         return [after / before for before, after in zip(*memory, strict=True)]
 
-    with small_blocks(scores=2**12, rows=1):
+    with small_tiles(scores=2**12, rows=1):
         assert max(growth(replace_sdpa)) <= 144 / 64
     assert min(growth(torch_math)) > 144 / 64
