@@ -1,7 +1,9 @@
 // Backward: dQ; with kJvp also through tO, and dtQ.
 //
-//     P = exp(S − lse)     Tc = T − mu     Bc = dtO Vᵀ − beta     X = dO Vᵀ + dtO tVᵀ + Bc∘Tc −
-//     delta dS = P∘X             dT = P∘Bc       dQ = s (dS K + dT tK)  dtQ = s dT K
+//     P = exp(S − lse)      Tc = T − mu      Bc = dtO Vᵀ − beta
+//     X = dO Vᵀ + dtO tVᵀ + Bc∘Tc − delta
+//     dS = P∘X              dT = P∘Bc
+//     dQ = s (dS K + dT tK)                  dtQ = s dT K
 //
 // Tiles: Q, dO, tQ and dtO are Rows x HeadDim and stay in shared memory; a warp computes 16 rows.
 // K, tK, V and tV are Keys x HeadDim and stream. beta and delta come from preprocess.cuh; this

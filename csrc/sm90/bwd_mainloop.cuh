@@ -170,10 +170,8 @@ struct BwdMainloop : BwdPipeline<HeadDim, Rows, Keys, RowStep> {
             // Computed again: to keep the block would cost registers in the loop.
             const Block again(p, opaque(work_tile));
             grad_k.scale(p.softmax_scale);
-            again.template store<Element>(p.grad_k, p.head_dim, first_key(again),
-                                          grad_k);
-            again.template store<Element>(p.grad_v, p.head_dim_v, first_key(again),
-                                          grad_v);
+            again.template store<Element>(p.grad_k, p.head_dim, first_key(again), grad_k);
+            again.template store<Element>(p.grad_v, p.head_dim_v, first_key(again), grad_v);
         }
 
         // Computes dS = P∘(dO Vᵀ − delta) of the next tile of queries, rounded, and issues

@@ -1,7 +1,9 @@
 // Backward of the forward JVP: dK, dV, dtK and dtV. sm80/backward_dkv.cuh has the equations.
 //
-//     Tc = T − mu      Bc = dtO Vᵀ − beta      dT = P∘Bc      dS = P∘(dO Vᵀ + dtO tVᵀ − delta +
-//     Bc∘Tc) dV = Pᵀ dO + (P∘Tc)ᵀ dtO      dtV = Pᵀ dtO dK = s (dSᵀ Q + dTᵀ tQ)       dtK = s dTᵀ Q
+//     Tc = T − mu      Bc = dtO Vᵀ − beta      dT = P∘Bc
+//     dS = P∘(dO Vᵀ + dtO tVᵀ − delta + Bc∘Tc)
+//     dV = Pᵀ dO + (P∘Tc)ᵀ dtO      dtV = Pᵀ dtO
+//     dK = s (dSᵀ Q + dTᵀ tQ)       dtK = s dTᵀ Q
 //
 // Tiles: K, V, tK and tV are 64 x HeadDim; Q, dO, tQ and dtO are Rows x HeadDim and stream through
 // a ring, those of all query heads that share the keys. Everything is transposed: rows are keys and
@@ -313,8 +315,7 @@ private:
         }
 
         DEVICE void store(const AttentionParams& p, const Block& block) const {
-            block.template store<Element>(p.grad_v, p.head_dim_v, first_key_of_warp(block),
-                                          grad_v);
+            block.template store<Element>(p.grad_v, p.head_dim_v, first_key_of_warp(block), grad_v);
             block.template store<Element>(p.grad_tv, p.head_dim_v, first_key_of_warp(block),
                                           grad_tv);
         }
@@ -383,10 +384,8 @@ private:
         DEVICE void store(const AttentionParams& p, const Block& block) {
             grad_k.scale(p.softmax_scale);
             grad_tk.scale(p.softmax_scale);
-            block.template store<Element>(p.grad_k, p.head_dim, first_key_of_warp(block),
-                                          grad_k);
-            block.template store<Element>(p.grad_tk, p.head_dim, first_key_of_warp(block),
-                                          grad_tk);
+            block.template store<Element>(p.grad_k, p.head_dim, first_key_of_warp(block), grad_k);
+            block.template store<Element>(p.grad_tk, p.head_dim, first_key_of_warp(block), grad_tk);
         }
     };
 };

@@ -73,7 +73,7 @@ inline std::string why_not_aligned(const char* name, const Tensor& x, const Exte
 
 // Why a kernel for head dims up to `max_head_dim` cannot compute a problem; empty if it can.
 inline std::string why_not(const AttentionParams& p, int max_head_dim) {
-    if (p.mask.kind != MaskKind::none) return "it does not read masks";
+    if (p.mask.kind != MaskKind::none) return "there is a mask, which it does not read";
     if (!(p.softmax_scale > 0))
         return "softmax_scale is " + std::to_string(p.softmax_scale) + "; it must be positive";
     for (const auto& [name, head_dim] : {std::pair<const char*, int>{"head_dim", p.head_dim},

@@ -222,8 +222,8 @@ DEVICE void store_query_stats(SharedAddress address, const SeqlenInfo& sequence,
 }
 
 // Turns the scores of keys x queries into weights; those of hidden keys are 0. stats(i) returns lse
-// of the two queries of a thread in columns 8 i to 8 i + 7, in units of log2; first_key() returns the
-// warp's first key.
+// of the two queries of a thread in columns 8 i to 8 i + 7, in units of log2; first_key() returns
+// the warp's first key.
 template <int Rows, int Keys, class Stats, class FirstKey>
 DEVICE void exponentiate_transposed(Accumulator<Rows>& scores, float log2_scale,
                                     const KeyBlock<Keys>& block, int first_row, const Stats& stats,

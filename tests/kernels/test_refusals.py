@@ -122,7 +122,7 @@ def test_rows_beside_multiples_of_16_bytes(kernel: str, fault: str) -> None:
                 row = 0 if fault == "expanded" else row + 4
             setattr(params, name, emulator.load().Tensor(address, batch, row, head))
 
-        why = "starts beside" if fault == "address" else "has strides"
+        why = "must start" if fault == "address" else "has strides"
         assert_refused(kernel, f"{name} {why}", change, attempt)
 
 
@@ -145,7 +145,7 @@ def test_no_place_for_the_sums_of_gq(kernel: str, name: str) -> None:
     def change(params: Any) -> None:
         setattr(params, name, emulator.load().RowVector(0, 0, 0))
 
-    assert_refused(kernel, "dq_accum and ds_row_sums must be there, full of zeros$", change)
+    assert_refused(kernel, "dq_accum and ds_row_sums must be given, filled with zeros$", change)
 
 
 @pytest.mark.parametrize("kernel", THAT_SUM)
