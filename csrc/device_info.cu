@@ -1,4 +1,4 @@
-// Asks the CUDA runtime which devices there are; a failure becomes a sentence in the answer.
+// Queries the CUDA runtime for devices; a failure is returned as a message.
 #include "device_info.h"
 
 #include <cuda_runtime.h>
@@ -36,14 +36,13 @@ DeviceQuery query_devices() noexcept {
     DeviceQuery query;
     cudaRuntimeGetVersion(&query.runtime_version);
     cudaDriverGetVersion(&query.driver_version);
-    // Without a driver CUDA would say that the driver is too old.
+    // Without a driver CUDA reports that the driver is too old.
     if (query.driver_version == 0) {
         query.error = "no CUDA driver is installed";
         return query;
     }
     if (cudaError_t status = describe_all(query); status != cudaSuccess) {
-        cudaGetLastError();  // CUDA would report this failure once more, to the next caller that
-                             // asks
+        cudaGetLastError();  // clear the error, or the next caller would see it again
         query.devices.clear();
         query.error = cudaGetErrorString(status);
     }
@@ -53,7 +52,7 @@ DeviceQuery query_devices() noexcept {
 std::string select_device(int ordinal) noexcept {
     const cudaError_t status = cudaSetDevice(ordinal);
     if (status == cudaSuccess) return "";
-    cudaGetLastError();  // as above
+    cudaGetLastError();
     return cudaGetErrorString(status);
 }
 

@@ -1,5 +1,4 @@
-// The CUDA devices of this machine as plain data: a caller needs no CUDA header and catches no
-// exception.
+// The CUDA devices of this machine as plain data, without CUDA headers or exceptions.
 #pragma once
 
 #include <cstddef>
@@ -14,17 +13,17 @@ struct Device {
     int capability_minor;
     int multiprocessors;
     std::size_t memory;                   // bytes
-    std::size_t shared_memory_per_block;  // bytes, what a kernel may ask for at most (opt-in)
+    std::size_t shared_memory_per_block;  // bytes, the most that a kernel may request (opt-in)
 };
 
 struct DeviceQuery {
     std::vector<Device> devices;
-    int driver_version = 0;   // 13000 is CUDA 13.0, the newest that the driver runs; 0: no driver
-    int runtime_version = 0;  // of the CUDA runtime inside this extension
-    std::string error;        // why there are no devices; empty where there are
+    int driver_version = 0;   // the newest CUDA that the driver runs: 13000 is 13.0; 0: no driver
+    int runtime_version = 0;  // of the CUDA runtime linked into this extension
+    std::string error;        // why no device was found; empty if one was
 };
 
-// Creates no CUDA context: it costs no device memory.
+// Creates no CUDA context, so it uses no device memory.
 DeviceQuery query_devices() noexcept;
 
 // Makes a device the current one of this thread. Returns an error, empty if none.

@@ -1,4 +1,4 @@
-// A compiled kernel as plain data: what it is called, what it needs, how to launch it.
+// A compiled kernel as plain data: its name, its resources and its launch function.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ struct Kernel {
     std::string (*launch)(const AttentionParams& params, void* stream);
 };
 
-// Every kernel of this build, from the sources that setup.py generates.
+// Every kernel of this build, listed in a source that csrc/generate.py writes.
 const std::vector<Kernel>& all_kernels();
 
 }  // namespace jvp_attn

@@ -1,4 +1,4 @@
-// The rows of a tensor in global memory, and how the registers of a warp get there.
+// A view of rows in global memory, and stores from the registers of a warp to it.
 #pragma once
 
 #include "common/fragment.cuh"
@@ -14,7 +14,7 @@ struct GmemView {
 
     DEVICE bool exists() const { return data != nullptr; }
 
-    // Whether every row starts at a multiple of so many bytes.
+    // Whether every row starts at a multiple of `bytes`.
     DEVICE bool aligned_to(int bytes) const {
         const auto start = reinterpret_cast<uintptr_t>(data);
         return (start | static_cast<uintptr_t>(row_stride * 2)) % bytes == 0;
@@ -28,36 +28,36 @@ struct Pair {
     float low, high;
 };
 
-// The elements at an even column and the next, zero beyond the matrix.
+// The elements at `column`, which is even, and `column` + 1; zero beyond the view.
 template <class Element>
-DEVICE Pair load_pair(const GmemView& matrix, int row, int column) {
-    if (!matrix.exists() || row >= matrix.rows || column >= matrix.columns) return {0, 0};
-    const uint16_t* source = matrix.element(row, column);
+DEVICE Pair load_pair(const GmemView& view, int row, int column) {
+    if (!view.exists() || row >= view.rows || column >= view.columns) return {0, 0};
+    const uint16_t* source = view.element(row, column);
     uint32_t word = 0;
-    if (column + 1 == matrix.columns)
+    if (column + 1 == view.columns)
         word = global_load(source);
-    else if (matrix.aligned_to(4))
+    else if (view.aligned_to(4))
         word = global_load(reinterpret_cast<const uint32_t*>(source));
     else
         word = global_load(source) | static_cast<uint32_t>(global_load(source + 1)) << 16;
     return {unpack_low<Element>(word), unpack_high<Element>(word)};
 }
 
-DEVICE void store_pair(const GmemView& matrix, int row, int column, uint32_t word) {
-    if (row >= matrix.rows || column >= matrix.columns) return;
-    uint16_t* target = matrix.element(row, column);
-    if (column + 1 < matrix.columns && matrix.aligned_to(4)) {
+DEVICE void store_pair(const GmemView& view, int row, int column, uint32_t word) {
+    if (row >= view.rows || column >= view.columns) return;
+    uint16_t* target = view.element(row, column);
+    if (column + 1 < view.columns && view.aligned_to(4)) {
         global_store(reinterpret_cast<uint32_t*>(target), word);
         return;
     }
     global_store(target, static_cast<uint16_t>(word));
-    if (column + 1 < matrix.columns) global_store(target + 1, static_cast<uint16_t>(word >> 16));
+    if (column + 1 < view.columns) global_store(target + 1, static_cast<uint16_t>(word >> 16));
 }
 
-// Rounds and stores columns 8 block to 8 block + 7 of the 16 rows of a warp; and what rounding took
-// away, if there is a place for it.
+// Rounds and stores columns 8 block to 8 block + 7 of the 16 rows of a warp. If
+// `target_lo` exists, it gets the part that rounding took away.
 template <class Element, int Columns>
-DEVICE void store_block(const GmemView& target, const GmemView& residual, int first_row,
+DEVICE void store_block(const GmemView& target, const GmemView& target_lo, int first_row,
                         const Accumulator<Columns>& rows, int block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -65,19 +65,19 @@ DEVICE void store_block(const GmemView& target, const GmemView& residual, int fi
         const uint32_t rounded = pack<Element>(low, high);
         const int row = first_row + row_in_warp(half), column = column_of(block, 0);
         store_pair(target, row, column, rounded);
-        if (residual.exists())
-            store_pair(residual, row, column,
+        if (target_lo.exists())
+            store_pair(target_lo, row, column,
                        pack<Element>(low - unpack_low<Element>(rounded),
                                      high - unpack_high<Element>(rounded)));
     }
 }
 
 template <class Element, int Columns>
-DEVICE void store_rows(const GmemView& target, const GmemView& residual, int first_row,
+DEVICE void store_rows(const GmemView& target, const GmemView& target_lo, int first_row,
                        const Accumulator<Columns>& rows) {
 #pragma unroll
     for (int i = 0; i < rows.kBlocks; ++i)
-        store_block<Element>(target, residual, first_row, rows, i);
+        store_block<Element>(target, target_lo, first_row, rows, i);
 }
 
 }  // namespace jvp_attn

@@ -1,7 +1,7 @@
-// The machine's instructions under plain names, for compute capability 8.0 and newer.
+// One function for each machine instruction, for compute capability 8.0 and newer.
 //
-// No other file of the kernels contains PTX or a CUDA builtin. Compiled with JVP_ATTN_EMULATOR, the
-// same names come from an emulator of the machine, and the kernels run on a CPU.
+// All PTX and CUDA builtins are in this file, sm90/ptx.cuh and sm90/wgmma.cuh. Compiled with
+// JVP_ATTN_EMULATOR, the same functions come from an emulator and the kernels run on a CPU.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace jvp_attn {
 
-// The two element types. Values are kept as bits, two to a 32-bit word, the lower column low.
+// The two element types. A 32-bit word holds two values, the lower column in the low half.
 struct Bf16 {};
 struct Fp16 {};
 
@@ -35,22 +35,22 @@ using SharedAddress = uint32_t;
 namespace jvp_attn {
 
 // ---------------------------------------------------------------------------------------------
-// Who a thread is, and how threads meet
+// Thread indices and barriers
 
 DEVICE int thread_index() { return threadIdx.x; }
 
 DEVICE int block_index() { return blockIdx.x; }
 
-// Waits for every thread of the block; what they wrote to shared memory is then visible to all.
-// Unlike __syncthreads it may be another statement for another warp.
+// Waits for all threads of the block, whose writes to shared memory are visible to all afterwards.
+// Unlike __syncthreads, different warps may wait in different statements.
 DEVICE void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
-// A barrier that tells whether the condition holds for any thread of the block.
+// A barrier; returns whether the condition holds for any thread of the block.
 DEVICE bool block_any(bool condition) { return __syncthreads_or(condition); }
 
 DEVICE bool warp_any(bool condition) { return __any_sync(0xffffffff, condition); }
 
-// The value of the lane whose number differs from this one's in the bits of the mask.
+// The value of lane `lane_index() ^ mask`.
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 
 // ---------------------------------------------------------------------------------------------
@@ -98,26 +98,26 @@ DEVICE void global_store(Value* address, Value value) {
     *address = value;
 }
 
-// Copies the first `bytes` of 16 from global to shared memory and fills the rest with zeros, in the
-// background. Both addresses are multiples of 16; with 0 bytes the source is not read.
+// Copies `bytes` of 16 bytes from global to shared memory asynchronously and zero-fills the rest.
+// Both addresses are multiples of 16; with 0 bytes the source is not read.
 DEVICE void copy_async(SharedAddress target, const void* source, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                  "r"(bytes)
                  : "memory");
 }
 
-// Closes a group of this thread's copies, perhaps an empty one.
+// Closes a group of this thread's copies, which may be empty.
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `Pending` of this thread's latest groups are still under way.
+// Waits until at most `Pending` of this thread's latest groups are still in flight.
 template <int Pending>
 DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------
-// Matrices. With g = lane / 4 and t = lane % 4, a word of a thread holds of an 8 x 8 matrix the
-// elements (g, 2t) and (g, 2t + 1).
+// Matrices. With g = lane / 4 and t = lane % 4, a word of a thread holds the elements (g, 2t) and
+// (g, 2t + 1) of an 8 x 8 matrix.
 
 // Loads four 8 x 8 matrices; lane 8i + j gives the address of row j of matrix i.
 DEVICE Words4 load_matrices(SharedAddress row) {
@@ -164,7 +164,7 @@ DEVICE void multiply_add<Fp16>(float (&accumulator)[4], const Words4& a, uint32_
 }
 
 // ---------------------------------------------------------------------------------------------
-// Numbers
+// Arithmetic
 
 // 2^x within 2 ulp; a result below 2^-126 is 0.
 DEVICE float fast_exp2(float x) {
@@ -173,7 +173,7 @@ DEVICE float fast_exp2(float x) {
     return y;
 }
 
-// Two float32 as a word of elements, rounded to the nearest.
+// Rounds two float32 to the nearest elements.
 template <class Element>
 DEVICE uint32_t pack(float low, float high);
 
@@ -233,7 +233,7 @@ template <class Params>
 std::string launch_kernel(void (*kernel)(Params), int blocks, int threads, std::size_t shared_bytes,
                           void* stream, const Params& params) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    // Without this call a kernel may have 48 KiB at most.
+    // A kernel needs this call for more than 48 KiB.
     cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               static_cast<int>(shared_bytes));
     if (status == cudaSuccess) {
@@ -242,8 +242,7 @@ std::string launch_kernel(void (*kernel)(Params), int blocks, int threads, std::
                                   static_cast<cudaStream_t>(stream));
     }
     if (status == cudaSuccess) return "";
-    cudaGetLastError();  // or CUDA would report this failure once more, to the next caller that
-                         // asks
+    cudaGetLastError();  // clear the error, or the next caller would see it again
     return cudaGetErrorString(status);
 }
 

@@ -1,17 +1,21 @@
-// Scores and their tangents, for a warp whose 16 rows are queries and whose columns are keys.
+// Softmax of scores and its tangent, for a warp whose 16 rows are queries and whose columns are
+// keys.
 //
-// Scores are kept in units of log2: weights are powers of 2, the machine's own.
+//     P = exp(S − lse)      T = s (tQ Kᵀ + Q tKᵀ)      tP = P∘(T − mu)
+//
+// Scores are in units of log2, since the machine computes powers of 2. Comments call P weights, S
+// scores and T tangents.
 #pragma once
 
-#include "common/seqlen.cuh"
+#include "common/block.cuh"
 
 namespace jvp_attn {
 
-// Which keys the two queries of a thread see.
+// The keys that the two queries of a thread see, with a mask tensor if kMasked.
 template <class Element, bool kMasked>
 struct VisibleKeys {
     int query[2];
-    int end[2];  // keys from here on are hidden, whatever the mask says
+    int end[2];  // keys from here on are hidden by lengths or causality
     MaskOfHead<Element> mask;
 
     DEVICE VisibleKeys(const AttentionParams& p, const SeqlenInfo& sequence, int head,
@@ -24,13 +28,13 @@ struct VisibleKeys {
         }
     }
 
-    // What is added to a score: -inf hides the key.
+    // The value to add to a score; -inf hides the key.
     DEVICE float bias(int half, int key) const {
         if (key >= end[half]) return -kInfinity;
         return kMasked ? mask.bias(query[half], key) : 0.f;
     }
 
-    // Adds the mask to the scores of the keys from `first_key` on; hidden ones become -inf.
+    // Adds the mask to the scores of a tile of keys; scores of hidden keys become -inf.
     template <int Keys>
     DEVICE void apply(Accumulator<Keys>& scores, int first_key) const {
 #pragma unroll
@@ -41,16 +45,15 @@ struct VisibleKeys {
                 for (int side = 0; side < 2; ++side) {
                     const float b = bias(half, first_key + column_of(i, side));
                     float& score = scores.at(i, half, side);
-                    // Not a mere sum: the score of a hidden key may be infinite.
+                    // A sum would be NaN if the score of a hidden key is +inf.
                     score = b == -kInfinity ? -kInfinity : score + b;
                 }
     }
 };
 
-// Where a key is hidden, the tangent of its score becomes 0: it may be infinite, and 0 · inf is
-// NaN.
+// Sets the tangents of hidden keys to 0. They may be infinite, and 0 · inf is NaN.
 template <int Keys>
-DEVICE void silence_hidden(Accumulator<Keys>& tangents, const Accumulator<Keys>& scores) {
+DEVICE void zero_hidden(Accumulator<Keys>& tangents, const Accumulator<Keys>& scores) {
 #pragma unroll
     for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
@@ -58,7 +61,7 @@ DEVICE void silence_hidden(Accumulator<Keys>& tangents, const Accumulator<Keys>&
             if (scores.value[i][e] == -kInfinity) tangents.value[i][e] = 0;
 }
 
-// Scores become weights, given the log2 of their sums: those of hidden keys are 0.
+// Turns scores into weights, given lse in units of log2. Weights of hidden keys are 0.
 template <int Keys>
 DEVICE void exponentiate(Accumulator<Keys>& scores, const float (&log2_sum)[2]) {
 #pragma unroll
@@ -68,13 +71,13 @@ DEVICE void exponentiate(Accumulator<Keys>& scores, const float (&log2_sum)[2]) 
             scores.value[i][e] = fast_exp2(scores.value[i][e] - log2_sum[e / 2]);
 }
 
-// Softmax over tiles of keys, one after the other (FlashAttention-2, arXiv 2307.08691).
+// Online softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691).
 struct OnlineSoftmax {
     float max[2] = {-kInfinity, -kInfinity};  // of the scores so far
-    float sum[2] = {0, 0};                    // this thread's share of the sum of weights
+    float sum[2] = {0, 0};                    // of the weights in this thread's columns
 
-    // Scores become weights relative to the maximum so far. Returns, for each row, the factor that
-    // brings older weights to the new maximum.
+    // Turns scores into weights relative to the maximum so far. `rescaling` becomes the factor of
+    // each row that brings earlier weights to the new maximum.
     template <int Keys>
     DEVICE void update(Accumulator<Keys>& scores, float (&rescaling)[2]) {
 #pragma unroll
@@ -84,7 +87,7 @@ struct OnlineSoftmax {
             for (int i = 0; i < scores.kBlocks; ++i)
                 tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
             const float new_max = fmaxf(max[half], quad_max(tile_max));
-            // A row that has seen no key: its weights are exp2(-inf - 0) = 0.
+            // In a row that has seen no key the weights are exp2(-inf - 0) = 0.
             const float subtrahend = new_max == -kInfinity ? 0 : new_max;
             rescaling[half] = fast_exp2(max[half] - subtrahend);
             max[half] = new_max;
@@ -102,24 +105,23 @@ struct OnlineSoftmax {
     }
 };
 
-// P∘(T − c) with a reference c per row, rounded. The output's tangent does not see a common offset
-// of T along a row, but its rounding would: c takes it away. It is the mean of T over the keys that
-// the row sees in the first tile where it sees any.
+// P∘(T − c), rounded, with a reference c for each row. A common offset of T along a row cancels in
+// tO, but it would increase the rounding error of P∘T, so it is subtracted first: c is the mean of
+// T over the visible keys of the first tile that has any.
 //
-// Two sums of a row are kept. What rounding does to the weighted tangents also does it to their
-// sum, so the output's tangent is centred with the sum of the rounded ones; mu itself is better
-// than that.
+// Each row has two sums. tO is centred with the sum of the rounded values, which cancels part of
+// their rounding error; mu uses the sum of the exact values.
 struct TangentWeights {
     float reference[2] = {0, 0};
     bool known[2] = {false, false};
     RowSums rounded_sum;          // of the rounded P∘(T − c)
-    float exact_sum[2] = {0, 0};  // this thread's share of those of P∘(T − c)
+    float exact_sum[2] = {0, 0};  // of P∘(T − c) in this thread's columns
 
-    // Scores are still scores here, with -inf where a key is hidden. Tangents lack the softmax
-    // scale.
+    // Sets c from the first tile with visible keys. `scores` are -inf for hidden keys; `tangents`
+    // lack the softmax scale.
     template <int Keys>
-    DEVICE void find_reference(const Accumulator<Keys>& scores, const Accumulator<Keys>& tangents,
-                               float scale) {
+    DEVICE void set_reference(const Accumulator<Keys>& scores, const Accumulator<Keys>& tangents,
+                              float scale) {
         if (!warp_any(!known[0] || !known[1])) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -141,7 +143,7 @@ struct TangentWeights {
         }
     }
 
-    // Brings older weights to a new scale.
+    // Rescales the sums to the new maximum of the online softmax.
     DEVICE void rescale(const float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -168,7 +170,7 @@ struct TangentWeights {
     }
 };
 
-// Rounds weights to the left factor of a product.
+// Rounds weights, to use them as the left factor of a product.
 template <class Element, int Keys>
 DEVICE void round_weights(Packed<Element, Keys>& rounded, const Accumulator<Keys>& weights) {
 #pragma unroll

@@ -1,17 +1,19 @@
-// The gradients of K and V; with kJvp, through the output's tangent as well, and those of tK, tV.
+// Backward: dK and dV; with kJvp also through tO, and dtK and dtV.
 //
-//     P, Tc, Bc, dS, dT as in backward_dq.cuh
-//     dV = Pᵀ dO + (P∘Tc)ᵀ dtO      gtV = Pᵀ dtO
-//     dK = s (dSᵀ Q + dTᵀ tQ)  gtK = s dTᵀ Q
+//     P, Tc, Bc, dS and dT as in backward_dq.cuh
+//     dV = Pᵀ dO + (P∘Tc)ᵀ dtO      dtV = Pᵀ dtO
+//     dK = s (dSᵀ Q + dTᵀ tQ)       dtK = s dTᵀ Q
 //
-// A block has some keys of one head; tiles of queries stream by, those of every query head that
-// shares the keys. All is transposed: a warp's 16 rows are keys, its columns queries. Two warps
-// share 16 keys, because the registers of one cannot hold all gradients. The value warp computes P
-// and Tc, hands them over in shared memory, and adds to dV and gtV; the key warp meanwhile computes
-// Bc and dO Vᵀ + dtO tVᵀ − delta, and then adds to dK and gtK.
+// Tiles: K, V, tK and tV are Keys x HeadDim and stay in shared memory; Q, dO, tQ and dtO are Rows x
+// HeadDim and stream, those of all query heads that share the keys. Everything is transposed: rows
+// are keys and columns are queries. The registers of one warp cannot hold all gradients, so two
+// warps share 16 keys:
+//     the value warp  P and Tc, which it stores in shared memory; dV and dtV
+//     the key warp    Bc and dO Vᵀ + dtO tVᵀ − delta, then dS and dT; dK and dtK
 #pragma once
 
-#include "common/seqlen.cuh"
+#include "common/block.cuh"
+#include "common/smem.cuh"
 #include "sm80/tile.cuh"
 
 namespace jvp_attn {
@@ -34,13 +36,11 @@ struct BackwardDkv {
     static constexpr int kSharedBytes = kTensors * (KeyTile::kBytes + RowTile::kBytes) +
                                         kExchangeBytes + kTensors * kStatisticBytes;
 
-    static int64_t blocks(const AttentionParams& p) {
-        return int64_t{p.batch} * p.heads_k * ((p.seqlen_k + Keys - 1) / Keys);
-    }
+    static int64_t blocks(const AttentionParams& p) { return KeyBlock<Keys>::count(p); }
 
     DEVICE static void run(const AttentionParams& p) {
         const Block block(p);
-        if (block.first_key >= block.sequence.key_rows) return;
+        if (block.is_empty()) return;
         if (block.is_value_warp())
             stream<ValueWarp>(block);
         else
@@ -48,61 +48,48 @@ struct BackwardDkv {
     }
 
 private:
-    // What the warps of a block share.
-    struct Block {
-        const AttentionParams& p;
-        int head_k;
-        SeqlenInfo sequence;
-        int first_key;
-        bool has_tq, has_tk, has_tv, has_go, has_gt;
+    // The keys, with what the warps of the block share.
+    struct Block : KeyBlock<Keys> {
+        using KeyBlock<Keys>::sequence, KeyBlock<Keys>::head_k, KeyBlock<Keys>::first_key;
 
-        int first_head, last_head;  // of the query heads that share the keys
-        int first_row;              // of the queries that see any key of the block
+        const AttentionParams& p;
+        bool has_tq, has_tk, has_tv, has_dout, has_dtout;
 
         KeyTile k_tile, v_tile, tk_tile, tv_tile;
-        RowTile q_tile, go_tile, tq_tile, gt_tile;
+        RowTile q_tile, dout_tile, tq_tile, dtout_tile;
         SharedAddress exchange;
         SharedAddress lse, delta, mu, beta;  // of the queries of the tile
 
         DEVICE explicit Block(const AttentionParams& params)
-            : p(params),
-              head_k(block_index() / ceil_div(p.seqlen_k, Keys) % p.heads_k),
-              sequence(p, block_index() / ceil_div(p.seqlen_k, Keys) / p.heads_k),
-              first_key(block_index() % ceil_div(p.seqlen_k, Keys) * Keys),
+            : KeyBlock<Keys>(params, block_index() / ceil_div(params.seqlen_k, Keys),
+                             block_index() % ceil_div(params.seqlen_k, Keys)),
+              p(params),
               has_tq(kJvp && p.tq.data),
               has_tk(kJvp && p.tk.data),
               has_tv(kJvp && p.tv.data && p.grad_tout.data),
-              has_go(p.grad_out.data),
-              has_gt(kJvp && p.grad_tout.data),
-              first_head(head_k * (p.heads / p.heads_k)),
-              last_head(first_head + p.heads / p.heads_k - 1),
-              first_row(sequence.first_query_of(first_key)) {
-            SharedAddress next = shared_memory();
-            const auto take = [&](int bytes) {
-                const SharedAddress start = next;
-                next += bytes;
-                return start;
-            };
-            k_tile.base = take(KeyTile::kBytes);
-            v_tile.base = take(KeyTile::kBytes);
-            q_tile.base = take(RowTile::kBytes);
-            go_tile.base = take(RowTile::kBytes);
-            exchange = take(kExchangeBytes);
-            lse = take(kStatisticBytes);
-            delta = take(kStatisticBytes);
+              has_dout(p.grad_out.data),
+              has_dtout(kJvp && p.grad_tout.data) {
+            SmemAllocator smem;
+            k_tile.base = smem.take(KeyTile::kBytes);
+            v_tile.base = smem.take(KeyTile::kBytes);
+            q_tile.base = smem.take(RowTile::kBytes);
+            dout_tile.base = smem.take(RowTile::kBytes);
+            exchange = smem.take(kExchangeBytes);
+            lse = smem.take(kStatisticBytes);
+            delta = smem.take(kStatisticBytes);
             if (kJvp) {
-                mu = take(kStatisticBytes);
-                beta = take(kStatisticBytes);
-                tk_tile.base = take(KeyTile::kBytes);
-                tv_tile.base = take(KeyTile::kBytes);
-                tq_tile.base = take(RowTile::kBytes);
-                gt_tile.base = take(RowTile::kBytes);
+                mu = smem.take(kStatisticBytes);
+                beta = smem.take(kStatisticBytes);
+                tk_tile.base = smem.take(KeyTile::kBytes);
+                tv_tile.base = smem.take(KeyTile::kBytes);
+                tq_tile.base = smem.take(RowTile::kBytes);
+                dtout_tile.base = smem.take(RowTile::kBytes);
             }
         }
 
         DEVICE bool is_value_warp() const { return warp_index() < kPairs; }
         DEVICE int pair() const { return warp_index() % kPairs; }
-        DEVICE int key_in_block() const { return 16 * pair(); }  // the first of a warp
+        DEVICE int key_in_block() const { return 16 * pair(); }  // the first key of the warp
 
         DEVICE void load_keys() const {
             const auto load = [&](const KeyTile& tile, const Tensor& x, int columns) {
@@ -114,32 +101,25 @@ private:
             if (has_tv) load(tv_tile, p.tv, p.head_dim_v);
         }
 
-        // Whether a tile of queries from `row` on may not see all keys of the block.
-        DEVICE bool hides_keys(int row) const {
-            const int end = first_key + Keys;
-            return kMasked || end > sequence.keys || sequence.first_query_of(end - 1) > row;
-        }
+        // Whether a query from `row` on may not see all keys of the block.
+        DEVICE bool hides_keys(int row) const { return kMasked || KeyBlock<Keys>::hides_keys(row); }
 
-        DEVICE bool sees_queries() const {
-            return first_key < sequence.keys && first_row < sequence.queries;
-        }
-
-        // Where a pair's value warp puts P (which = 0) and Tc (which = 1).
-        DEVICE SharedAddress place_of(int which, int i) const {
+        // P (which = 0) and Tc (which = 1) of a thread in columns 8 i to 8 i + 7.
+        DEVICE SharedAddress exchanged(int which, int i) const {
             return exchange + (pair() * (kJvp ? 2 : 1) + which) * kScoresBytes +
                    (i * 32 + lane_index()) * 16;
         }
 
-        DEVICE void hand_over(int which, const Scores& scores) const {
+        DEVICE void store_exchange(int which, const Scores& scores) const {
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
-                shared_store_words4(place_of(which, i), scores.words(i));
+                shared_store_words4(exchanged(which, i), scores.words(i));
         }
 
-        DEVICE void take_over(int which, Scores& scores) const {
+        DEVICE void load_exchange(int which, Scores& scores) const {
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
-                scores.set_words(i, shared_load_words4(place_of(which, i)));
+                scores.set_words(i, shared_load_words4(exchanged(which, i)));
         }
 
         DEVICE float of_query(SharedAddress statistic, int i, int side) const {
@@ -147,17 +127,16 @@ private:
         }
 
         DEVICE void store(const Tensor& target, const Gradient& gradient, int columns) const {
-            if (!target.data) return;
-            store_rows<Element>(sequence.key_rows_of(target, head_k, columns), GmemView{},
-                                first_key + key_in_block(), gradient);
+            KeyBlock<Keys>::template store<Element>(target, columns, first_key + key_in_block(),
+                                                    gradient);
         }
     };
 
-    // Walks over the tiles of queries, head by head, and loads them.
+    // Loads the tiles of queries, head by head.
     struct QueryLoader {
         const Block& block;
-        int head, row;  // of the tile to load next
-        GmemView q, go, tq, gt;
+        int head, row;  // of the next tile
+        GmemView q, dout, tq, dtout;
 
         DEVICE explicit QueryLoader(const Block& b) : block(b), row(b.first_row) {
             enter(block.first_head);
@@ -167,9 +146,9 @@ private:
 
         DEVICE void load() {
             load_tile<kThreads>(block.q_tile, q, row);
-            if (block.has_go) load_tile<kThreads>(block.go_tile, go, row);
+            if (block.has_dout) load_tile<kThreads>(block.dout_tile, dout, row);
             if (block.has_tq) load_tile<kThreads>(block.tq_tile, tq, row);
-            if (block.has_gt) load_tile<kThreads>(block.gt_tile, gt, row);
+            if (block.has_dtout) load_tile<kThreads>(block.dtout_tile, dtout, row);
             copy_async_commit();
             load_statistics();
 
@@ -187,9 +166,9 @@ private:
             };
             head = next_head;
             q = queries_of(p.q, p.head_dim);
-            go = queries_of(p.grad_out, p.head_dim_v);
+            dout = queries_of(p.grad_out, p.head_dim_v);
             tq = queries_of(p.tq, p.head_dim);
-            gt = queries_of(p.grad_tout, p.head_dim_v);
+            dtout = queries_of(p.grad_tout, p.head_dim_v);
         }
 
         DEVICE void load_statistics() const {
@@ -220,11 +199,11 @@ private:
 #pragma unroll 1
                 for (int row = block.first_row; row < block.sequence.queries; row += Rows) {
                     copy_async_wait<0>();
-                    block_barrier();  // the queries are here
+                    block_barrier();  // the queries have arrived
                     warp.compute(block, head, row);
-                    block_barrier();  // P and Tc are handed over
+                    block_barrier();  // P and Tc are in shared memory
                     warp.accumulate(block);
-                    block_barrier();  // no warp needs these queries any more
+                    block_barrier();  // all warps have read the queries
                     if (!loader.at_end()) loader.load();
                 }
         }
@@ -257,8 +236,8 @@ private:
                         tangent = tangent * block.p.softmax_scale - mu;
                     }
                 }
-            block.hand_over(0, scores);
-            if (kJvp) block.hand_over(1, tangents);
+            block.store_exchange(0, scores);
+            if (kJvp) block.store_exchange(1, tangents);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
@@ -272,11 +251,11 @@ private:
         }
 
         DEVICE void accumulate(const Block& block) {
-            if (block.has_go) multiply<Element>(grad_v, weights, block.go_tile);
-            if (block.has_gt && block.p.grad_tv.data)
-                multiply<Element>(grad_v, weighted, grad_tv, weights, block.gt_tile);
-            else if (block.has_gt)
-                multiply<Element>(grad_v, weighted, block.gt_tile);
+            if (block.has_dout) multiply<Element>(grad_v, weights, block.dout_tile);
+            if (block.has_dtout && block.p.grad_tv.data)
+                multiply<Element>(grad_v, weighted, grad_tv, weights, block.dtout_tile);
+            else if (block.has_dtout)
+                multiply<Element>(grad_v, weighted, block.dtout_tile);
         }
 
         DEVICE void store(const Block& block) {
@@ -284,7 +263,7 @@ private:
             if (kJvp) block.store(block.p.grad_tv, grad_tv, block.p.head_dim_v);
         }
 
-        // Adds the mask to scores; those of hidden keys become -inf, their tangents 0.
+        // Adds the mask to scores. Scores of hidden keys become -inf, their tangents 0.
         DEVICE static void hide(const Block& block, Scores& scores, Scores& tangents, int head,
                                 int first_row) {
             const MaskOfHead<Element> mask(block.p.mask, block.sequence.batch, head);
@@ -320,12 +299,12 @@ private:
             const int row = block.key_in_block();
             x = Scores();
             bc = Scores();
-            if (block.has_go) multiply_transposed<Element>(x, block.v_tile, row, block.go_tile);
+            if (block.has_dout) multiply_transposed<Element>(x, block.v_tile, row, block.dout_tile);
             if (block.has_tv)
                 multiply_transposed<Element>(bc, block.v_tile, x, block.tv_tile, row,
-                                             block.gt_tile);
-            else if (block.has_gt)
-                multiply_transposed<Element>(bc, block.v_tile, row, block.gt_tile);
+                                             block.dtout_tile);
+            else if (block.has_dtout)
+                multiply_transposed<Element>(bc, block.v_tile, row, block.dtout_tile);
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -342,11 +321,11 @@ private:
 
         DEVICE void accumulate(const Block& block) {
             Scores weights, tangents;
-            block.take_over(0, weights);
-            if (kJvp) block.take_over(1, tangents);
+            block.load_exchange(0, weights);
+            if (kJvp) block.load_exchange(1, tangents);
             if (hides_keys) {
-                x.silence_unweighted(weights);
-                bc.silence_unweighted(weights);
+                x.zero_unweighted(weights);
+                bc.zero_unweighted(weights);
             }
             Weights ds, dt;
 #pragma unroll

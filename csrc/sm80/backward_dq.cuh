@@ -1,10 +1,13 @@
-// The gradient of Q; with kJvp, through the output's tangent as well, and that of tQ.
+// Backward: dQ; with kJvp also through tO, and dtQ.
 //
-//     P = exp(S − lse)     Tc = T − mu     Bc = dtO Vᵀ − beta     X = dO Vᵀ + dtO tVᵀ + Bc∘Tc −
-//     delta dS = P∘X           dT = P∘Bc     dQ = s (dS K + dT tK)             gtQ = s dT K
+//     P = exp(S − lse)      Tc = T − mu      Bc = dtO Vᵀ − beta
+//     X = dO Vᵀ + dtO tVᵀ + Bc∘Tc − delta
+//     dS = P∘X              dT = P∘Bc
+//     dQ = s (dS K + dT tK)                  dtQ = s dT K
 //
-// A block has some rows of one head, as in forward.cuh. beta and delta come from preprocess.cuh;
-// backward_dkv.cuh gets them back sharpened.
+// Tiles: Q, dO, tQ and dtO are Rows x HeadDim and stay in shared memory; a warp computes 16 rows.
+// K, tK, V and tV are Keys x HeadDim and stream. beta and delta come from preprocess.cuh; this
+// kernel corrects them for backward_dkv.cuh.
 #pragma once
 
 #include "common/softmax.cuh"
@@ -32,16 +35,16 @@ struct BackwardDq {
         const GmemView tk = block.keys_of(p.tk, p.head_dim);
         const GmemView tv = block.keys_of(p.tv, p.head_dim_v);
         const bool has_tq = kJvp && p.tq.data, has_tk = kJvp && p.tk.data;
-        const bool has_go = p.grad_out.data, has_gt = kJvp && p.grad_tout.data;
-        const bool has_tv = has_gt && p.tv.data;
+        const bool has_dout = p.grad_out.data, has_dtout = kJvp && p.grad_tout.data;
+        const bool has_tv = has_dtout && p.tv.data;
 
         const SharedAddress memory = shared_memory();
-        const RowTile q_tile{memory}, go_tile{memory + RowTile::kBytes};
-        const KeyTile k_tile{go_tile.base + RowTile::kBytes};
+        const RowTile q_tile{memory}, dout_tile{memory + RowTile::kBytes};
+        const KeyTile k_tile{dout_tile.base + RowTile::kBytes};
         const KeyTile v_tile{k_tile.base + KeyTile::kBytes};
         const RowTile tq_tile{v_tile.base + KeyTile::kBytes};
-        const RowTile gt_tile{tq_tile.base + RowTile::kBytes};
-        const KeyTile tk_tile{gt_tile.base + RowTile::kBytes};
+        const RowTile dtout_tile{tq_tile.base + RowTile::kBytes};
+        const KeyTile tk_tile{dtout_tile.base + RowTile::kBytes};
         const KeyTile tv_tile{tk_tile.base + KeyTile::kBytes};
 
         const auto load_rows = [&](const RowTile& tile, const Tensor& x, int columns) {
@@ -58,79 +61,82 @@ struct BackwardDq {
             copy_async_commit();
         };
 
-        // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = block.key_end();
-        const int clear = kMasked ? 0 : block.unmasked_key_end();
-        const int row = 16 * warp_index();  // within the block
+        const int key_end = block.key_end();
+        const int unmasked_key_end = kMasked ? 0 : block.unmasked_key_end();
+        const int row = 16 * warp_index();  // the first row of the warp, within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
                                                     block.first_row + row);
         const float scale = p.softmax_scale;
         const Statistics rows(p, block, block.first_row + row);
 
         Accumulator<HeadDim> grad_q, grad_tq;
-        RowTotals ds_totals, dt_totals;
+        DsRowSums ds_sums, dt_sums;
 
-        if (end > 0) {
+        if (key_end > 0) {
             load_rows(q_tile, p.q, p.head_dim);
-            if (has_go) load_rows(go_tile, p.grad_out, p.head_dim_v);
+            if (has_dout) load_rows(dout_tile, p.grad_out, p.head_dim_v);
             if (has_tq) load_rows(tq_tile, p.tq, p.head_dim);
-            if (has_gt) load_rows(gt_tile, p.grad_tout, p.head_dim_v);
+            if (has_dtout) load_rows(dtout_tile, p.grad_tout, p.head_dim_v);
             load_keys(0);
             load_values(0);
         }
 #pragma unroll 1
-        for (int first_key = 0; first_key < end; first_key += Keys) {
+        for (int first_key = 0; first_key < key_end; first_key += Keys) {
             copy_async_wait<0>();
-            block_barrier();  // K and V are here
+            block_barrier();  // K and V have arrived
 
+            // S = Q Kᵀ and T = tQ Kᵀ + Q tKᵀ; mask S; P = exp(S − lse)
             Accumulator<Keys> scores, tangents;
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
             scores.scale(scale * kLog2E);
-            const bool hides_keys = first_key + Keys > clear;
+            const bool hides_keys = first_key + Keys > unmasked_key_end;
             if (hides_keys) {
                 visible.apply(scores, first_key);
-                silence_hidden(tangents, scores);
+                zero_hidden(tangents, scores);
             }
             exponentiate(scores, rows.log2_sum);
             const Accumulator<Keys>& weights = scores;
 
-            // x becomes Bc, then dT is known; then Bc∘Tc, then X, then dS is known.
+            // x = Bc; dT = P∘Bc
             Accumulator<Keys> x;
             Packed<Element, Keys> ds, dt;
-            if (has_gt) multiply_transposed<Element>(x, gt_tile, row, v_tile);
+            if (has_dtout) multiply_transposed<Element>(x, dtout_tile, row, v_tile);
             if (kJvp) {
                 x.subtract_from_rows(rows.beta);
-                if (hides_keys) x.silence_unweighted(weights);
-                dt_totals.add_product(dt, weights, x);
+                if (hides_keys) x.zero_unweighted(weights);
+                dt_sums.add_product(dt, weights, x);
+                // x = Bc∘Tc
 #pragma unroll
                 for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
                         x.value[i][e] *= tangents.value[i][e] * scale - rows.mu[e / 2];
             }
-            if (has_go) multiply_transposed<Element>(x, go_tile, row, v_tile);
-            if (has_tv) multiply_transposed<Element>(x, gt_tile, row, tv_tile);
+            // x = X; dS = P∘X
+            if (has_dout) multiply_transposed<Element>(x, dout_tile, row, v_tile);
+            if (has_tv) multiply_transposed<Element>(x, dtout_tile, row, tv_tile);
             x.subtract_from_rows(rows.delta);
-            if (hides_keys) x.silence_unweighted(weights);
-            ds_totals.add_product(ds, weights, x);
+            if (hides_keys) x.zero_unweighted(weights);
+            ds_sums.add_product(ds, weights, x);
 
-            block_barrier();  // no warp needs V any more
-            if (first_key + Keys < end) load_values(first_key + Keys);
+            block_barrier();  // all warps have used V
+            if (first_key + Keys < key_end) load_values(first_key + Keys);
+            // dQ += dS K + dT tK, and dtQ += dT K
             add_products(grad_q, grad_tq, ds, dt, k_tile, tk_tile, has_tk);
-            block_barrier();  // no warp needs K any more
-            if (first_key + Keys < end) load_keys(first_key + Keys);
+            block_barrier();  // all warps have used K
+            if (first_key + Keys < key_end) load_keys(first_key + Keys);
         }
 
-        rows.correct_delta(block, p.delta, rows.delta, ds_totals, rows.grad_lse);
-        if (kJvp) rows.correct_delta(block, p.beta, rows.beta, dt_totals, rows.grad_mu);
+        rows.correct_delta(block, p.delta, rows.delta, ds_sums, rows.grad_lse);
+        if (kJvp) rows.correct_delta(block, p.beta, rows.beta, dt_sums, rows.grad_mu);
 
-        // Along a row dS sums to g_lse and dT to g_mu. Rounded they do not, and the mean of K
-        // and tK would leak into the gradients. What is too much is taken back from keys that the
-        // row sees: from all in the first tile where it sees any.
-        bool balanced[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
+        // Correct the bias of the row sums. In exact arithmetic a row of dS sums to dlse and a row
+        // of dT to dmu. Rounded rows do not, and the mean of K and tK would leak into the
+        // gradients. The excess is subtracted from the visible keys of the first tile that has any.
+        bool corrected[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
 #pragma unroll 1
-        for (int first_key = 0; first_key < end; first_key += Keys) {
+        for (int first_key = 0; first_key < key_end; first_key += Keys) {
             load_keys(first_key);
             copy_async_wait<0>();
             block_barrier();
@@ -139,21 +145,21 @@ struct BackwardDq {
             for (int half = 0; half < 2; ++half) {
                 Packed<Element, Keys> seen;
                 const float count = visible_in_tile(seen, visible, half, first_key);
-                const bool balance = !balanced[half] && count > 0;
-                const float ds_excess = ds_totals.rounded(half) - rows.grad_lse[half];
-                const float dt_excess = dt_totals.rounded(half) - rows.grad_mu[half];
-                const float ds_share = balance ? -ds_excess / count : 0;
-                const float dt_share = balance ? -dt_excess / count : 0;
+                const bool correct = !corrected[half] && count > 0;
+                const float ds_excess = ds_sums.rounded(half) - rows.grad_lse[half];
+                const float dt_excess = dt_sums.rounded(half) - rows.grad_mu[half];
+                const float ds_share = correct ? -ds_excess / count : 0;
+                const float dt_share = correct ? -dt_excess / count : 0;
 #pragma unroll
                 for (int i = 0; i < ds.kBlocks; ++i) {
                     const float low = seen.low(i, half), high = seen.high(i, half);
                     ds.set(i, half, ds_share * low, ds_share * high);
                     dt.set(i, half, dt_share * low, dt_share * high);
                 }
-                balanced[half] |= balance;
+                corrected[half] |= correct;
             }
             add_products(grad_q, grad_tq, ds, dt, k_tile, tk_tile, has_tk);
-            if (!block_any(!balanced[0] || !balanced[1])) break;
+            if (!block_any(!corrected[0] || !corrected[1])) break;
         }
 
         const auto store = [&](const Tensor& target, Accumulator<HeadDim>& rows_of_target) {
@@ -166,9 +172,9 @@ struct BackwardDq {
     }
 
 private:
-    // What the rows of dS and dT sum to, before and after rounding.
-    struct RowTotals {
-        float exact_share[2] = {0, 0};  // of this thread
+    // Row sums of dS or dT, exact and rounded.
+    struct DsRowSums {
+        float exact_share[2] = {0, 0};  // of this thread's columns
         RowSums rounded_sums;
 
         DEVICE float exact(int half) const { return quad_sum(exact_share[half]); }
@@ -189,9 +195,8 @@ private:
         }
     };
 
-    // What is known beforehand of the two rows of a thread. To load cotangents only when rows are
-    // sharpened, as ../sm90/backward_rows.cuh does, spills: 4 bytes at head dim 96, and masked
-    // at 64.
+    // The statistics of the two rows of a thread. To load the cotangents only in correct_delta, as
+    // sm90/softmax.cuh does, spills 4 bytes at head dim 96, and at 64 with a mask.
     struct Statistics {
         int row[2];
         float log2_sum[2] = {kInfinity, kInfinity};
@@ -218,16 +223,16 @@ private:
 
         DEVICE bool sees_no_key(int half) const { return log2_sum[half] == kInfinity; }
 
-        // delta and beta carry the rounding of P inside O and tO. Here the rows of dS and dT
-        // tell by how much: they would sum to the cotangents of lse and mu.
+        // Corrects delta or beta for the rounding of P in O and tO. In exact arithmetic the row
+        // sums of dS and dT equal the cotangents of lse and mu; the difference is the error.
         DEVICE void correct_delta(const RowBlock<Rows>& block, const RowVector& target,
-                                  const float (&value)[2], const RowTotals& totals,
+                                  const float (&value)[2], const DsRowSums& sums,
                                   const float (&cotangent)[2]) const {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float sharp = value[half] + totals.exact(half) - cotangent[half];
+                const float corrected = value[half] + sums.exact(half) - cotangent[half];
                 if (lane_index() % 4 == 0 && !sees_no_key(half))
-                    global_store(block.statistic(target) + row[half], sharp);
+                    global_store(block.statistic(target) + row[half], corrected);
             }
         }
     };
@@ -243,7 +248,8 @@ private:
         if (has_tk) multiply<Element>(grad_q, dt, tk_tile);
     }
 
-    // 1 for each key of the tile that a row sees, else 0; returns how many there are.
+    // Sets `seen` to 1 for visible keys of the tile and to 0 for hidden ones; returns how many are
+    // visible.
     DEVICE static float visible_in_tile(Packed<Element, Keys>& seen,
                                         const VisibleKeys<Element, kMasked>& visible, int half,
                                         int first_key) {

@@ -1,10 +1,10 @@
-// Forward, and forward with tangent in the same pass over the keys.
+// Forward; with kJvp the forward JVP, in the same pass over the keys.
 //
-//     O = P V      lse = logsumexp(S)         T  = s (tQ Kᵀ + Q tKᵀ)
-//     mu = rowsum(P∘T)                        tO = (P∘T) V − mu O + P tV
+//     S = s Q Kᵀ     P = exp(S − lse)     lse = logsumexp(S)     O = P V
+//     T = s (tQ Kᵀ + Q tKᵀ)               mu = rowsum(P∘T)       tO = (P∘T) V − mu O + P tV
 //
-// A block has some rows of one head; each of its warps 16 of them. Tiles of keys stream by: while
-// scores are computed from K the tile of V arrives, while V is used the next tile of K does.
+// Tiles: Q and tQ are Rows x HeadDim and stay in shared memory; a warp computes 16 rows. K, tK, V
+// and tV are Keys x HeadDim and stream: V is loaded while K is used, the next K while V is used.
 #pragma once
 
 #include "common/softmax.cuh"
@@ -12,14 +12,13 @@
 
 namespace jvp_attn {
 
-template <class Element, int HeadDim, int Rows, int Keys, bool kTangent, bool kMasked>
+template <class Element, int HeadDim, int Rows, int Keys, bool kJvp, bool kMasked>
 struct Forward {
     using RowTile = Tile<Rows, HeadDim>;
     using KeyTile = Tile<Keys, HeadDim>;
 
     static constexpr int kThreads = Rows / 16 * 32;
-    static constexpr int kSharedBytes =
-        (kTangent ? 2 : 1) * (RowTile::kBytes + 2 * KeyTile::kBytes);
+    static constexpr int kSharedBytes = (kJvp ? 2 : 1) * (RowTile::kBytes + 2 * KeyTile::kBytes);
 
     static int64_t blocks(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
@@ -31,8 +30,8 @@ struct Forward {
         const GmemView v = block.keys_of(p.v, p.head_dim_v);
         const GmemView tk = block.keys_of(p.tk, p.head_dim);
         const GmemView tv = block.keys_of(p.tv, p.head_dim_v);
-        const bool has_tq = kTangent && p.tq.data, has_tk = kTangent && p.tk.data;
-        const bool has_tv = kTangent && p.tv.data, has_t = has_tq || has_tk;
+        const bool has_tq = kJvp && p.tq.data, has_tk = kJvp && p.tk.data;
+        const bool has_tv = kJvp && p.tv.data, has_t = has_tq || has_tk;
 
         const SharedAddress memory = shared_memory();
         const KeyTile k_tile{memory}, v_tile{memory + KeyTile::kBytes};
@@ -52,10 +51,9 @@ struct Forward {
             copy_async_commit();
         };
 
-        // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = block.key_end();
-        const int clear = kMasked ? 0 : block.unmasked_key_end();
-        const int row = 16 * warp_index();  // within the block
+        const int key_end = block.key_end();
+        const int unmasked_key_end = kMasked ? 0 : block.unmasked_key_end();
+        const int row = 16 * warp_index();  // the first row of the warp, within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
                                                     block.first_row + row);
         const float scale = p.softmax_scale;
@@ -64,44 +62,49 @@ struct Forward {
         TangentWeights tangent_weights;
         Accumulator<HeadDim> out, tout;
 
-        if (end > 0) {
+        if (key_end > 0) {
             load_tile<kThreads>(q_tile, block.rows_of(p.q, p.head_dim), block.first_row);
             if (has_tq)
                 load_tile<kThreads>(tq_tile, block.rows_of(p.tq, p.head_dim), block.first_row);
             load_keys(0);
         }
 #pragma unroll 1
-        for (int first_key = 0; first_key < end; first_key += Keys) {
+        for (int first_key = 0; first_key < key_end; first_key += Keys) {
             copy_async_wait<0>();
-            block_barrier();  // K is here, and no warp needs the last V any more
+            block_barrier();  // K has arrived, and all warps have used the last V
             load_values(first_key);
 
+            // S = Q Kᵀ and T = tQ Kᵀ + Q tKᵀ
             Accumulator<Keys> scores, tangents;
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
+            // mask S
             scores.scale(scale * kLog2E);
-            if (first_key + Keys > clear) {
+            if (first_key + Keys > unmasked_key_end) {
                 visible.apply(scores, first_key);
-                silence_hidden(tangents, scores);
+                zero_hidden(tangents, scores);
             }
-            if (has_t) tangent_weights.find_reference(scores, tangents, scale);
+            if (has_t) tangent_weights.set_reference(scores, tangents, scale);
 
+            // P = exp(S − max); P, rounded
             float rescaling[2];
             softmax.update(scores, rescaling);
             Packed<Element, Keys> weights, weighted;
             round_weights(weights, scores);
-            // The maximum settles soon: most tiles leave it as it is.
+            // Rescale O, tO and the sums of P∘T to the new maximum, which few tiles change.
             if (warp_any(rescaling[0] != 1 || rescaling[1] != 1)) {
                 out.scale_rows(rescaling);
                 tout.scale_rows(rescaling);
                 tangent_weights.rescale(rescaling);
             }
-            if (kTangent) tangent_weights.update(weighted, scores, tangents, scale);
+            // P∘(T − c), rounded
+            if (kJvp) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
-            block_barrier();  // V is here, and no warp needs K any more
-            if (first_key + Keys < end) load_keys(first_key + Keys);
+            block_barrier();  // V has arrived, and all warps have used K
+            if (first_key + Keys < key_end) load_keys(first_key + Keys);
 
+            // O += P V, and tO += P∘(T − c) V + P tV
             if (has_t)
                 multiply<Element>(out, weights, tout, weighted, v_tile);
             else
@@ -112,6 +115,7 @@ struct Forward {
     }
 
 private:
+    // Normalises and centres; stores lse, mu, O, tO, out_lo and tout_lo.
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const OnlineSoftmax& softmax, const TangentWeights& tangent_weights,
                               Accumulator<HeadDim>& out, Accumulator<HeadDim>& tout) {
@@ -130,18 +134,15 @@ private:
             if (lane_index() % 4 == 0 && row < block.sequence.queries) {
                 global_store(lse + row,
                              sees_no_key ? -kInfinity : (softmax.max[half] + log2f(sum)) * kLn2);
-                if (kTangent) global_store(mu + row, tangent_weights.reference[half] + mean);
+                if (kJvp) global_store(mu + row, tangent_weights.reference[half] + mean);
             }
         }
         out.scale_rows(normalisation);
         store_rows<Element>(block.rows_of(p.out, p.head_dim_v),
                             block.rows_of(p.out_lo, p.head_dim_v), first_row, out);
-        if (!kTangent) return;
+        if (!kJvp) return;
         tout.scale_rows(normalisation);
-#pragma unroll
-        for (int i = 0; i < tout.kBlocks; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) tout.value[i][e] -= rounded_mean[e / 2] * out.value[i][e];
+        tout.subtract_scaled_rows(rounded_mean, out);
         store_rows<Element>(block.rows_of(p.tout, p.head_dim_v),
                             block.rows_of(p.tout_lo, p.head_dim_v), first_row, tout);
     }

@@ -1,7 +1,9 @@
-// From a kernel class to a `Kernel` that can be launched.
+// From a kernel class to a `Kernel` that launches it.
 //
-// A kernel class K has kThreads, kSharedBytes, blocks(params), which says how many blocks a grid
-// needs, and run(params), which is what each thread does.
+// A kernel class K has
+//     kThreads, kSharedBytes  of a block
+//     blocks(params)          the number of blocks of the grid
+//     run(params)             the body of the kernel
 #pragma once
 
 #include <cstdint>
@@ -31,7 +33,7 @@ std::string launch(const AttentionParams& params, void* stream) {
 
 }  // namespace jvp_attn
 
-// Defines the Kernel called NAME; the rest of the arguments is its class.
+// Defines the Kernel called NAME. The other arguments are its class.
 #define JVP_ATTN_KERNEL(NAME, ...)                                                \
     namespace jvp_attn {                                                          \
     extern const Kernel NAME;                                                     \

@@ -1,9 +1,9 @@
-// What the backward kernels need to know of each row beforehand.
+// Backward preprocess: beta and delta of each row.
 //
-//     beta = dtO·O − g_mu      delta = dO·O + dtO·tO − g_lse
+//     beta = dtO·O − dmu      delta = dO·O + dtO·tO − dlse
 //
-// With what rounding took away from O and tO added again: rows of the backward's dS must sum to
-// zero, or the mean of K leaks into the gradient of Q. A warp takes one row after the other.
+// O and tO include out_lo and tout_lo, the parts that rounding took away: a row of dS must sum to
+// dlse, or the mean of K leaks into dQ. A warp computes one row at a time.
 #pragma once
 
 #include "common/seqlen.cuh"
@@ -27,12 +27,12 @@ struct Preprocess {
         const SeqlenInfo sequence(p, block_index() / row_blocks / p.heads);
         const int first_row = block_index() % row_blocks * kRows;
 
-        const auto matrix = [&](const Tensor& x) {
+        const auto view = [&](const Tensor& x) {
             return sequence.queries_of(x, head, p.head_dim_v);
         };
-        const GmemView out = matrix(p.out), out_lo = matrix(p.out_lo);
-        const GmemView tout = matrix(p.tout), tout_lo = matrix(p.tout_lo);
-        const GmemView grad_out = matrix(p.grad_out), grad_tout = matrix(p.grad_tout);
+        const GmemView out = view(p.out), out_lo = view(p.out_lo);
+        const GmemView tout = view(p.tout), tout_lo = view(p.tout_lo);
+        const GmemView grad_out = view(p.grad_out), grad_tout = view(p.grad_tout);
 
         const int end = min(first_row + kRows, sequence.queries);
         for (int row = first_row + warp_index(); row < end; row += kWarps) {
@@ -42,10 +42,10 @@ struct Preprocess {
                                    load_pair<Element>(out_lo, row, column));
                 const Pair to = sum(load_pair<Element>(tout, row, column),
                                     load_pair<Element>(tout_lo, row, column));
-                const Pair go = load_pair<Element>(grad_out, row, column);
-                const Pair gt = load_pair<Element>(grad_tout, row, column);
-                beta += dot(gt, o);
-                delta += dot(go, o) + dot(gt, to);
+                const Pair dout = load_pair<Element>(grad_out, row, column);
+                const Pair dtout = load_pair<Element>(grad_tout, row, column);
+                beta += dot(dtout, o);
+                delta += dot(dout, o) + dot(dtout, to);
             }
             beta = warp_sum(beta);
             delta = warp_sum(delta);
@@ -68,7 +68,7 @@ private:
         return x;
     }
 
-    // Stores a statistic less a cotangent, each where there is a place for it.
+    // Stores value − cotangent. The statistic and the cotangent may each be absent.
     DEVICE static void store(float* statistic, int row, float value, const float* cotangent) {
         if (!statistic) return;
         global_store(statistic + row, value - (cotangent ? global_load(cotangent + row) : 0));

@@ -1,10 +1,10 @@
-// The tangent of an output that is known already, with its lse: 5 products where the fused pass
-// needs 6, and one accumulator, so that head_dim 256 fits.
+// Tangent only: tO of an output that is known, with its lse. It computes 5 products, where the
+// forward JVP computes 6, and has one accumulator of HeadDim columns, so that head_dim 256 fits.
 //
-//     P = exp(S − lse)      T = s (tQ Kᵀ + Q tKᵀ)
-//     mu = rowsum(P∘T)      tO = (P∘T) V + P tV − mu O
+//     S = s Q Kᵀ            P = exp(S − lse)      T = s (tQ Kᵀ + Q tKᵀ)
+//     mu = rowsum(P∘T)      tO = (P∘T) V − mu O + P tV
 //
-// The stages are those of forward.cuh.
+// Tiles and loads are those of forward.cuh.
 #pragma once
 
 #include "common/softmax.cuh"
@@ -51,55 +51,53 @@ struct TangentOnly {
             copy_async_commit();
         };
 
-        const int end = block.key_end();
-        const int clear = kMasked ? 0 : block.unmasked_key_end();
-        const int row = 16 * warp_index();  // within the block
+        const int key_end = block.key_end();
+        const int unmasked_key_end = kMasked ? 0 : block.unmasked_key_end();
+        const int row = 16 * warp_index();  // the first row of the warp, within the block
         const VisibleKeys<Element, kMasked> visible(p, block.sequence, block.head,
                                                     block.first_row + row);
         const float scale = p.softmax_scale;
 
-        const float* const lse = block.statistic(p.lse);
         float log2_sum[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int query = visible.query[half];
-            log2_sum[half] =
-                query < block.sequence.queries ? log2_of_sum(global_load(lse + query)) : kInfinity;
-        }
+        block.load_log2_sum(log2_sum, p.lse, block.first_row + row);
         TangentWeights tangent_weights;
         Accumulator<HeadDim> tout;
 
-        if (end > 0) {
+        if (key_end > 0) {
             load_tile<kThreads>(q_tile, block.rows_of(p.q, p.head_dim), block.first_row);
             if (has_tq)
                 load_tile<kThreads>(tq_tile, block.rows_of(p.tq, p.head_dim), block.first_row);
             load_keys(0);
         }
 #pragma unroll 1
-        for (int first_key = 0; first_key < end; first_key += Keys) {
+        for (int first_key = 0; first_key < key_end; first_key += Keys) {
             copy_async_wait<0>();
-            block_barrier();  // K is here, and no warp needs the last V any more
+            block_barrier();  // K has arrived, and all warps have used the last V
             load_values(first_key);
 
+            // S = Q Kᵀ and T = tQ Kᵀ + Q tKᵀ
             Accumulator<Keys> scores, tangents;
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
+            // mask S
             scores.scale(scale * kLog2E);
-            if (first_key + Keys > clear) {
+            if (first_key + Keys > unmasked_key_end) {
                 visible.apply(scores, first_key);
-                silence_hidden(tangents, scores);
+                zero_hidden(tangents, scores);
             }
-            if (has_t) tangent_weights.find_reference(scores, tangents, scale);
+            if (has_t) tangent_weights.set_reference(scores, tangents, scale);
 
+            // P = exp(S − lse); P and P∘(T − c), rounded
             Packed<Element, Keys> weights, weighted;
             exponentiate(scores, log2_sum);
             round_weights(weights, scores);
             if (has_t) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();
-            block_barrier();  // V is here, and no warp needs K any more
-            if (first_key + Keys < end) load_keys(first_key + Keys);
+            block_barrier();  // V has arrived, and all warps have used K
+            if (first_key + Keys < key_end) load_keys(first_key + Keys);
 
+            // tO += P∘(T − c) V + P tV
             if (has_t) multiply<Element>(tout, weighted, v_tile);
             if (has_tv) multiply<Element>(tout, weights, tv_tile);
         }
@@ -107,12 +105,13 @@ struct TangentOnly {
     }
 
 private:
+    // Centres tO; stores mu, tO and tout_lo.
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const TangentWeights& tangent_weights, Accumulator<HeadDim>& tout) {
         const GmemView out = block.rows_of(p.out, p.head_dim_v);
-        const GmemView residual = block.rows_of(p.out_lo, p.head_dim_v);
+        const GmemView out_lo = block.rows_of(p.out_lo, p.head_dim_v);
         const GmemView target = block.rows_of(p.tout, p.head_dim_v);
-        const GmemView target_residual = block.rows_of(p.tout_lo, p.head_dim_v);
+        const GmemView target_lo = block.rows_of(p.tout_lo, p.head_dim_v);
         float* const mu = block.statistic(p.mu);
         float rounded_mean[2];
 #pragma unroll
@@ -129,11 +128,11 @@ private:
             for (int half = 0; half < 2; ++half) {
                 const int row = first_row + row_in_warp(half), column = column_of(i, 0);
                 const Pair rounded = load_pair<Element>(out, row, column);
-                const Pair rest = load_pair<Element>(residual, row, column);
-                tout.at(i, half, 0) -= rounded_mean[half] * (rounded.low + rest.low);
-                tout.at(i, half, 1) -= rounded_mean[half] * (rounded.high + rest.high);
+                const Pair low = load_pair<Element>(out_lo, row, column);
+                tout.at(i, half, 0) -= rounded_mean[half] * (rounded.low + low.low);
+                tout.at(i, half, 1) -= rounded_mean[half] * (rounded.high + low.high);
             }
-            store_block<Element>(target, target_residual, first_row, tout, i);
+            store_block<Element>(target, target_lo, first_row, tout, i);
         }
     }
 };

@@ -1,4 +1,4 @@
-// Tiles of elements in shared memory: filled from global memory, multiplied by the tensor cores.
+// Tiles of elements in shared memory: filled by cp.async, multiplied by mma.
 #pragma once
 
 #include "common/gmem.cuh"
@@ -14,8 +14,8 @@ struct Tile {
 
     SharedAddress base;
 
-    // Chunks change places within groups of a row, such that one chunk of 8 successive rows, which
-    // is what a matrix load reads, comes from 8 different groups of banks.
+    // Chunks are swizzled within groups of a row, so that the same chunk of 8 successive rows,
+    // which ldmatrix reads together, uses all banks.
     static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
 
     DEVICE static int place(int row, int chunk) {
@@ -45,7 +45,7 @@ struct Tile {
 
 private:
     // The address of a place moved by a multiple of 16 rows and of 2 chunks. It costs one
-    // instruction: the place of a lane is computed once, the rest is known to the compiler.
+    // instruction: the place of a lane is computed once, the rest is constant.
     DEVICE SharedAddress moved(int place, int rows, int chunks) const {
         const int groups = chunks / kGroup * kGroup;
         return base + (rows * kChunks + groups) * 16 + (place ^ (chunks - groups) * 16);

@@ -1,7 +1,9 @@
-// The gradients of K and V, through the output alone: the equations of ../sm80/backward_dkv.cuh,
-// which become
+// Backward without tangents: dK and dV.
 //
-//     dV = Pᵀ dO      dK = s dSᵀ Q      dS = P∘(dO Vᵀ − delta)
+//     S = s Q Kᵀ      P = exp(S − lse)      dS = P∘(dO Vᵀ − delta)
+//     dV = Pᵀ dO      dK = s dSᵀ Q
+//
+// Tiles: K and V are Keys x HeadDim, Q and dO are Rows x HeadDim; a warpgroup computes 64 keys.
 #pragma once
 
 #include "sm90/bwd_mainloop.cuh"
@@ -10,35 +12,29 @@ namespace jvp_attn::sm90 {
 
 template <class Element, int HeadDim, int Rows, int Keys>
 struct BackwardDkv : BwdMainloop<Element, HeadDim, Rows, Keys, 1> {
-    using K = BwdMainloop<Element, HeadDim, Rows, Keys, 1>;
-    using typename K::Block, typename K::Gradient, typename K::Weights;
+    using Mainloop = BwdMainloop<Element, HeadDim, Rows, Keys, 1>;
+    using typename Mainloop::Block, typename Mainloop::Gradient, typename Mainloop::Weights;
 
-    static constexpr int kSharedBytes = K::kStreamBytes;
+    static constexpr int kSharedBytes = Mainloop::kPipelineBytes;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
     DEVICE static void run(const Params& params) {
-        const typename K::Memory memory;
-        K::run(params, memory, Warpgroup{{params.attention, memory}});
+        const typename Mainloop::Memory memory;
+        Mainloop::run(params, memory, Warpgroup{{params.attention, memory}});
     }
 
 private:
-    struct Warpgroup : K::Warpgroup {
+    struct Warpgroup : Mainloop::Warpgroup {
         DEVICE void operator()(int work_tile) {
             this->differentiate(work_tile, [&](Gradient& grad_k, Gradient& grad_v,
                                                const Block& block, int, int first_row) {
+                // P and dS; issue dV += Pᵀ dO
                 Weights ds, rounded;
-                this->find_sbar(ds, rounded, grad_v, block, first_row);
-                warpgroup_fence_operand(ds.word);
-                warpgroup_fence_operand(grad_k.value);
-                wgmma_fence();
-                multiply<Element>(grad_k, ds, this->q());
-                wgmma_commit();
-                wgmma_wait<0>();
-                warpgroup_fence_operand(grad_k.value);
-                warpgroup_fence_operand(grad_v.value);
-                warpgroup_fence_operand(rounded.word);
-                warpgroup_fence_operand(ds.word);
-                this->leave_tile();
+                this->compute_ds(ds, rounded, grad_v, block, first_row);
+                // issue dK += dSᵀ Q
+                wgmma_group([&] { multiply<Element>(grad_k, ds, this->q()); }, ds, grad_k);
+                // wait for dV and dK
+                this->leave_tile(grad_k, grad_v, rounded, ds);
             });
         }
     };

@@ -1,18 +1,21 @@
-// The gradient of Q; with kJvp, through the output's tangent as well, and that of tQ: the
-// equations of ../sm80/backward_dq.cuh.
+// Backward: dQ; with kJvp also through tO, and dtQ. sm80/backward_dq.cuh has the equations.
 //
-// A block has some rows of one head, and each of its warpgroups 64 of them; tiles of K, tK, V and
-// tV stream by in a ring, the last first. Three matrices of scores are in registers at a time, next
-// to the gradients: P, Tc, and one that is Bc, then Bc∘Tc − delta, and X once the products with V
-// and tV are added to it. What a thread knows of its rows waits in shared memory meanwhile.
+//     P = exp(S − lse)      Tc = T − mu      Bc = dtO Vᵀ − beta
+//     X = dO Vᵀ + dtO tVᵀ + Bc∘Tc − delta
+//     dS = P∘X              dT = P∘Bc
+//     dQ = s (dS K + dT tK)                  dtQ = s dT K
+//
+// Tiles: Q, dO, tQ and dtO are Rows x HeadDim, and stay in shared memory; a warpgroup computes 64
+// rows. K, tK, V and tV are Keys x HeadDim and stream through a ring, the last keys first. Three
+// matrices of scores are in registers next to the gradients: P, Tc, and one that is Bc first, then
+// Bc∘Tc − delta, and X once the products with V and tV have been added. The statistics of the rows
+// wait in shared memory.
 #pragma once
 
-#include "sm90/backward_rows.cuh"
-#include "sm90/limits.h"
-#include "sm90/loader.cuh"
-#include "sm90/ring.cuh"
-#include "sm90/weights.cuh"
-#include "sm90/work.cuh"
+#include "common/smem.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/scheduler.cuh"
+#include "sm90/softmax.cuh"
 
 namespace jvp_attn::sm90 {
 
@@ -24,19 +27,24 @@ struct BackwardDq {
     using Weights = Packed<Element, Keys>;
     using Gradient = Accumulator<HeadDim>;
 
+    // Two values of each of the two rows of a thread.
+    struct RowPair {
+        float first[2], second[2];
+    };
+
     static constexpr int kConsumerThreads = Rows / 64 * kWarpgroupThreads;
     static constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
 
-    // In slots of one tile: Q, dO, tQ, dtO; and K, tK, V, tV, as many slots as there is memory for.
+    // Each slot holds one tile: Q, dO, tQ and dtO; K, tK, V and tV in as many slots as fit.
     static constexpr int kRowTiles = kJvp ? 4 : 2;
     using RowRing = Ring<kRowTiles, RowTile::kBytes>;
-    static constexpr int kOwnBytes = 4 * 16 * kConsumerThreads;  // 4 numbers for each of `SmemSlot`
+    static constexpr int kSmemSlotBytes = 4 * sizeof(RowPair) * kConsumerThreads;
     static constexpr int kBarrierBytes = 512;
     static constexpr int kSlots =
-        (kMaxSharedBytes - RowRing::kBytes - kOwnBytes - kBarrierBytes) / KeyTile::kBytes;
+        (kMaxSharedBytes - RowRing::kBytes - kSmemSlotBytes - kBarrierBytes) / KeyTile::kBytes;
     using KeyRing = Ring<kSlots, KeyTile::kBytes>;
-    static constexpr int kSharedBytes = RowRing::kBytes + KeyRing::kBytes + kOwnBytes +
+    static constexpr int kSharedBytes = RowRing::kBytes + KeyRing::kBytes + kSmemSlotBytes +
                                         RowRing::kBarrierBytes + KeyRing::kBarrierBytes + 8;
 
     static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
@@ -55,26 +63,27 @@ struct BackwardDq {
             warpgroup_reg_alloc<240>();
             Warpgroup warpgroup{params.attention, memory};
 #pragma unroll 1
-            for (TileScheduler turn(params); turn; turn.next())
-                warpgroup.differentiate(turn.work_tile());
+            for (TileScheduler scheduler(params); scheduler; scheduler.next())
+                warpgroup.differentiate(scheduler.work_tile());
         }
     }
 
 private:
-    // What is where in shared memory.
+    // The layout of shared memory.
     struct Memory {
         RowRing rows;
         KeyRing keys;
-        SharedAddress own;
-        SharedAddress tail_barrier;  // an mbarrier
+        SharedAddress smem_slots;
+        SharedAddress tail_barrier;
 
         DEVICE Memory() {
-            rows.slots = shared_memory();
-            keys.slots = rows.slots + RowRing::kBytes;
-            own = keys.slots + KeyRing::kBytes;
-            rows.barriers = own + kOwnBytes;
-            keys.barriers = rows.barriers + RowRing::kBarrierBytes;
-            tail_barrier = keys.barriers + KeyRing::kBarrierBytes;
+            SmemAllocator smem;
+            rows.slots = smem.take(RowRing::kBytes);
+            keys.slots = smem.take(KeyRing::kBytes);
+            smem_slots = smem.take(kSmemSlotBytes);
+            rows.barriers = smem.take(RowRing::kBarrierBytes);
+            keys.barriers = smem.take(KeyRing::kBarrierBytes);
+            tail_barrier = smem.take(8);
         }
 
         DEVICE void init() const {
@@ -85,7 +94,7 @@ private:
         }
     };
 
-    // The first key of the last tile that any row of a block sees.
+    // The first key of the last tile that a row of the block sees.
     DEVICE static int last_tile(const RowBlock<Rows>& block) {
         return (ceil_div(block.key_end(), Keys) - 1) * Keys;
     }
@@ -95,8 +104,8 @@ private:
         const AttentionParams& p = params.attention;
         const TensorMaps& maps = params.maps;
 #pragma unroll 1
-        for (TileScheduler turn(params); turn; turn.next()) {
-            const auto block = row_block<Rows>(p, turn.work_tile());
+        for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
+            const auto block = row_block<Rows>(p, scheduler.work_tile());
             if (block.is_empty() || block.key_end() == 0) continue;
             const auto load_rows = [&](const Tensor& x, const TensorMap& map) {
                 rows.load(queries_of(params, x, map, block.sequence, block.head), block.first_row);
@@ -119,113 +128,105 @@ private:
         }
     }
 
-    // Numbers of a thread's two rows.
-    struct Numbers {
-        float first[2], second[2];
-    };
+    // A thread keeps four RowPairs in shared memory, which saves registers: log2_sum and mu; beta
+    // and delta; the row sums of dS and of dT in its columns, exact and rounded.
+    enum class SmemSlot { softmax = 0, cotangents = 1, ds_sums = 2, dt_sums = 3 };
 
-    // What a thread keeps in shared memory for itself: log2_sum and mu; beta and delta; what the
-    // rows of dS and of dT sum to, before and after rounding.
-    enum class SmemSlot { weights = 0, cotangents = 1, ds_totals = 2, dt_totals = 3 };
-
-    // What a warpgroup does with its rows of a block of rows.
+    // A consumer warpgroup.
     struct Warpgroup {
-        using Place = Position<kSlots>;
+        using KeySlot = PipelineState<kSlots>;
 
         const AttentionParams& p;
         const Memory& memory;
         int row_phase = 0;
-        Place at = {};
+        KeySlot at = {};
 
         DEVICE void differentiate(int work_tile) {
             const auto block = row_block<Rows>(p, work_tile);
             if (block.is_empty()) return;
-            remember_rows(block);
+            store_row_stats(block);
 
             Gradient grad_q, grad_tq;
             const int last = last_tile(block);
             if (last >= 0) {
+                // wait for Q, dO, tQ and dtO
                 for (int i = 0; i < kRowTiles; ++i) memory.rows.wait_full({i, row_phase});
-                const CausalMask horizon{block.sequence, block.first_row + warp_row()};
-                const int clear = block.unmasked_key_end();
-                Place k, tk;
+                const CausalMask causal_mask{block.sequence, block.first_row + warp_row()};
+                const int unmasked_key_end = block.unmasked_key_end();
+                KeySlot k, tk;
                 int first_key = last;
 #pragma unroll 1
                 while (true) {
+                    // wait for K and tK
                     k = next();
                     if (kJvp) tk = next();
-                    add(grad_q, grad_tq, k, tk, horizon, first_key, clear);
+                    add(grad_q, grad_tq, k, tk, causal_mask, first_key, unmasked_key_end);
                     if (first_key == 0) break;
                     first_key -= Keys;
-                    release(memory.keys, k);
-                    if (kJvp) release(memory.keys, tk);
+                    memory.keys.release_by_warpgroup(k);
+                    if (kJvp) memory.keys.release_by_warpgroup(tk);
                 }
+                // The first tile of keys is still in shared memory.
                 correct_row_sum_bias(grad_q, grad_tq, tile(k), tile(tk),
                                      row_block<Rows>(p, opaque(work_tile)));
-                release(memory.keys, k);
-                if (kJvp) release(memory.keys, tk);
+                memory.keys.release_by_warpgroup(k);
+                if (kJvp) memory.keys.release_by_warpgroup(tk);
                 for (int i = 0; i < kRowTiles; ++i)
-                    release(memory.rows, Position<kRowTiles>{i, row_phase});
+                    memory.rows.release_by_warpgroup({i, row_phase});
                 row_phase ^= 1;
             }
             finish(row_block<Rows>(p, opaque(work_tile)), grad_q, grad_tq);
         }
 
     private:
-        DEVICE static int row() { return (warpgroup_index() - 1) * 64; }  // within the block
-
+        // The first row of this warpgroup and of this warp, within the block.
+        DEVICE static int row() { return (warpgroup_index() - 1) * 64; }
         DEVICE static int warp_row() { return row() + opaque(warp_index()) % 4 * 16; }
 
         DEVICE RowTile row_tile(int which) const { return {memory.rows.slot({which, 0})}; }
 
-        DEVICE KeyTile tile(const Place& place) const { return {memory.keys.slot(place)}; }
+        DEVICE KeyTile tile(const KeySlot& slot) const { return {memory.keys.slot(slot)}; }
 
-        // The place of the next tile of the ring, which is full.
-        DEVICE Place next() {
-            const Place place = at;
-            memory.keys.wait_full(place);
+        // Waits for the next tile of the ring and returns its slot.
+        DEVICE KeySlot next() {
+            const KeySlot slot = at;
+            memory.keys.wait_full(slot);
             at.advance();
-            return place;
+            return slot;
         }
 
-        // One thread speaks for the warpgroup: products are done for all of it at once.
-        template <class Ring, class Position>
-        DEVICE static void release(const Ring& ring, const Position& place) {
-            if (thread_index() % kWarpgroupThreads == 0) ring.release(place);
-        }
-
-        DEVICE SharedAddress place_of(SmemSlot what) const {
+        DEVICE SharedAddress address_of(SmemSlot slot) const {
             const int thread = thread_index() - kWarpgroupThreads;
-            return memory.own + (static_cast<int>(what) * kConsumerThreads + thread) * 16;
+            return memory.smem_slots + (static_cast<int>(slot) * kConsumerThreads + thread) * 16;
         }
 
-        DEVICE void store_smem(SmemSlot what, const Numbers& numbers) const {
+        DEVICE void store_smem(SmemSlot slot, const RowPair& values) const {
             Words4 words;
-            memcpy(&words, &numbers, sizeof words);
-            shared_store_words4(place_of(what), words);
+            memcpy(&words, &values, sizeof words);
+            shared_store_words4(address_of(slot), words);
         }
 
-        DEVICE Numbers load_smem(SmemSlot what) const {
-            const Words4 words = shared_load_words4(place_of(what));
-            Numbers numbers;
-            memcpy(&numbers, &words, sizeof words);
-            return numbers;
+        DEVICE RowPair load_smem(SmemSlot slot) const {
+            const Words4 words = shared_load_words4(address_of(slot));
+            RowPair values;
+            memcpy(&values, &words, sizeof words);
+            return values;
         }
 
-        DEVICE void remember_rows(const RowBlock<Rows>& block) const {
+        DEVICE void store_row_stats(const RowBlock<Rows>& block) const {
             const RowStatistics<kJvp> rows(p, block, block.first_row + warp_row());
-            store_smem(SmemSlot::weights,
+            store_smem(SmemSlot::softmax,
                        {{rows.log2_sum[0], rows.log2_sum[1]}, {rows.mu[0], rows.mu[1]}});
             store_smem(SmemSlot::cotangents,
                        {{rows.beta[0], rows.beta[1]}, {rows.delta[0], rows.delta[1]}});
-            store_smem(SmemSlot::ds_totals, {});
-            store_smem(SmemSlot::dt_totals, {});
+            store_smem(SmemSlot::ds_sums, {});
+            store_smem(SmemSlot::dt_sums, {});
         }
 
-        // Rounds the product of weights and x, and adds up its rows.
+        // Rounds weights∘x and adds its row sums, exact and rounded, to those in shared memory.
         DEVICE void multiply_weights(Weights& product, const Scores& weights, const Scores& x,
-                                     SmemSlot totals) const {
-            Numbers total = load_smem(totals);
+                                     SmemSlot row_sums) const {
+            RowPair sum = load_smem(row_sums);
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -233,66 +234,64 @@ private:
                     const float low = weights.at(i, half, 0) * x.at(i, half, 0);
                     const float high = weights.at(i, half, 1) * x.at(i, half, 1);
                     product.set(i, half, low, high);
-                    total.first[half] += low + high;
-                    total.second[half] += product.low(i, half) + product.high(i, half);
+                    sum.first[half] += low + high;
+                    sum.second[half] += product.low(i, half) + product.high(i, half);
                 }
-            store_smem(totals, total);
+            store_smem(row_sums, sum);
         }
 
-        // Scores become weights; those of hidden keys are 0.
-        DEVICE void exponentiate(Scores& scores, const CausalMask& horizon, int first_key,
+        // Turns scores into weights; those of hidden keys are 0.
+        DEVICE void exponentiate(Scores& scores, const CausalMask& causal_mask, int first_key,
                                  bool hides_keys) const {
-            const Numbers rows = load_smem(SmemSlot::weights);
+            const RowPair rows = load_smem(SmemSlot::softmax);
             const float scale = p.softmax_scale * kLog2E;
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     scores.value[i][e] = scores.value[i][e] * scale - rows.first[e / 2];
-            if (hides_keys) horizon.apply(scores, first_key, -kInfinity);
-#pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) scores.value[i][e] = fast_exp2(scores.value[i][e]);
+            if (hides_keys) causal_mask.apply(scores, first_key, -kInfinity);
+            scores.exp2();
         }
 
-        // A tile of keys. V and tV are the next in the ring.
-        DEVICE void add(Gradient& grad_q, Gradient& grad_tq, const Place& k, const Place& tk,
-                        const CausalMask& horizon, int first_key, int clear) {
-            const RowTile q = row_tile(0), go = row_tile(1), tq = row_tile(2), gt = row_tile(3);
+        // Adds a tile of keys to dQ and dtQ. V and tV are the next tiles of the ring.
+        DEVICE void add(Gradient& grad_q, Gradient& grad_tq, const KeySlot& k, const KeySlot& tk,
+                        const CausalMask& causal_mask, int first_key, int unmasked_key_end) {
+            const RowTile q = row_tile(0), dout = row_tile(1);
+            const RowTile tq = row_tile(2), dtout = row_tile(3);
             const float scale = p.softmax_scale;
 
+            // issue S = Q Kᵀ, then T = tQ Kᵀ + Q tKᵀ
             Scores weights, tangents, x;
-            warpgroup_fence_operand(weights.value);
-            warpgroup_fence_operand(tangents.value);
-            wgmma_fence();
-            multiply_transposed<Element>(weights, q, row(), tile(k), false);
-            wgmma_commit();
-            if (kJvp) {
+            const auto issue_scores = [&] {
+                multiply_transposed<Element>(weights, q, row(), tile(k), false);
+                if (!kJvp) return;
+                wgmma_commit();
                 multiply_transposed<Element>(tangents, tq, row(), tile(k), false);
                 multiply_transposed<Element>(tangents, q, row(), tile(tk), true);
-                wgmma_commit();
-            }
-            wgmma_wait<kJvp ? 1 : 0>();
-            warpgroup_fence_operand(weights.value);
-            exponentiate(weights, horizon, first_key, first_key + Keys > clear);
+            };
+            wgmma_group(issue_scores, weights, tangents);
+            // wait for S; P = exp(S − lse), while wgmma computes T
+            wgmma_wait_for<kJvp ? 1 : 0>(weights);
+            exponentiate(weights, causal_mask, first_key, first_key + Keys > unmasked_key_end);
 
-            const Place v = next();
-            Place tv;
+            // wait for V and tV
+            const KeySlot v = next();
+            KeySlot tv;
             if (kJvp) tv = next();
             Weights ds, dt;
             if (kJvp) {
-                warpgroup_fence_operand(x.value);
-                wgmma_fence();
-                multiply_transposed<Element>(x, gt, row(), tile(v), false);
-                wgmma_commit();
-                wgmma_wait<0>();
-                warpgroup_fence_operand(tangents.value);
-                warpgroup_fence_operand(x.value);
+                // dtO Vᵀ
+                wgmma_group([&] { multiply_transposed<Element>(x, dtout, row(), tile(v), false); },
+                            x);
+                // wait for T and dtO Vᵀ
+                wgmma_wait_for<0>(tangents, x);
+                // Bc = dtO Vᵀ − beta and dT = P∘Bc
                 x.subtract_from_rows(load_smem(SmemSlot::cotangents).first);
-                x.silence_unweighted(weights);
-                multiply_weights(dt, weights, x, SmemSlot::dt_totals);
-                const Numbers rows = load_smem(SmemSlot::weights);
+                x.zero_unweighted(weights);
+                multiply_weights(dt, weights, x, SmemSlot::dt_sums);
+                // Bc∘Tc
+                const RowPair rows = load_smem(SmemSlot::softmax);
 #pragma unroll
                 for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
@@ -301,61 +300,61 @@ private:
                         x.value[i][e] = weights.value[i][e] == 0 ? 0 : x.value[i][e] * centred;
                     }
             }
-            warpgroup_fence_operand(x.value);
-            wgmma_fence();
-            multiply_transposed<Element>(x, go, row(), tile(v), kJvp);
-            if (kJvp) multiply_transposed<Element>(x, gt, row(), tile(tv), true);
-            wgmma_commit();
+            // issue X = Bc∘Tc + dO Vᵀ + dtO tVᵀ
+            const auto issue_x = [&] {
+                multiply_transposed<Element>(x, dout, row(), tile(v), kJvp);
+                if (kJvp) multiply_transposed<Element>(x, dtout, row(), tile(tv), true);
+            };
+            wgmma_group(issue_x, x);
             if (kJvp) {
-                warpgroup_fence_operand(dt.word);
-                warpgroup_fence_operand(grad_q.value);
-                warpgroup_fence_operand(grad_tq.value);
-                wgmma_fence();
-                multiply<Element>(grad_tq, dt, tile(k));
-                multiply<Element>(grad_q, dt, tile(tk));
-                wgmma_commit();
+                // issue dtQ += dT K and dQ += dT tK
+                const auto issue_dt = [&] {
+                    multiply<Element>(grad_tq, dt, tile(k));
+                    multiply<Element>(grad_q, dt, tile(tk));
+                };
+                wgmma_group(issue_dt, dt, grad_q, grad_tq);
             }
-            wgmma_wait<kJvp ? 1 : 0>();
-            warpgroup_fence_operand(x.value);
-            release(memory.keys, v);
-            if (kJvp) release(memory.keys, tv);
+            // wait for X
+            wgmma_wait_for<kJvp ? 1 : 0>(x);
+            memory.keys.release_by_warpgroup(v);
+            if (kJvp) memory.keys.release_by_warpgroup(tv);
 
+            // X − delta and dS = P∘X, while wgmma computes the products with dT
             x.subtract_from_rows(load_smem(SmemSlot::cotangents).second);
-            x.silence_unweighted(weights);
-            multiply_weights(ds, weights, x, SmemSlot::ds_totals);
-            warpgroup_fence_operand(ds.word);
-            if (!kJvp) warpgroup_fence_operand(grad_q.value);
-            wgmma_fence();
-            multiply<Element>(grad_q, ds, tile(k));
-            wgmma_commit();
-            wgmma_wait<0>();
-            warpgroup_fence_operand(grad_q.value);
-            warpgroup_fence_operand(ds.word);
-            if (kJvp) warpgroup_fence_operand(grad_tq.value);
-            if (kJvp) warpgroup_fence_operand(dt.word);
+            x.zero_unweighted(weights);
+            multiply_weights(ds, weights, x, SmemSlot::ds_sums);
+            // dQ += dS K
+            const auto issue_ds = [&] { multiply<Element>(grad_q, ds, tile(k)); };
+            if (kJvp) {
+                wgmma_group(issue_ds, ds);
+                wgmma_wait_for<0>(grad_q, ds, grad_tq, dt);
+            } else {
+                wgmma_group(issue_ds, ds, grad_q);
+                wgmma_wait_for<0>(grad_q, ds);
+            }
         }
 
-        // Along a row dS sums to g_lse and dT to g_mu. Rounded they do not, and the mean of K
-        // and tK would leak into the gradients. What is too much is taken back from the keys that
-        // the row sees of the first tile: if it sees any, it sees some of those.
+        // In exact arithmetic a row of dS sums to dlse and a row of dT to dmu. Rounded rows do not,
+        // and the mean of K and tK would leak into the gradients. The excess is subtracted from the
+        // keys of the first tile that the row sees; a row that sees any key sees some of these.
         DEVICE void correct_row_sum_bias(Gradient& grad_q, Gradient& grad_tq, const KeyTile& k,
                                          const KeyTile& tk, const RowBlock<Rows>& block) const {
             const int first_row = block.first_row + warp_row();
-            const CausalMask horizon{block.sequence, first_row};
-            const Numbers ds_totals = load_smem(SmemSlot::ds_totals);
-            const Numbers dt_totals = load_smem(SmemSlot::dt_totals);
+            const CausalMask causal_mask{block.sequence, first_row};
+            const RowPair ds_sums = load_smem(SmemSlot::ds_sums);
+            const RowPair dt_sums = load_smem(SmemSlot::dt_sums);
             Weights ds, dt;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int query = first_row + row_in_warp(half);
-                const int visible = min(horizon.end(half), Keys);
-                const auto share_of = [&](const Numbers& totals, const RowVector& cotangent) {
+                const int visible = min(causal_mask.end(half), Keys);
+                const auto share_of = [&](const RowPair& sums, const RowVector& cotangent) {
                     const float excess =
-                        quad_sum(totals.second[half]) - value_of_row(block, cotangent, query);
+                        quad_sum(sums.second[half]) - value_of_row(block, cotangent, query);
                     return visible > 0 ? -excess / visible : 0;
                 };
-                const float ds_share = share_of(ds_totals, p.grad_lse);
-                const float dt_share = kJvp ? share_of(dt_totals, p.grad_mu) : 0;
+                const float ds_share = share_of(ds_sums, p.grad_lse);
+                const float dt_share = kJvp ? share_of(dt_sums, p.grad_mu) : 0;
 #pragma unroll
                 for (int i = 0; i < ds.kBlocks; ++i) {
                     const bool low = column_of(i, 0) < visible, high = column_of(i, 1) < visible;
@@ -363,28 +362,22 @@ private:
                     dt.set(i, half, low ? dt_share : 0, high ? dt_share : 0);
                 }
             }
-            warpgroup_fence_operand(ds.word);
-            warpgroup_fence_operand(dt.word);
-            warpgroup_fence_operand(grad_q.value);
-            warpgroup_fence_operand(grad_tq.value);
-            wgmma_fence();
-            multiply<Element>(grad_q, ds, k);
-            if (kJvp) multiply<Element>(grad_tq, dt, k);
-            if (kJvp) multiply<Element>(grad_q, dt, tk);
-            wgmma_commit();
-            wgmma_wait<0>();
-            warpgroup_fence_operand(grad_q.value);
-            warpgroup_fence_operand(grad_tq.value);
-            warpgroup_fence_operand(ds.word);
-            warpgroup_fence_operand(dt.word);
+            const auto issue = [&] {
+                multiply<Element>(grad_q, ds, k);
+                if (kJvp) multiply<Element>(grad_tq, dt, k);
+                if (kJvp) multiply<Element>(grad_q, dt, tk);
+            };
+            wgmma_group(issue, ds, dt, grad_q, grad_tq);
+            wgmma_wait_for<0>(grad_q, grad_tq, ds, dt);
         }
 
+        // Stores the corrected delta and beta, dQ and dtQ.
         DEVICE void finish(const RowBlock<Rows>& block, Gradient& grad_q, Gradient& grad_tq) const {
             const int first_row = block.first_row + warp_row();
-            correct_delta(p, block, first_row, p.delta, load_smem(SmemSlot::ds_totals).first,
+            correct_delta(p, block, first_row, p.delta, load_smem(SmemSlot::ds_sums).first,
                           p.grad_lse);
             if (kJvp)
-                correct_delta(p, block, first_row, p.beta, load_smem(SmemSlot::dt_totals).first,
+                correct_delta(p, block, first_row, p.beta, load_smem(SmemSlot::dt_sums).first,
                               p.grad_mu);
             const auto store = [&](const Tensor& target, Gradient& gradient) {
                 gradient.scale(p.softmax_scale);

@@ -1,24 +1,28 @@
-// Forward: the equations of ../sm80/forward.cuh.
+// Forward: sm80/forward.cuh has the equations.
 //
-// The scores of the next tile of keys are computed while the weights of this one multiply its
-// values: in each warpgroup, exponentials and products of successive tiles overlap
+//     S = s Q Kᵀ      P = exp(S − lse)      O = P V
+//
+// Tiles: Q is Rows x HeadDim, K and V are Keys x HeadDim; a warpgroup computes 64 rows. While a
+// warpgroup computes the exponentials of a tile of keys, wgmma computes the scores of the next tile
 // (FlashAttention-3, arXiv 2407.08608, section 3.2).
 #pragma once
 
+#include "sm90/epilogue.cuh"
 #include "sm90/fwd_pipeline.cuh"
-#include "sm90/store.cuh"
-#include "sm90/weights.cuh"
+#include "sm90/softmax.cuh"
 
 namespace jvp_attn::sm90 {
 
 template <class Element, int HeadDim, int Rows, int Keys>
 struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
-    using S = FwdPipeline<HeadDim, Rows, Keys, 1>;
-    using typename S::KeyLoader, typename S::KeyReader, typename S::KeySlot, typename S::KeyTile;
-    using typename S::RowLoader, typename S::RowReader, typename S::RowTile;
+    using Pipeline = FwdPipeline<HeadDim, Rows, Keys, 1>;
+    using typename Pipeline::KeyLoader, typename Pipeline::KeyReader, typename Pipeline::KeySlot;
+    using typename Pipeline::KeyTile, typename Pipeline::RowLoader, typename Pipeline::RowReader;
+    using typename Pipeline::RowTile;
 
-    DEVICE static void run(const Params& params) { S::template run<Forward>(params); }
+    DEVICE static void run(const Params& params) { Pipeline::template run<Forward>(params); }
 
+    // Loads Q, then K0, K1, V0, K2, V1, ...: the order in which `attend` reads them.
     DEVICE static void load(const Params& params, const RowBlock<Rows>& block, RowLoader& rows,
                             KeyLoader& keys) {
         const AttentionParams& p = params.attention;
@@ -26,8 +30,8 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
         const SeqlenInfo& sequence = block.sequence;
         rows.load(queries_of(params, p.q, maps.q, sequence, block.head), block.first_row);
 
-        const Source k = keys_of(params, p.k, maps.k, sequence, block.head_k);
-        const Source v = keys_of(params, p.v, maps.v, sequence, block.head_k);
+        const TmaSource k = keys_of(params, p.k, maps.k, sequence, block.head_k);
+        const TmaSource v = keys_of(params, p.v, maps.v, sequence, block.head_k);
         const int end = block.key_end();
         if (end > 0) keys.load(k, 0);
         for (int first_key = 0; first_key < end; first_key += Keys) {
@@ -38,90 +42,93 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
 
     DEVICE static void attend(const AttentionParams& p, const RowBlock<Rows>& block,
                               RowReader& rows, KeyReader& keys) {
-        // Keys from `end` on are seen by no row of the block, those before `clear` by all.
-        const int end = block.key_end();
-        const int clear = block.unmasked_key_end();
-        const int warp_row = S::warp_row();
-        const CausalMask horizon{block.sequence, block.first_row + warp_row};
+        const int key_end = block.key_end();
+        const int unmasked_key_end = block.unmasked_key_end();
+        const int warp_row = Pipeline::warp_row();
+        const CausalMask causal_mask{block.sequence, block.first_row + warp_row};
         const float log2_scale = p.softmax_scale * kLog2E;
 
+        // wait for Q
         const RowTile q = rows.next();
         OnlineSoftmax softmax;
         Accumulator<HeadDim> out;
         Packed<Element, Keys> weights;
         float rescaling[2];
-        if (end > 0) {
+        if (key_end > 0) {
+            // S = Q Kᵀ of the first tile
             const KeySlot k_slot = keys.at;
             const KeyTile k = keys.next();
             Accumulator<Keys> scores;
-            start_scores(scores, q, k);
-            wgmma_wait<0>();
-            warpgroup_fence_operand(scores.value);
+            issue_scores(scores, q, k);
+            wgmma_wait_for<0>(scores);
             keys.release(k_slot);
-            if (Keys > clear) horizon.apply(scores, 0, -kInfinity);
+            // P of the first tile
+            if (Keys > unmasked_key_end) causal_mask.apply(scores, 0, -kInfinity);
             softmax.update(scores, log2_scale, rescaling);
             round_weights(weights, scores);
         }
 #pragma unroll 1
-        for (int first_key = Keys; first_key < end; first_key += Keys) {
+        for (int first_key = Keys; first_key < key_end; first_key += Keys) {
+            // wait for K of this tile and V of the previous tile
             const KeySlot k_slot = keys.at;
             const KeyTile k = keys.next();
             const KeySlot v_slot = keys.at;
-            const KeyTile v = keys.next();  // of the keys before
+            const KeyTile v = keys.next();
+            // issue S = Q Kᵀ of this tile, and O += P V of the previous tile
             Accumulator<Keys> scores;
-            start_scores(scores, q, k);
-            start_values(out, weights, v);
-            wgmma_wait<1>();
-            warpgroup_fence_operand(scores.value);
+            issue_scores(scores, q, k);
+            issue_output(out, weights, v);
+            // wait for S
+            wgmma_wait_for<1>(scores);
             keys.release(k_slot);
 
-            if (first_key + Keys > clear) horizon.apply(scores, first_key, -kInfinity);
+            // mask S; P = exp(S − max), while wgmma computes O
+            if (first_key + Keys > unmasked_key_end)
+                causal_mask.apply(scores, first_key, -kInfinity);
             softmax.update(scores, log2_scale, rescaling);
-            wgmma_wait<0>();
-            warpgroup_fence_operand(out.value);
-            warpgroup_fence_operand(weights.word);
+            // wait for O
+            wgmma_wait_for<0>(out, weights);
             keys.release(v_slot);
+            // round P; rescale O to the new maximum
             round_weights(weights, scores);
             out.scale_rows(rescaling);
         }
-        if (end > 0) {
+        if (key_end > 0) {
+            // O += P V of the last tile
             const KeySlot v_slot = keys.at;
             const KeyTile v = keys.next();
-            start_values(out, weights, v);
-            wgmma_wait<0>();
-            warpgroup_fence_operand(out.value);
-            warpgroup_fence_operand(weights.word);
+            issue_output(out, weights, v);
+            wgmma_wait_for<0>(out, weights);
             keys.release(v_slot);
         }
-        S::products_are_done();
+        Pipeline::sync_warpgroup();
         finish(p, block, block.first_row + warp_row, softmax, out, {q, warp_row});
     }
 
 private:
-    DEVICE static void start_scores(Accumulator<Keys>& scores, const RowTile& q, const KeyTile& k) {
-        warpgroup_fence_operand(scores.value);
-        wgmma_fence();
-        multiply_transposed<Element>(scores, q, S::warpgroup_row(), k, false);
-        wgmma_commit();
+    // S = Q Kᵀ, without the softmax scale.
+    DEVICE static void issue_scores(Accumulator<Keys>& scores, const RowTile& q, const KeyTile& k) {
+        const auto issue = [&] {
+            multiply_transposed<Element>(scores, q, Pipeline::warpgroup_row(), k, false);
+        };
+        wgmma_group(issue, scores);
     }
 
-    DEVICE static void start_values(Accumulator<HeadDim>& out, Packed<Element, Keys>& weights,
+    // O += P V
+    DEVICE static void issue_output(Accumulator<HeadDim>& out, Packed<Element, Keys>& weights,
                                     const KeyTile& v) {
-        warpgroup_fence_operand(out.value);
-        warpgroup_fence_operand(weights.word);
-        wgmma_fence();
-        multiply<Element>(out, weights, v);
-        wgmma_commit();
+        wgmma_group([&] { multiply<Element>(out, weights, v); }, out, weights);
     }
 
+    // Normalises O; stores lse, O and out_lo.
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const OnlineSoftmax& softmax, Accumulator<HeadDim>& out,
-                              const Stage<Rows, HeadDim>& stage) {
+                              const StagingRows<Rows, HeadDim>& staging) {
         float normalisation[2];
         softmax.finish(p, block, first_row, normalisation);
         out.scale_rows(normalisation);
         store_rows<Element>(block.rows_of(p.out, p.head_dim_v),
-                            block.rows_of(p.out_lo, p.head_dim_v), first_row, out, stage);
+                            block.rows_of(p.out_lo, p.head_dim_v), first_row, out, staging);
     }
 };
 

@@ -1,27 +1,30 @@
-// The gradients of K, V, tK and tV, through the output and its tangent: the equations of
-// ../sm80/backward_dkv.cuh.
+// Backward of the forward JVP: dK, dV, dtK and dtV. sm80/backward_dkv.cuh has the equations.
 //
-// A block has 64 keys of one head at a time; tiles of queries stream by in a ring, those of every
-// query head that shares the keys. All is transposed: rows are keys, columns queries. The registers
-// of one warpgroup cannot hold four gradients, so two share the keys, and each does half of the
-// twelve products of a tile. The value warpgroup computes P and Tc, hands them over in shared
-// memory, and adds to dV and gtV; the key warpgroup meanwhile computes Bc and
-// dO Vᵀ + dtO tVᵀ − delta, and then adds to dK and gtK. Of the third warpgroup one warp keeps the
-// TMA busy and one brings what is known of each query.
+//     Tc = T − mu      Bc = dtO Vᵀ − beta      dT = P∘Bc
+//     dS = P∘(dO Vᵀ + dtO tVᵀ − delta + Bc∘Tc)
+//     dV = Pᵀ dO + (P∘Tc)ᵀ dtO      dtV = Pᵀ dtO
+//     dK = s (dSᵀ Q + dTᵀ tQ)       dtK = s dTᵀ Q
+//
+// Tiles: K, V, tK and tV are 64 x HeadDim; Q, dO, tQ and dtO are Rows x HeadDim and stream through
+// a ring, those of all query heads that share the keys. Everything is transposed: rows are keys and
+// columns are queries. The registers of one warpgroup cannot hold four gradients, so two share the
+// keys, and each computes six of the twelve products of a tile:
+//     the value warpgroup  P and Tc, which it stores in shared memory; dV and dtV
+//     the key warpgroup    Bc and dO Vᵀ + dtO tVᵀ − delta, then dS and dT; dK and dtK
+// In the producer warpgroup one warp loads tiles by TMA, another loads the statistics of the
+// queries.
 #pragma once
 
-#include "common/softmax.cuh"
-#include "sm90/key_block.cuh"
-#include "sm90/limits.h"
-#include "sm90/loader.cuh"
-#include "sm90/ring.cuh"
-#include "sm90/work.cuh"
+#include "common/smem.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/scheduler.cuh"
+#include "sm90/softmax.cuh"
 
 namespace jvp_attn::sm90 {
 
 template <class Element, int HeadDim, int Rows, int Keys>
 struct JvpBackwardDkv {
-    static_assert(Keys == 64, "those of a warpgroup");
+    static_assert(Keys == 64, "the keys of a warpgroup");
     using RowTile = Tile<Rows, HeadDim>;
     using KeyTile = Tile<Keys, HeadDim>;
     using Scores = Accumulator<Rows>;
@@ -30,17 +33,19 @@ struct JvpBackwardDkv {
     using Block = KeyBlock<Keys>;
 
     static constexpr int kThreads = 3 * kWarpgroupThreads;
+    static constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
 
-    // In slots of one tile: K, V, tK, tV; Q, dtO, tQ, dO of each tile of queries; and statistics.
+    // Each slot holds one tile: K, V, tK and tV; Q, dtO, tQ and dO of each stage; lse, mu, beta and
+    // delta of each stage.
     static constexpr int kStages = 2;
     using KeyRing = Ring<4, KeyTile::kBytes>;
     using QueryRing = Ring<4 * kStages, RowTile::kBytes>;
-    using StatisticsRing = Ring<kStages, 4 * Rows * 4>;
+    using StatsRing = Ring<kStages, 4 * Rows * 4>;
     static constexpr int kScoresBytes = Keys * Rows * 4;
-    static constexpr int kSharedBytes =
-        KeyRing::kBytes + QueryRing::kBytes + StatisticsRing::kBytes + 2 * kScoresBytes +
-        KeyRing::kBarrierBytes + QueryRing::kBarrierBytes + StatisticsRing::kBarrierBytes + 8;
+    static constexpr int kSharedBytes = KeyRing::kBytes + QueryRing::kBytes + StatsRing::kBytes +
+                                        2 * kScoresBytes + KeyRing::kBarrierBytes +
+                                        QueryRing::kBarrierBytes + StatsRing::kBarrierBytes + 8;
     static_assert(kSharedBytes <= kMaxSharedBytes);
 
     static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
@@ -53,11 +58,11 @@ struct JvpBackwardDkv {
         if (warpgroup_index() == 0) {
             warpgroup_reg_dealloc<40>();
             if (warp_index() == 0) load_tiles(params, memory);
-            if (warp_index() == 1) load_statistics(params, memory);
+            if (warp_index() == 1) load_stats(params, memory);
         } else {
             warpgroup_reg_alloc<232>();
-            // Before the first tile nothing is left to take; nobody waits for the last arrival but
-            // here.
+            // The memory for P is empty before the first tile: the key warpgroup arrives once more
+            // than there are tiles, and the value warpgroup waits for its last arrival at the end.
             if (warpgroup_index() == 1) {
                 consume<ValueWarpgroup>(params, memory);
                 named_barrier_sync(kPEmpty, kConsumerThreads);
@@ -69,35 +74,34 @@ struct JvpBackwardDkv {
     }
 
 private:
-    // What is where in shared memory.
+    // Named barriers of the two consumer warpgroups: P and Tc are in shared memory; they have been
+    // read.
+    enum Barrier { kPFull = 1, kPEmpty = 2 };
+
+    // The layout of shared memory.
     struct Memory {
         KeyRing keys;
         QueryRing queries;
-        StatisticsRing statistics;
+        StatsRing stats;
         SharedAddress exchange;
-        SharedAddress tail_barrier;  // an mbarrier
+        SharedAddress tail_barrier;
 
         DEVICE Memory() {
-            SharedAddress next = shared_memory();
-            const auto take = [&](int bytes) {
-                const SharedAddress start = next;
-                next += bytes;
-                return start;
-            };
-            keys.slots = take(KeyRing::kBytes);
-            queries.slots = take(QueryRing::kBytes);
-            exchange = take(2 * kScoresBytes);
-            statistics.slots = take(StatisticsRing::kBytes);
-            keys.barriers = take(KeyRing::kBarrierBytes);
-            queries.barriers = take(QueryRing::kBarrierBytes);
-            statistics.barriers = take(StatisticsRing::kBarrierBytes);
-            tail_barrier = take(8);
+            SmemAllocator smem;
+            keys.slots = smem.take(KeyRing::kBytes);
+            queries.slots = smem.take(QueryRing::kBytes);
+            exchange = smem.take(2 * kScoresBytes);
+            stats.slots = smem.take(StatsRing::kBytes);
+            keys.barriers = smem.take(KeyRing::kBarrierBytes);
+            queries.barriers = smem.take(QueryRing::kBarrierBytes);
+            stats.barriers = smem.take(StatsRing::kBarrierBytes);
+            tail_barrier = smem.take(8);
         }
 
         DEVICE void init() const {
             keys.init(1, 2);
             queries.init(1, 2);
-            statistics.init(32, kConsumerThreads / 32);
+            stats.init(32, kConsumerThreads / 32);
             mbarrier_init(tail_barrier, 1);
             fence_mbarrier_init();
         }
@@ -107,33 +111,28 @@ private:
         DEVICE KeyTile tk() const { return {keys.slot({2, 0})}; }
         DEVICE KeyTile tv() const { return {keys.slot({3, 0})}; }
 
-        // Of two successive queries, lse and mu (which = 0) or beta and delta (which = 1): four
-        // float32.
-        DEVICE SharedAddress statistics_of(int slot, int pair, int which) const {
-            return statistics.slot({slot, 0}) + (which * Rows / 2 + pair) * 16;
+        // lse and mu (which = 0) or beta and delta (which = 1) of two successive queries.
+        DEVICE SharedAddress stats_of(int slot, int pair, int which) const {
+            return stats.slot({slot, 0}) + (which * Rows / 2 + pair) * 16;
         }
 
-        // Where a thread finds P (which = 0) and Tc (which = 1) of 8 queries.
-        DEVICE SharedAddress handed_over(int which, int block) const {
+        // P (which = 0) and Tc (which = 1) of a thread in columns 8 block to 8 block + 7.
+        DEVICE SharedAddress exchanged(int which, int block) const {
             const int thread = thread_index() % kWarpgroupThreads;
             return exchange + which * kScoresBytes + (block * kWarpgroupThreads + thread) * 16;
         }
     };
 
-    // Named barriers of the two warpgroups that multiply.
-    enum Barrier { kPFull = 1, kPEmpty = 2 };
-    static constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
-
     // -----------------------------------------------------------------------------------------
-    // Loading
+    // Producers
 
     DEVICE static void load_tiles(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
         const TensorMaps& maps = params.maps;
         Loader<KeyTile, 4> keys{memory.keys, memory.tail_barrier};
         Loader<RowTile, 4 * kStages> queries{memory.queries, memory.tail_barrier};
-        for (TileScheduler turn(params); turn; turn.next()) {
-            const Block block(p, turn.work_tile());
+        for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
+            const Block block(p, scheduler.work_tile());
             if (!block.sees_queries()) continue;
             const auto load_keys = [&](const Tensor& x, const TensorMap& map) {
                 keys.load(keys_of(params, x, map, block.sequence, block.head_k), block.first_key);
@@ -154,78 +153,78 @@ private:
         }
     }
 
-    // What is known of the queries beforehand, of two at a time by each lane.
-    DEVICE static void load_statistics(const Params& params, const Memory& memory) {
+    // Each lane loads the statistics of two queries at a time.
+    DEVICE static void load_stats(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
-        Position<kStages> at;
-        for (TileScheduler turn(params); turn; turn.next()) {
-            const Block block(p, turn.work_tile());
+        PipelineState<kStages> at;
+        for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
+            const Block block(p, scheduler.work_tile());
             block.template for_each_tile<Rows>([&](int head, int first_row) {
-                memory.statistics.wait_empty(at);
+                memory.stats.wait_empty(at);
                 for (int pair = lane_index(); pair < Rows / 2; pair += 32) {
                     const int row = first_row + 2 * pair;
-                    store_numbers(memory.statistics_of(at.slot, pair, 0), block.sequence, head, row,
-                                  p.lse, p.mu, true);
-                    store_numbers(memory.statistics_of(at.slot, pair, 1), block.sequence, head, row,
-                                  p.beta, p.delta, false);
+                    store_query_stats(memory.stats_of(at.slot, pair, 0), block.sequence, head, row,
+                                      p.lse, p.mu, true);
+                    store_query_stats(memory.stats_of(at.slot, pair, 1), block.sequence, head, row,
+                                      p.beta, p.delta, false);
                 }
-                mbarrier_arrive(memory.statistics.full(at));
+                mbarrier_arrive(memory.stats.full(at));
                 at.advance();
             });
         }
     }
 
     // -----------------------------------------------------------------------------------------
-    // Multiplying
+    // Consumers
 
-    // A tile of queries, and all that the warpgroups need to work on it.
+    // A tile of queries, with everything that a warpgroup needs to compute it.
     struct Step {
         const AttentionParams& p;
         const Memory& memory;
         const Block& block;
         int first_row;
-        Position<kStages> at;
+        PipelineState<kStages> at;
 
         DEVICE RowTile q() const { return tile(0); }
-        DEVICE RowTile gt() const { return tile(1); }
+        DEVICE RowTile dtout() const { return tile(1); }
         DEVICE RowTile tq() const { return tile(2); }
-        DEVICE RowTile go() const { return tile(3); }
+        DEVICE RowTile dout() const { return tile(3); }
 
-        // Of the two queries of a thread among 8.
-        DEVICE Numbers statistics(int which, int i) const {
-            return load_numbers(memory.statistics_of(at.slot, 4 * i + lane_index() % 4, which));
+        // The statistics of the two queries of a thread in columns 8 i to 8 i + 7.
+        DEVICE QueryStats query_stats(int which, int i) const {
+            return load_query_stats(memory.stats_of(at.slot, 4 * i + lane_index() % 4, which));
         }
 
         DEVICE void wait() const {
 #pragma unroll
-            for (int which = 0; which < 4; ++which) memory.queries.wait_full(place(which));
-            memory.statistics.wait_full(at);
+            for (int which = 0; which < 4; ++which) memory.queries.wait_full(slot(which));
+            memory.stats.wait_full(at);
         }
 
         DEVICE void release() const {
             warp_barrier();
-            if (lane_index() == 0) memory.statistics.release(at);
+            if (lane_index() == 0) memory.stats.release(at);
             if (thread_index() % kWarpgroupThreads != 0) return;
 #pragma unroll
-            for (int which = 0; which < 4; ++which) memory.queries.release(place(which));
+            for (int which = 0; which < 4; ++which) memory.queries.release(slot(which));
         }
 
     private:
-        DEVICE Position<4 * kStages> place(int which) const {
+        DEVICE PipelineState<4 * kStages> slot(int which) const {
             return {4 * at.slot + which, at.phase};
         }
 
-        DEVICE RowTile tile(int which) const { return {memory.queries.slot(place(which))}; }
+        DEVICE RowTile tile(int which) const { return {memory.queries.slot(slot(which))}; }
     };
 
     template <class Warpgroup>
     DEVICE static void consume(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
         int key_phase = 0;
-        Position<kStages> at;
+        PipelineState<kStages> at;
 #pragma unroll 1
-        for (TileScheduler turn(params); turn; turn.next()) {
-            const Block block(p, turn.work_tile());
+        for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
+            const Block block(p, scheduler.work_tile());
             if (block.is_empty()) continue;
             Warpgroup warpgroup;
             if (block.sees_queries()) {
@@ -241,7 +240,8 @@ private:
                     for (int which = 0; which < 4; ++which) memory.keys.release({which, key_phase});
                 key_phase ^= 1;
             }
-            warpgroup.store(p, Block(p, opaque(turn.work_tile())));
+            // Computed again: to keep the block would cost registers in the loop.
+            warpgroup.store(p, Block(p, opaque(scheduler.work_tile())));
         }
     }
 
@@ -256,63 +256,62 @@ private:
             const Memory& memory = step.memory;
             const float scale = step.p.softmax_scale;
 
+            // Sᵀ = K Qᵀ
             Scores weights;
-            warpgroup_fence_operand(weights.value);
-            wgmma_fence();
-            multiply_transposed<Element>(weights, memory.k(), 0, step.q(), false);
-            wgmma_commit();
-            wgmma_wait<0>();
-            warpgroup_fence_operand(weights.value);
-            exponentiate(weights, step);
+            const auto issue_scores = [&] {
+                multiply_transposed<Element>(weights, memory.k(), 0, step.q(), false);
+            };
+            wgmma_group(issue_scores, weights);
+            wgmma_wait_for<0>(weights);
+            // P = exp(S − lse)
+            exponentiate_transposed(
+                weights, scale * kLog2E, step.block, step.first_row,
+                [&](int i) { return step.query_stats(0, i); },
+                [&] { return first_key_of_warp(step.block); });
+            // wait until the key warpgroup has read the last P and Tc; store P
             named_barrier_sync(kPEmpty, kConsumerThreads);
-            hand_over(memory, 0, weights);
+            store_exchange(memory, 0, weights);
             Weights rounded;
             round_weights(rounded, weights);
 
+            // issue Tᵀ = K tQᵀ + tK Qᵀ; then dtV += Pᵀ dtO and dV += Pᵀ dO
             Scores tangents;
-            warpgroup_fence_operand(tangents.value);
-            warpgroup_fence_operand(rounded.word);
-            warpgroup_fence_operand(grad_v.value);
-            warpgroup_fence_operand(grad_tv.value);
-            wgmma_fence();
-            multiply_transposed<Element>(tangents, memory.k(), 0, step.tq(), false);
-            multiply_transposed<Element>(tangents, memory.tk(), 0, step.q(), true);
-            wgmma_commit();
-            multiply<Element>(grad_tv, rounded, step.gt());
-            multiply<Element>(grad_v, rounded, step.go());
-            wgmma_commit();
-            wgmma_wait<1>();
-            warpgroup_fence_operand(tangents.value);
+            const auto issue_tangents = [&] {
+                multiply_transposed<Element>(tangents, memory.k(), 0, step.tq(), false);
+                multiply_transposed<Element>(tangents, memory.tk(), 0, step.q(), true);
+                wgmma_commit();
+                multiply<Element>(grad_tv, rounded, step.dtout());
+                multiply<Element>(grad_v, rounded, step.dout());
+            };
+            wgmma_group(issue_tangents, tangents, rounded, grad_v, grad_tv);
+            // wait for T
+            wgmma_wait_for<1>(tangents);
 
+            // Tc = T − mu and P∘Tc, while wgmma computes dtV and dV
             Weights weighted;
 #pragma unroll
             for (int i = 0; i < tangents.kBlocks; ++i) {
-                const Numbers known = step.statistics(0, i);
+                const QueryStats mu = step.query_stats(0, i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll
                     for (int side = 0; side < 2; ++side) {
                         float& tangent = tangents.at(i, half, side);
-                        const float centred = tangent * scale - known.value[0][2 + side];
-                        // Of a hidden key it may be infinite, and 0 · inf is NaN.
+                        const float centred = tangent * scale - mu.value[0][2 + side];
+                        // T of a hidden key may be infinite, and 0 · inf is NaN.
                         tangent = weights.at(i, half, side) == 0 ? 0 : centred;
                     }
                     weighted.set(i, half, weights.at(i, half, 0) * tangents.at(i, half, 0),
                                  weights.at(i, half, 1) * tangents.at(i, half, 1));
                 }
             }
-            hand_over(memory, 1, tangents);
+            // store Tc; the key warpgroup may read P and Tc
+            store_exchange(memory, 1, tangents);
             named_barrier_arrive(kPFull, kConsumerThreads);
 
-            warpgroup_fence_operand(weighted.word);
-            wgmma_fence();
-            multiply<Element>(grad_v, weighted, step.gt());
-            wgmma_commit();
-            wgmma_wait<0>();
-            warpgroup_fence_operand(grad_v.value);
-            warpgroup_fence_operand(grad_tv.value);
-            warpgroup_fence_operand(rounded.word);
-            warpgroup_fence_operand(weighted.word);
+            // dV += (P∘Tc)ᵀ dtO
+            wgmma_group([&] { multiply<Element>(grad_v, weighted, step.dtout()); }, weighted);
+            wgmma_wait_for<0>(grad_v, grad_tv, rounded, weighted);
         }
 
         DEVICE void store(const AttentionParams& p, const Block& block) const {
@@ -322,32 +321,10 @@ private:
         }
 
     private:
-        // Scores become weights; those of hidden keys are 0.
-        DEVICE static void exponentiate(Scores& scores, const Step& step) {
-            const float scale = step.p.softmax_scale * kLog2E;
-#pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i) {
-                const Numbers known = step.statistics(0, i);
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-#pragma unroll
-                    for (int side = 0; side < 2; ++side) {
-                        float& score = scores.at(i, half, side);
-                        score = score * scale - known.value[0][side];
-                    }
-            }
-            if (step.block.hides_keys(step.first_row))
-                step.block.hide(scores, first_key_of_warp(step.block), step.first_row);
+        DEVICE static void store_exchange(const Memory& memory, int which, const Scores& scores) {
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) scores.value[i][e] = fast_exp2(scores.value[i][e]);
-        }
-
-        DEVICE static void hand_over(const Memory& memory, int which, const Scores& scores) {
-#pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i)
-                shared_store_words4(memory.handed_over(which, i), scores.words(i));
+                shared_store_words4(memory.exchanged(which, i), scores.words(i));
         }
     };
 
@@ -357,35 +334,33 @@ private:
         DEVICE void add(const Step& step) {
             const Memory& memory = step.memory;
 
+            // (dtO Vᵀ)ᵀ and (dO Vᵀ + dtO tVᵀ)ᵀ
             Scores bc, x;
-            warpgroup_fence_operand(bc.value);
-            warpgroup_fence_operand(x.value);
-            wgmma_fence();
-            multiply_transposed<Element>(bc, memory.v(), 0, step.gt(), false);
-            wgmma_commit();
-            multiply_transposed<Element>(x, memory.v(), 0, step.go(), false);
-            multiply_transposed<Element>(x, memory.tv(), 0, step.gt(), true);
-            wgmma_commit();
-            wgmma_wait<0>();
-            warpgroup_fence_operand(bc.value);
-            warpgroup_fence_operand(x.value);
+            const auto issue = [&] {
+                multiply_transposed<Element>(bc, memory.v(), 0, step.dtout(), false);
+                wgmma_commit();
+                multiply_transposed<Element>(x, memory.v(), 0, step.dout(), false);
+                multiply_transposed<Element>(x, memory.tv(), 0, step.dtout(), true);
+            };
+            wgmma_group(issue, bc, x);
+            wgmma_wait_for<0>(bc, x);
 
+            // wait for P and Tc; dS and dT
             named_barrier_sync(kPFull, kConsumerThreads);
             Weights ds, dt;
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i) {
-                const Numbers weights = load_numbers(memory.handed_over(0, i));
-                const Numbers tangents = load_numbers(memory.handed_over(1, i));
-                const Numbers known = step.statistics(1, i);
+                const QueryStats weights = load_query_stats(memory.exchanged(0, i));
+                const QueryStats tangents = load_query_stats(memory.exchanged(1, i));
+                const QueryStats stats = step.query_stats(1, i);
                 float s[4], t[4];
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float b = bc.value[i][e] - known.value[0][e % 2];
+                    const float b = bc.value[i][e] - stats.value[0][e % 2];
                     const float a =
-                        x.value[i][e] - known.value[0][2 + e % 2] + b * tangents.value[0][e];
-                    // Where a weight is 0 these may be infinite, and 0 · inf is NaN.
-                    t[e] = weights.value[0][e] == 0 ? 0 : weights.value[0][e] * b;
-                    s[e] = weights.value[0][e] == 0 ? 0 : weights.value[0][e] * a;
+                        x.value[i][e] - stats.value[0][2 + e % 2] + b * tangents.value[0][e];
+                    t[e] = masked_product(weights.value[0][e], b);
+                    s[e] = masked_product(weights.value[0][e], a);
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
@@ -393,22 +368,17 @@ private:
                     dt.set(i, half, t[2 * half], t[2 * half + 1]);
                 }
             }
+            // the value warpgroup may store the next P and Tc
             named_barrier_arrive(kPEmpty, kConsumerThreads);
 
-            warpgroup_fence_operand(ds.word);
-            warpgroup_fence_operand(dt.word);
-            warpgroup_fence_operand(grad_k.value);
-            warpgroup_fence_operand(grad_tk.value);
-            wgmma_fence();
-            multiply<Element>(grad_tk, dt, step.q());
-            multiply<Element>(grad_k, ds, step.q());
-            multiply<Element>(grad_k, dt, step.tq());
-            wgmma_commit();
-            wgmma_wait<0>();
-            warpgroup_fence_operand(grad_k.value);
-            warpgroup_fence_operand(grad_tk.value);
-            warpgroup_fence_operand(ds.word);
-            warpgroup_fence_operand(dt.word);
+            // dtK += dTᵀ Q, and dK += dSᵀ Q + dTᵀ tQ
+            const auto issue_gradients = [&] {
+                multiply<Element>(grad_tk, dt, step.q());
+                multiply<Element>(grad_k, ds, step.q());
+                multiply<Element>(grad_k, dt, step.tq());
+            };
+            wgmma_group(issue_gradients, ds, dt, grad_k, grad_tk);
+            wgmma_wait_for<0>(grad_k, grad_tk, ds, dt);
         }
 
         DEVICE void store(const AttentionParams& p, const Block& block) {

@@ -1,10 +1,13 @@
-// From a kernel class to a `Kernel` that can be launched where the compute capability is 9.0.
+// From a kernel class to a `Kernel` that launches it on compute capability 9.0.
 //
-// A kernel class K has kThreads, kSharedBytes, kRowBox and kKeyBox, which are the rows of a box of
-// queries and of keys, why_not(params), which says why it cannot compute a problem, work(params),
-// which says how many pieces of work there are, and run(params), which is what each thread does.
-// The grid has at most as many blocks as the device has multiprocessors, and each takes one
-// work_tile of work after the other.
+// A kernel class K has
+//     kThreads, kSharedBytes  of a block
+//     kRowBox, kKeyBox        rows of a TMA box of queries and of keys
+//     why_not(params)         why it cannot compute a problem; empty if it can
+//     work(params)            the number of work tiles
+//     run(params)             the body of the kernel
+// The kernels are persistent: the grid has at most one block for each multiprocessor, and each
+// block computes one work tile after the other (scheduler.cuh).
 #pragma once
 
 #include <algorithm>
@@ -18,8 +21,8 @@
 
 namespace jvp_attn::sm90 {
 
-// Machine code for 9.0 runs nowhere else, and its instructions compile for nothing else: of the
-// other architectures that a build may have, a kernel is empty, and `launch` does not go there.
+// Its instructions compile for 9.0 alone. Compiled for another architecture the kernel is empty,
+// and `launch` returns an error there.
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, 1)
     run_kernel(const __grid_constant__ Params params) {
@@ -33,7 +36,7 @@ std::string launch(const AttentionParams& attention, void* stream) {
     const int64_t work = K::work(attention);
     if (work == 0) return "";
     if (work > std::numeric_limits<int32_t>::max() / 2)
-        return "it needs " + std::to_string(work) + " pieces of work, more than it can count";
+        return "it needs " + std::to_string(work) + " work tiles, more than it can count";
     if (std::string error = K::why_not(attention); !error.empty()) return error;
     DeviceFacts device;
     if (std::string error = current_device(device); !error.empty()) return error;
@@ -44,9 +47,9 @@ std::string launch(const AttentionParams& attention, void* stream) {
 
     Params params;
     params.attention = attention;
-    params.work = static_cast<int32_t>(work);
-    params.blocks = std::min(params.work, device.multiprocessors);
-    if (std::string error = describe_tensors(params, K::kRowBox, K::kKeyBox); !error.empty())
+    params.work_tiles = static_cast<int32_t>(work);
+    params.blocks = std::min(params.work_tiles, device.multiprocessors);
+    if (std::string error = encode_tensor_maps(params, K::kRowBox, K::kKeyBox); !error.empty())
         return error;
     return launch_kernel(run_kernel<K>, params.blocks, K::kThreads, K::kSharedBytes, stream,
                          params);
@@ -54,7 +57,7 @@ std::string launch(const AttentionParams& attention, void* stream) {
 
 }  // namespace jvp_attn::sm90
 
-// Defines the Kernel called NAME; the rest of the arguments is its class.
+// Defines the Kernel called NAME. The other arguments are its class.
 #define JVP_ATTN_KERNEL(NAME, ...)                                                \
     namespace jvp_attn {                                                          \
     extern const Kernel NAME;                                                     \

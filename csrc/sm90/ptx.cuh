@@ -1,6 +1,5 @@
-// The instructions that compute capability 9.0 adds, under plain names, as in common/ptx.cuh: warps
-// meet at named barriers and mbarriers, the bulk TMA (TMA) fills shared memory, and four
-// warps multiply together (wgmma).
+// One function for each machine instruction that compute capability 9.0 adds: named barriers,
+// mbarriers, TMA, setmaxnreg. wgmma.cuh has the products of a warpgroup.
 //
 // "PTX:" names the instruction to look up in the PTX ISA.
 #pragma once
@@ -15,8 +14,8 @@ namespace jvp_attn {
 
 constexpr int kWarpgroupThreads = 128;
 
-// Which index of a factor runs along its rows in shared memory: the one that a product sums over,
-// or the one that is left in the result. PTX calls them K-major and MN-major.
+// The index of a factor that is contiguous in shared memory: the contracted one (K-major) or the
+// one of the result (MN-major).
 enum class Major { contraction = 0, result = 1 };
 
 }  // namespace jvp_attn
@@ -32,18 +31,18 @@ enum class Major { contraction = 0, result = 1 };
 
 namespace jvp_attn {
 
-// What the TMA is told of a tensor; `encode_tensor_map` makes one on the host.
+// A TMA descriptor of a tensor, which `encode_tensor_map` encodes on the host.
 using TensorMap = CUtensorMap;
 
 // ---------------------------------------------------------------------------------------------
-// Who a thread is, and how warps share the registers
+// Thread indices and registers
 
-// The same for all threads of a warp, and the compiler knows it.
+// Uniform within a warp, and known to the compiler to be.
 DEVICE int warpgroup_index() {
     return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
 }
 
-// True for one lane of the warp, the same at each call. All of them call. (PTX: elect.sync)
+// True for one lane of the warp, the same at each call. All lanes call. (PTX: elect.sync)
 DEVICE bool elect_one() {
     uint32_t elected;
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}"
@@ -51,27 +50,27 @@ DEVICE bool elect_one() {
     return elected;
 }
 
-// From here on a thread of this warpgroup has so many registers, more than before; it waits until
-// others have released theirs. Needs __launch_bounds__ with one block. (PTX: setmaxnreg)
+// Raises the registers of each thread of this warpgroup; waits until other warpgroups have released
+// enough. Needs __launch_bounds__ with one block. (PTX: setmaxnreg)
 template <int Registers>
 DEVICE void warpgroup_reg_alloc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// The same with fewer than before.
+// Lowers the registers of each thread of this warpgroup. (PTX: setmaxnreg)
 template <int Registers>
 DEVICE void warpgroup_reg_dealloc() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
 // ---------------------------------------------------------------------------------------------
-// How threads meet
+// Barriers and fences
 
 // Orders the shared memory accesses of a warp's lanes.
 DEVICE void warp_barrier() { __syncwarp(); }
 
-// Waits at barrier 1 to 15 until so many threads of the block have come to it, those included that
-// only arrive. Whole warps come. (PTX: barrier)
+// Waits at barrier 1 to 15 until `threads` threads of the block have arrived, in this function or
+// in named_barrier_arrive. Whole warps call. (PTX: barrier)
 DEVICE void named_barrier_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -80,32 +79,31 @@ DEVICE void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// An mbarrier is 8 bytes of shared memory. Its phase, 0 or 1, ends when so many threads have
-// arrived, and as many bytes as they expect; then the other phase begins.
-// (PTX: mbarrier.init)
+// An mbarrier is 8 bytes of shared memory. Its phase, 0 or 1, ends when `arrivals` threads and all
+// bytes that they expect have arrived; then the other phase begins. (PTX: mbarrier.init)
 DEVICE void mbarrier_init(SharedAddress barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
                  : "memory");
 }
 
-// Shows the TMA the mbarriers that this thread has initialised. (PTX: fence)
+// Makes the mbarriers that this thread has initialised visible to the TMA. (PTX: fence)
 DEVICE void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// What this thread did before is visible to whoever waits for the phase.
+// Arrives; earlier writes of this thread are visible to threads that wait for the phase.
 // (PTX: mbarrier.arrive)
 DEVICE void mbarrier_arrive(SharedAddress barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same, and the phase lasts until so many more bytes are here.
+// Arrives, and the phase also waits for `bytes` more bytes. (PTX: mbarrier.arrive.expect_tx)
 DEVICE void mbarrier_arrive_expect(SharedAddress barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
-// Waits for the end of a phase: of the current one, or returns at once if that is the other one.
+// Waits for the end of `phase`; returns at once if the current phase is the other one.
 // (PTX: mbarrier.try_wait)
 DEVICE void mbarrier_wait(SharedAddress barrier, int phase) {
     asm volatile(
@@ -119,20 +117,19 @@ DEVICE void mbarrier_wait(SharedAddress barrier, int phase) {
         : "memory");
 }
 
-// Orders this thread's own reads and writes of shared memory before what TMA and wgmma do
-// there. The barrier that tells of them comes after it. (PTX: fence.proxy)
+// Orders this thread's reads and writes of shared memory before those of TMA and wgmma. It precedes
+// the barrier that signals them. (PTX: fence.proxy)
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------
-// Sums in global memory. Other threads may add to the same place meanwhile; which comes first is
-// not known, and so neither is the last bit of a sum.
+// Atomic sums in global memory. The order is nondeterministic, and so is the rounding of the sum.
 
 // (PTX: red)
 DEVICE void global_add(float* address, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
 }
 
-// Four successive sums; the address is a multiple of 16 bytes. (PTX: red)
+// Adds to four successive float32; the address is a multiple of 16 bytes. (PTX: red)
 DEVICE void global_add4(float* address, const float (&x)[4]) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
                  "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
@@ -140,12 +137,11 @@ DEVICE void global_add4(float* address, const float (&x)[4]) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// The bulk TMA
+// TMA
 
-// Loads a box of a map at these coordinates into the panel at `target`, a multiple of 1024: row i
-// are 128 bytes from 128 i on, in which 16-byte chunk c is at place c ^ (i % 8). Elements beyond
-// the tensor are zeros. All bytes of the box count in `barrier`. One thread calls.
-// (PTX: cp.async.bulk.tensor)
+// Loads the box of a tensor at these coordinates into the panel at `target`, a multiple of 1024.
+// Row i is 128 bytes at 128 i, with 16-byte chunk c at c ^ (i % 8). Elements beyond the tensor are
+// zero. All bytes of the box arrive at `barrier`. One thread calls. (PTX: cp.async.bulk.tensor)
 DEVICE void tma_load_4d(SharedAddress target, const TensorMap& map, SharedAddress barrier,
                         int column, int row, int head, int batch) {
     asm volatile(
@@ -155,7 +151,7 @@ DEVICE void tma_load_4d(SharedAddress target, const TensorMap& map, SharedAddres
         : "memory");
 }
 
-// Fetches the map itself. (PTX: prefetch)
+// Prefetches the descriptor. (PTX: prefetch)
 DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -171,21 +167,21 @@ DEVICE void store_matrices(SharedAddress row, const Words4& x) {
                  : "memory");
 }
 
-// Orders what a warpgroup did to registers, and what it waited for, before the products that it
-// starts next. (PTX: wgmma.fence)
+// Orders earlier accesses of the warpgroup to registers and shared memory before its next products.
+// (PTX: wgmma.fence)
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Closes a group of the warpgroup's products, perhaps an empty one. (PTX: wgmma.commit_group)
+// Closes a group of the warpgroup's products, which may be empty. (PTX: wgmma.commit_group)
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most `Pending` of the latest groups are still under way. (PTX: wgmma.wait_group)
+// Waits until at most `Pending` of the latest groups are still in flight. (PTX: wgmma.wait_group)
 template <int Pending>
 DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// The compiler does not know that products still write or read these registers: it moves no use of
-// them across this line. Comes between the last other use and `wgmma_fence`, and after the wait.
+// The compiler does not know that products in flight access these registers; this keeps it from
+// moving other accesses across this line. Call it before wgmma_fence and after wgmma_wait.
 template <int Blocks>
 DEVICE void warpgroup_fence_operand(float (&registers)[Blocks][4]) {
 #pragma unroll
@@ -202,8 +198,8 @@ DEVICE void warpgroup_fence_operand(uint32_t (&registers)[Steps][4]) {
         for (int word = 0; word < 4; ++word) asm volatile("" : "+r"(registers[i][word])::"memory");
 }
 
-// The same value, of which the compiler knows nothing: what follows from it is computed here, and
-// not ahead of a loop, to occupy registers all the while.
+// Hides a value from the compiler, which then computes expressions of it here instead of before a
+// loop, where they would occupy registers.
 DEVICE int opaque(int value) {
     asm volatile("" : "+r"(value));
     return value;
@@ -217,7 +213,7 @@ struct DeviceFacts {
     int multiprocessors = 0;
 };
 
-// Of the current device. Returns an error, empty if none.
+// Queries the current device. Returns an error, empty if none.
 inline std::string current_device(DeviceFacts& facts) {
     int device = 0, major = 0, minor = 0;
     cudaError_t status = cudaGetDevice(&device);
@@ -230,15 +226,14 @@ inline std::string current_device(DeviceFacts& facts) {
             cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     facts.capability = 10 * major + minor;
     if (status == cudaSuccess) return "";
-    cudaGetLastError();  // or CUDA would report this failure once more, to the next caller that
-                         // asks
+    cudaGetLastError();  // clear the error, or the next caller would see it again
     return cudaGetErrorString(status);
 }
 
-// Describes 2-byte elements (column, row, head, batch), columns contiguous, to the TMA;
-// strides are those of rows, heads and batches, in bytes. A box is 64 columns by so many rows, with
-// its 16-byte chunks in the places that `tma_load_4d` says. Returns an error, empty if none.
-// The driver's function is looked up at run time: nothing is linked to libcuda.
+// Encodes the TMA descriptor of a tensor of 2-byte elements (column, row, head, batch) with
+// contiguous columns. `strides` are those of rows, heads and batches in bytes. A box is 64 columns
+// by `box_rows` rows, swizzled as tma_load_4d says. Returns an error, empty if none. The driver's
+// function is looked up at run time, so that nothing links to libcuda.
 inline std::string encode_tensor_map(TensorMap& map, const void* data, const uint64_t (&sizes)[4],
                                      const uint64_t (&strides)[3], int box_rows) {
     void* function = nullptr;
@@ -246,8 +241,8 @@ inline std::string encode_tensor_map(TensorMap& map, const void* data, const uin
     const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
                                                                 12000, cudaEnableDefault, &found);
     if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-        cudaGetLastError();  // as above
-        return "the CUDA driver is older than 12.0, and has no tensor maps";
+        cudaGetLastError();
+        return "the CUDA driver is older than 12.0 and has no tensor maps";
     }
     const uint32_t box[4] = {64, static_cast<uint32_t>(box_rows), 1, 1};
     const uint32_t every[4] = {1, 1, 1, 1};

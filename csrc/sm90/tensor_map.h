@@ -1,5 +1,5 @@
-// Tensor maps of the inputs of a launch. The driver takes a while to make one, and the same tensors
-// come again and again: each thread keeps the last few that it has made.
+// The tensor maps (TMA descriptors) of a launch. To encode one in the driver takes time, and calls
+// repeat the same tensors, so each thread caches the maps that it encoded last.
 #pragma once
 
 #include <array>
@@ -9,12 +9,11 @@
 #include <functional>
 #include <string>
 
-#include "sm90/limits.h"
 #include "sm90/params.cuh"
 
 namespace jvp_attn::sm90 {
 
-// All that a tensor map depends on; numbers only, so that keys are equal where their bytes are.
+// Everything that a tensor map depends on, without padding: keys are equal if their bytes are.
 struct TensorMapKey {
     uint64_t data;
     uint64_t sizes[4];    // columns, rows, heads, batches
@@ -33,8 +32,7 @@ struct TensorMapKey {
     }
 };
 
-// Gives the map of a key, made anew only if it is not among the latest. Returns an error, empty if
-// none.
+// Sets `map` to the map of a key, from the cache if it is there. Returns an error, empty if none.
 inline std::string find_tensor_map(TensorMap& map, const TensorMapKey& key) {
     struct Entry {
         TensorMapKey key;
@@ -57,17 +55,17 @@ inline std::string find_tensor_map(TensorMap& map, const TensorMapKey& key) {
     return "";
 }
 
-// A dimension of 1 may have any stride: the TMA is given one that it takes.
+// A dimension of size 1 may have any stride; the driver gets one that it accepts.
 inline uint64_t stride_in_bytes(uint64_t size, int64_t stride) {
-    return size == 1 ? 16 : static_cast<uint64_t>(2 * stride);
+    return size == 1 ? kTmaAlignmentBytes : static_cast<uint64_t>(2 * stride);
 }
 
-// The maps of all tensors that are there. `row_box` and `key_box` are the rows of a box of queries
-// and of keys. Returns an error, empty if none.
-inline std::string describe_tensors(Params& params, int row_box, int key_box) {
+// Encodes the maps of all tensors that are not absent. `row_box` and `key_box` are the rows of a
+// TMA box of queries and of keys. Returns an error, empty if none.
+inline std::string encode_tensor_maps(Params& params, int row_box, int key_box) {
     const AttentionParams& p = params.attention;
-    const auto describe = [&](TensorMap& map, const char* name, const Tensor& x, bool of_keys,
-                              int columns) -> std::string {
+    const auto encode = [&](TensorMap& map, const char* name, const Tensor& x, bool of_keys,
+                            int columns) -> std::string {
         if (!x.data) return "";
         const Extent extent(p, of_keys);
         TensorMapKey key = {};
@@ -87,14 +85,14 @@ inline std::string describe_tensors(Params& params, int row_box, int key_box) {
 
     TensorMaps& maps = params.maps;
     for (const std::string& error : {
-             describe(maps.q, "q", p.q, false, p.head_dim),
-             describe(maps.tq, "tq", p.tq, false, p.head_dim),
-             describe(maps.grad_out, "grad_out", p.grad_out, false, p.head_dim_v),
-             describe(maps.grad_tout, "grad_tout", p.grad_tout, false, p.head_dim_v),
-             describe(maps.k, "k", p.k, true, p.head_dim),
-             describe(maps.tk, "tk", p.tk, true, p.head_dim),
-             describe(maps.v, "v", p.v, true, p.head_dim_v),
-             describe(maps.tv, "tv", p.tv, true, p.head_dim_v),
+             encode(maps.q, "q", p.q, false, p.head_dim),
+             encode(maps.tq, "tq", p.tq, false, p.head_dim),
+             encode(maps.grad_out, "grad_out", p.grad_out, false, p.head_dim_v),
+             encode(maps.grad_tout, "grad_tout", p.grad_tout, false, p.head_dim_v),
+             encode(maps.k, "k", p.k, true, p.head_dim),
+             encode(maps.tk, "tk", p.tk, true, p.head_dim),
+             encode(maps.v, "v", p.v, true, p.head_dim_v),
+             encode(maps.tv, "tv", p.tv, true, p.head_dim_v),
          })
         if (!error.empty()) return error;
     return "";

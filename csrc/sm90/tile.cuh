@@ -1,9 +1,8 @@
 // Tiles of elements in shared memory: filled by the TMA, multiplied by a warpgroup.
 //
-// A tile consists of panels of 64 columns. A row of a panel is 128 bytes, eight chunks of 16, which
-// change places such that one chunk of 8 successive rows comes from 8 different groups of banks:
-// chunk c of row i is at c ^ (i % 8). Copy engine and wgmma know this layout as the 128-byte
-// swizzle.
+// A tile consists of panels of 64 columns. A row of a panel is 128 bytes: eight chunks of 16 bytes.
+// Chunk c of row i is at c ^ (i % 8), so that the same chunk of 8 successive rows uses all banks.
+// TMA and wgmma call this layout the 128-byte swizzle.
 #pragma once
 
 #include "common/fragment.cuh"
@@ -17,7 +16,7 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 constexpr int kSwizzleBytes = 1024;  // the layout repeats after 8 rows; panels start at multiples
 
-// How wgmma finds a factor: `leading` and `stride` are distances in bytes, 1 << 62 stands for the
+// How wgmma addresses a factor: `leading` and `stride` are distances in bytes, 1 << 62 selects the
 // 128-byte swizzle. (PTX: matrix descriptor)
 DEVICE uint64_t matrix_descriptor(SharedAddress start, int leading, int stride) {
     return static_cast<uint64_t>((start & 0x3ffff) >> 4) |
@@ -35,22 +34,22 @@ struct Tile {
 
     SharedAddress base;
 
-    // 64 of the columns.
+    // Columns 64 i to 64 i + 63.
     DEVICE Tile<Rows, kPanelColumns> panel(int i) const { return {base + i * kPanelBytes}; }
 
     DEVICE SharedAddress chunk(int row, int chunk) const {
         return base + chunk / 8 * kPanelBytes + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * 16;
     }
 
-    // The columns 16 step to 16 step + 15 of the rows from `row`, a multiple of 8, on: a factor
-    // whose columns the product sums over.
+    // Columns 16 step to 16 step + 15 of the rows from `row` on, a multiple of 8: a factor whose
+    // columns are contracted (K-major).
     DEVICE uint64_t columns(int row, int step) const {
         const int offset = step / 4 * kPanelBytes + step % 4 * 32;
         return matrix_descriptor(base + row * kPanelRowBytes, 16, kSwizzleBytes) + (offset >> 4);
     }
 
-    // The rows 16 step to 16 step + 15: a factor whose rows the product sums over. From one panel
-    // to the next it is so many bytes.
+    // Rows 16 step to 16 step + 15: a factor whose rows are contracted (MN-major). `to_next_panel`
+    // is the distance between panels in bytes.
     DEVICE uint64_t rows(int step, int to_next_panel = kPanelBytes) const {
         return matrix_descriptor(base, to_next_panel, kSwizzleBytes) +
                (step * 16 * kPanelRowBytes >> 4);
@@ -58,7 +57,37 @@ struct Tile {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Products. A warpgroup multiplies 64 rows; they are under way until `wgmma_wait`.
+// Products of a warpgroup, which multiplies 64 rows. They run in the background until
+// `wgmma_wait`.
+
+template <int Columns>
+DEVICE void fence_operand(Accumulator<Columns>& x) {
+    warpgroup_fence_operand(x.value);
+}
+
+template <class Element, int Columns>
+DEVICE void fence_operand(Packed<Element, Columns>& x) {
+    warpgroup_fence_operand(x.word);
+}
+
+// Starts a group of products: fences the registers that `issue` reads and writes, orders them
+// before the products, issues these, and closes the group. `issue` may close a group of its own
+// earlier with wgmma_commit, to wait for a part of the products first.
+template <class Issue, class... Operands>
+DEVICE void wgmma_group(const Issue& issue, Operands&... operands) {
+    (fence_operand(operands), ...);
+    wgmma_fence();
+    issue();
+    wgmma_commit();
+}
+
+// Waits until at most `Pending` of the latest groups are still in flight. The operands are those of
+// the groups that have finished.
+template <int Pending, class... Operands>
+DEVICE void wgmma_wait_for(Operands&... operands) {
+    wgmma_wait<Pending>();
+    (fence_operand(operands), ...);
+}
 
 // c = A Bᵀ, plus c if `accumulate`, where A is 64 rows of a tile.
 template <class Element, int N, int M, int D>
@@ -78,8 +107,8 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step), true);
 }
 
-// c = Aᵀ B, where A has 64 columns, and B those of two tiles: 64 of the first, and 8 of the second,
-// which lies behind it in memory.
+// c = Aᵀ B, where A has 64 columns and B has 72: 64 of tile b, and 8 of tile b_beyond, which is
+// behind b in memory.
 template <class Element, int K>
 DEVICE void multiply_left_transposed(Accumulator<72>& c, const Tile<K, 64>& a, const Tile<K, 64>& b,
                                      const Tile<K, 64>& b_beyond) {

@@ -1,8 +1,7 @@
-// wgmma: a warpgroup multiplies 64 x 16 by 16 x N elements, in the background. Part of
-// ptx.cuh.
+// wgmma: a warpgroup multiplies 64 x 16 by 16 x N elements asynchronously.
 //
-// The instruction names all N / 2 registers of its accumulator: each N that a kernel uses has its
-// line at the end.
+// The instruction lists all N / 2 registers of its accumulator, so each N that a kernel uses has a
+// line at the end of this file.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +9,7 @@
 
 #include "sm90/ptx.cuh"
 
-// The registers of an accumulator of N columns, as the instruction lists them ...
+// The registers of an accumulator of N columns in the instruction ...
 #define JVP_ATTN_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define JVP_ATTN_REGISTERS_32 JVP_ATTN_REGISTERS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define JVP_ATTN_REGISTERS_48 JVP_ATTN_REGISTERS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -32,7 +31,7 @@
 #define JVP_ATTN_REGISTERS_256 \
     JVP_ATTN_REGISTERS_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
-// ... and as the compiler is told of them.
+// ... and as operands of the asm statement.
 #define JVP_ATTN_OUTPUTS(BLOCK)                                                            \
     "+f"(accumulator[BLOCK][0]), "+f"(accumulator[BLOCK][1]), "+f"(accumulator[BLOCK][2]), \
         "+f"(accumulator[BLOCK][3])
@@ -54,7 +53,7 @@
 #define JVP_ATTN_OUTPUTS_240 JVP_ATTN_OUTPUTS_224, JVP_ATTN_OUTPUTS(28), JVP_ATTN_OUTPUTS(29)
 #define JVP_ATTN_OUTPUTS_256 JVP_ATTN_OUTPUTS_240, JVP_ATTN_OUTPUTS(30), JVP_ATTN_OUTPUTS(31)
 
-// X0 and so on are the numbers of the operands after the accumulator.
+// X0, X1, ... are the numbers of the operands after the accumulator.
 #define JVP_ATTN_WGMMA_SHARED(TYPE, N, X0, X1, X2, X3, X4)                                     \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %" #X2                                         \
                  ", 0; "                                                                       \
@@ -75,9 +74,9 @@
                    "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorB)))
 
 // accumulator (64 x N) = A (64 x 16) B (16 x N), plus accumulator if `accumulate`. Warp w of the
-// warpgroup has rows 16 w to 16 w + 15, in blocks of 8 columns as those of `multiply_add`.
-// a: a descriptor of A in shared memory, or the warp's 16 rows as `multiply_add` takes them;
-// b: a descriptor of B. Nothing of all this may be touched before `wgmma_wait`.
+// warpgroup holds rows 16 w to 16 w + 15, each block of 8 columns in the layout of multiply_add.
+// a: a descriptor of A in shared memory, or the warp's 16 rows in the layout of multiply_add;
+// b: a descriptor of B. Registers and shared memory must not be accessed before wgmma_wait.
 // (PTX: wgmma.mma_async)
 #define JVP_ATTN_WGMMA(N, X0, X1, X2, X3, X4, X5, X6)                                            \
     template <class Element, Major kMajorA, Major kMajorB>                                       \

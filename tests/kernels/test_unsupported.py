@@ -124,7 +124,7 @@ def test_misaligned_rows(kernel: str, fault: str) -> None:
                 row = 0 if fault == "expanded" else row + 4
             setattr(params, name, emulator.load().Tensor(address, batch, row, head))
 
-        why = "starts beside" if fault == "address" else "has strides"
+        why = "must start" if fault == "address" else "has strides"
         assert_unsupported(kernel, f"{name} {why}", change, test)
 
 
@@ -147,7 +147,7 @@ def test_missing_dq_accum(kernel: str, name: str) -> None:
     def change(params: Any) -> None:
         setattr(params, name, emulator.load().RowVector(0, 0, 0))
 
-    assert_unsupported(kernel, "dq_accum and ds_row_sums must be there, full of zeros$", change)
+    assert_unsupported(kernel, "dq_accum and ds_row_sums must be given, filled with zeros$", change)
 
 
 @pytest.mark.parametrize("kernel", ATOMIC_DQ)

@@ -1,5 +1,6 @@
-// Between the registers of a warp and whole rows in global memory, by way of shared memory. Those
-// start at multiples of 16 bytes, and have a multiple of 8 columns.
+// The epilogue: a warp stores its rows to global memory, staged through shared memory so that it
+// writes whole rows. Rows in global memory start at multiples of 16 bytes and have a multiple of 8
+// columns.
 #pragma once
 
 #include "common/gmem.cuh"
@@ -7,15 +8,15 @@
 
 namespace jvp_attn::sm90 {
 
-// 16 rows of a tile that are a warp's own.
+// The 16 rows of a tile through which a warp stores.
 template <int Rows, int Columns>
-struct Stage {
+struct StagingRows {
     Tile<Rows, Columns> tile;
     int first_row;
 
-    // Rounds `rows` to elements, and leaves in `rows` what rounding took away.
+    // Rounds `rows` and stores them here; the part that rounding took away stays in `rows`.
     template <class Element>
-    DEVICE void put(Accumulator<Columns>& rows) const {
+    DEVICE void store(Accumulator<Columns>& rows) const {
         const int lane = opaque(lane_index());
 #pragma unroll
         for (int step = 0; step < Columns / 16; ++step) {
@@ -28,25 +29,25 @@ struct Stage {
                 low -= unpack_low<Element>(words.word[i]);
                 high -= unpack_high<Element>(words.word[i]);
             }
-            store_matrices(place(lane, step), words);
+            store_matrices(address(lane, step), words);
         }
     }
 
     template <class Element>
-    DEVICE void put(const Packed<Element, Columns>& rows) const {
+    DEVICE void store(const Packed<Element, Columns>& rows) const {
         const int lane = opaque(lane_index());
 #pragma unroll
         for (int step = 0; step < Columns / 16; ++step)
-            store_matrices(place(lane, step), rows.fragment(step));
+            store_matrices(address(lane, step), rows.fragment(step));
     }
 
-    // Subtracts from `rows` what lies here, each row times a factor.
+    // rows -= factor∘staged rows, with one factor for each row.
     template <class Element>
     DEVICE void subtract_from(Accumulator<Columns>& rows, const float (&factor)[2]) const {
         const int lane = opaque(lane_index());
 #pragma unroll
         for (int step = 0; step < Columns / 16; ++step) {
-            const Words4 words = load_matrices(place(lane, step));
+            const Words4 words = load_matrices(address(lane, step));
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 rows.at(2 * step + i / 2, i % 2, 0) -=
@@ -57,7 +58,7 @@ struct Stage {
         }
     }
 
-    // Zeros beyond the source.
+    // Rows and columns beyond the source become zero.
     DEVICE void copy_from(const GmemView& source, int first_source_row) const {
         constexpr int kChunks = Columns / 8;
 #pragma unroll
@@ -83,36 +84,37 @@ struct Stage {
     }
 
 private:
-    // Of the row that a lane loads or stores of 16 columns.
-    DEVICE SharedAddress place(int lane, int step) const {
+    // The address of the row of 8 columns that a lane gives to stmatrix or ldmatrix.
+    DEVICE SharedAddress address(int lane, int step) const {
         return tile.chunk(first_row + lane % 16, 2 * step + lane / 16);
     }
 };
 
-// Rounds and stores the 16 rows of a warp; and what rounding took away, if there is a place for it.
+// Rounds and stores the 16 rows of a warp. If `target_lo` exists, it gets the part that rounding
+// took away.
 template <class Element, int Rows, int Columns>
-DEVICE void store_rows(const GmemView& target, const GmemView& residual, int first_row,
-                       Accumulator<Columns>& rows, const Stage<Rows, Columns>& stage) {
-    stage.template put<Element>(rows);
+DEVICE void store_rows(const GmemView& target, const GmemView& target_lo, int first_row,
+                       Accumulator<Columns>& rows, const StagingRows<Rows, Columns>& staging) {
+    staging.template store<Element>(rows);
     warp_barrier();
-    stage.copy_to(target, first_row);
+    staging.copy_to(target, first_row);
     warp_barrier();
-    if (!residual.exists()) return;
-    stage.template put<Element>(rows);
+    if (!target_lo.exists()) return;
+    staging.template store<Element>(rows);
     warp_barrier();
-    stage.copy_to(residual, first_row);
+    staging.copy_to(target_lo, first_row);
     warp_barrier();
 }
 
-// rows -= factor∘source, where the source may be absent.
+// rows -= factor∘source, with one factor for each row; the source may be absent.
 template <class Element, int Rows, int Columns>
 DEVICE void subtract_rows(Accumulator<Columns>& rows, const float (&factor)[2],
                           const GmemView& source, int first_row,
-                          const Stage<Rows, Columns>& stage) {
+                          const StagingRows<Rows, Columns>& staging) {
     if (!source.exists()) return;
-    stage.copy_from(source, first_row);
+    staging.copy_from(source, first_row);
     warp_barrier();
-    stage.template subtract_from<Element>(rows, factor);
+    staging.template subtract_from<Element>(rows, factor);
     warp_barrier();
 }
 
