@@ -74,9 +74,7 @@ class LowOrderChecker:
 @pytest.fixture
 def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[LowOrderChecker]:
     backend = LowOrderChecker()
-    monkeypatch.setitem(
-        select._BACKENDS, "checking", select._Backend(lambda: backend, meta=meta)
-    )
+    monkeypatch.setitem(select._BACKENDS, "checking", select._Backend(lambda: backend, meta=meta))
     with jvp_attn.backend("checking"):
         yield backend
 
