@@ -25,8 +25,10 @@ from tests.jvp_attn.attention_cases import (
     outputs_and_gradients,
     projection,
     randn,
+    relative_error,
     small_blocks,
     with_tangents,
+    without_tangents,
 )
 from tests.jvp_attn.emulated_backend import emulated_backend
 
@@ -43,6 +45,10 @@ CASES = {
     "additive mask, causal": Case(BATCH, mask="additive", causal=True),
     "a mask with a tangent": Case(BATCH, mask="additive", mask_dims=".h.k", with_tangent="qkvm"),
     "tangent of q": Case(BATCH, with_tangent="q"),
+    # The kernels of compute capability 9.0 require multiples of 8.
+    "head dims of TMA": Case(BATCH, head_dim=8, head_dim_v=16),
+    "head dims of TMA, causal": Case(BATCH, head_dim=8, head_dim_v=16, causal=True),
+    "head dims of TMA, tangent of q": Case(BATCH, head_dim=8, head_dim_v=16, with_tangent="q"),
 }
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -157,7 +163,7 @@ def grad_of_grad(attention: Attention, x: Any, tx: Any) -> Any:
 def test_second_derivatives_are_those_of_a_mask(
     derivative: Callable[..., Any], causal: bool, each_backend: str
 ) -> None:
-    case, used = Case(BATCH, causal=causal), used_keys()
+    case, used = Case(BATCH, head_dim=8, head_dim_v=8, causal=causal), used_keys()
     x, tx = case.point_and_direction()
     assert_close(
         named(derivative(padded(case, used), x, tx)), named(derivative(masked(case, used), x, tx))
@@ -218,15 +224,33 @@ def test_lengths_within_and_at_the_end_of_a_tile(
     expected = outputs_and_gradients(masked(case, lengths), exact)
     with emulated_backend(capability):
         found = outputs_and_gradients(padded(case, lengths), data)
-    errors = {
-        name: float((x.double() - expected[name])[expected[name].isfinite()].norm())
-        / max(float(expected[name][expected[name].isfinite()].norm()), 0.01)
-        for name, x in found.items()
-    }
+    errors = {name: relative_error(x, expected[name]) for name, x in found.items()}
     assert all(error <= 2 * torch.finfo(torch.bfloat16).eps for error in errors.values()), errors
     for b, n in enumerate(used):
         assert all(not found[name][b, n:].any() for name in ("grad_k", "grad_v"))
         assert all(not found[name][b, n:].any() for name in ("grad_tk", "grad_tv"))
+
+
+@pytest.mark.parametrize("used", [(1, 40), (33, 0)], ids=str)
+def test_gradients_accumulated_atomically(used: tuple[int, int]) -> None:
+    case, lengths = (
+        Case(2, 20, 40, heads=2, heads_k=1, head_dim=72, head_dim_v=72),
+        used_keys(*used),
+    )
+    primals = {name: x.to(torch.bfloat16) for name, x in case.primals().items()}
+
+    def nondeterministic(*inputs: Tensor) -> Any:
+        return flash_attn_jvp(*inputs, seqused_k=lengths, deterministic=False, return_lse=True)
+
+    expected = outputs_and_gradients(
+        masked(case, lengths),
+        {name: x.double() for name, x in primals.items()},
+        evaluate=without_tangents,
+    )
+    with emulated_backend((9, 0)):
+        found = outputs_and_gradients(nondeterministic, primals, evaluate=without_tangents)
+    for name, x in found.items():
+        assert relative_error(x, expected[name]) <= 2 * torch.finfo(torch.bfloat16).eps, name
 
 
 # ----------------------------------------------------------------------------
