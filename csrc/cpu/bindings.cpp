@@ -33,8 +33,7 @@ void bind_params(py::module_& module) {
 const Kernels& kernels_of(const std::string& instruction_set) {
     for (const Kernels* kernels : supported_kernels())
         if (instruction_set == kernels->instruction_set) return *kernels;
-    throw std::invalid_argument("this machine does not run instruction set " +
-                                instruction_set);
+    throw std::invalid_argument("this machine does not run instruction set " + instruction_set);
 }
 
 std::vector<std::string> instruction_sets() {

@@ -26,8 +26,8 @@ struct RowVector {
     int64_t head_stride = 0;
 };
 
-// (batch, head, row, column); a broadcast dimension has stride 0. A boolean mask
-// hides keys where it is 0. A floating point mask is added to the scaled scores; -inf hides a key.
+// (batch, head, row, column); a broadcast dimension has stride 0. A boolean mask hides keys where
+// it is 0. A floating point mask is added to the scaled scores; -inf hides a key.
 struct Mask {
     void* data = nullptr;
     int64_t batch_stride = 0;
