@@ -216,8 +216,8 @@ private:
                 std::fill_n(cotangents + i * width_v_, width_v_, Value(0));
     }
 
-    // Replaces S, T, A, B of row i by P, P Tc, dS, dT. Masked keys get 0, even if T, A or B are
-    // NaN.
+    // Replaces S, T, A, B of row i by P, P Tc, dS, dT. Masked keys get 0, even where T, A
+    // or B are NaN.
     void softmax_backward(const QueryStats<Value>& row, int i, int columns) {
         Value *const s = s_ + i * kScoreStride, *const t = t_ + i * kScoreStride;
         Value *const a = a_ + i * kScoreStride, *const b = b_ + i * kScoreStride;

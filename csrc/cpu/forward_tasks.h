@@ -64,9 +64,8 @@ private:
         return static_cast<int>(std::clamp<int64_t>(kEnoughTiles / all, 1, most));
     }
 
-    // A block packs its keys and values once for all of its tiles. Each thread gets at least
-    // kBlocksOfThread blocks if possible, to balance the load. Results do not depend on this
-    // number.
+    // A block packs its keys and values once for all of its tiles. To balance the load, each thread
+    // gets at least kBlocksOfThread blocks if possible. Results do not depend on the tiles.
     int count_tiles(int threads) const {
         constexpr int64_t kMaxTiles = 4, kBlocksOfThread = 4;
         return static_cast<int>(

@@ -8,8 +8,7 @@
 
 namespace jvp_attn::cpu::JVP_ATTN_ISA {
 
-// A kernel's floating point operations, roughly: it multiplies `products` pairs of matrices per
-// head.
+// Roughly the floating point operations of a kernel with `products` matrix products per head.
 inline double operations(const AttentionParams& p, int products) {
     double scores = 0;
     for (int batch = 0; batch < p.batch; ++batch) {

@@ -26,8 +26,8 @@ struct RowVector {
     int64_t head_stride = 0;
 };
 
-// (batch, head, row, column); a broadcast dimension has stride 0. A boolean mask
-// hides keys where it is 0. A floating point mask is added to the scaled scores; -inf hides a key.
+// (batch, head, row, column); a broadcast dimension has stride 0. A boolean mask hides keys where
+// it is 0. A floating point mask is added to the scaled scores; -inf hides a key.
 struct Mask {
     void* data = nullptr;
     int64_t batch_stride = 0;
@@ -64,7 +64,8 @@ struct AttentionParams {
 
     const int32_t* cu_seqlens_q = nullptr;  // (batch + 1) where each sequence starts and ends
     const int32_t* cu_seqlens_k = nullptr;
-    // (batch) used keys of each sequence; the keys after these are padding.
+    // (batch) used keys of each sequence; the keys after these are padding, and seqlen_k in
+    // Causal::bottom_right is this number.
     const int32_t* seqused_k = nullptr;
 
     int32_t batch = 0;  // sequences, if they are packed

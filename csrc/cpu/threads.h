@@ -8,8 +8,7 @@
 
 namespace jvp_attn::cpu {
 
-// Calls `work(argument)` in `threads` threads at the same time, or in fewer if the system has no
-// more.
+// Calls `work(argument)` in `threads` threads at the same time, or in as many as the system has.
 void call_in_threads(int threads, void (*work)(void*), void* argument);
 
 // One thread for little work, else all. Nothing in between: a smaller team would make OpenMP end
@@ -20,8 +19,8 @@ inline int useful_threads(double operations, int all) {
 }
 
 // Runs `Worker(arguments).run(work_tile)` for all work tiles, with one Worker per thread. Threads
-// take the tiles in ascending order, so a tile may wait for an earlier one. Only the constructor of
-// Worker may throw.
+// take the tiles in ascending order, so a tile may wait for an earlier one. `run` must not throw;
+// the constructor of Worker may.
 template <class Worker, class Arguments>
 void run_in_threads(Arguments& arguments, int64_t work_tiles, int threads) {
     std::atomic<int64_t> next{0};

@@ -59,9 +59,8 @@ inline Value max_of_lanes(Vector<Value> x) {
 // The constants of exp for a floating point type:
 // - kRounder: adding it rounds to an integer, since a sum of its size has no fraction bits.
 // - kLn2High + kLn2Low = ln 2; kLn2High has trailing zeros, so that n * kLn2High is exact.
-// - kCoefficients: c_n, ..., c_2 of the polynomial 1 + x + c_2 x^2 + ... + c_n x^n with the
-// smallest
-//   maximal relative error on [-ln 2 / 2, ln 2 / 2].
+// - kCoefficients: c_n, ..., c_2 of the polynomial 1 + x + c_2 x^2 + ... + c_n x^n whose maximal
+//   relative error on [-ln 2 / 2, ln 2 / 2] is smallest.
 template <class Value>
 struct ExpConstants;
 

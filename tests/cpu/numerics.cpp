@@ -1,5 +1,4 @@
-// The accuracy of exp in vector.h, and the rounding of half.h, for the instruction set that this is
-// compiled for.
+// The accuracy of exp in vector.h and the rounding in half.h, for one instruction set.
 #include <cstdio>
 #include <limits>
 
