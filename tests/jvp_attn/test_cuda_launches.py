@@ -1,4 +1,4 @@
-"""Which kernels the CUDA backend launches, seen by an extension that only records."""
+"""Which kernels the CUDA backend launches, recorded by an extension that computes nothing."""
 
 from __future__ import annotations
 
