@@ -54,7 +54,7 @@ class PackedCase:
         return tuple(data[x] for x in names), tuple(data[f"t{x}"] for x in names)
 
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """Where the sequences of queries and of keys start and end."""
+        """cu_seqlens_q and cu_seqlens_k."""
         starts = (accumulate(x, initial=0) for x in (self.seqlens_q, self.seqlens_k))
         cu_seqlens_q, cu_seqlens_k = (torch.tensor([*x], dtype=torch.int32) for x in starts)
         return cu_seqlens_q, cu_seqlens_k

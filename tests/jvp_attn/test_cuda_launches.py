@@ -1,4 +1,4 @@
-"""Which kernels the CUDA backend launches, seen by an extension that only records."""
+"""Which kernels the CUDA backend launches, recorded by an extension that computes nothing."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_tangents_of_masks_and_their_gradients_are_tiled(
 @pytest.mark.parametrize(
     ("method", "place"), [("backward", 3), ("jvp_backward", 3), ("jvp_backward", 7)]
 )
-def test_gradients_of_masks(method: str, place: int, cuda: CudaBackend, recorder: Recorder) -> None:
+def test_gradients_of_masks_are_tiled(
+    method: str, place: int, cuda: CudaBackend, recorder: Recorder
+) -> None:
     call = call_of(bf16_case(mask="additive", mask_dims="b.qk"))
     call = replace(call, needs=tuple(i == place for i in range(8)))
     assert_tiled(getattr(call, method), cuda, recorder)

@@ -150,9 +150,9 @@ def test_a_causal_row_equals_full_attention_over_its_keys() -> None:
     x = causal.data()
     outputs = with_tangents(causal.ours, x)
     for i in range(4):
-        seen = {n: y[:, [i]] if "q" in n else y[:, : i + 7 - 4 + 1] for n, y in x.items()}
+        visible = {n: y[:, [i]] if "q" in n else y[:, : i + 7 - 4 + 1] for n, y in x.items()}
         row = {n: y[:, [i]] if "out" in n else y[:, :, [i]] for n, y in outputs.items()}
-        assert_close(row, with_tangents(full.ours, seen))
+        assert_close(row, with_tangents(full.ours, visible))
 
 
 def test_softmax_scale_equals_scaling_q() -> None:

@@ -161,7 +161,7 @@ def absent(part: tuple[Tensor, Tensor], value: float) -> tuple[Tensor, Tensor]:
 
 
 def values_and_derivatives(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Of the merged parts: out, lse, their tangents, and the gradients through all four.
+    """Of the merged parts: out, lse, their tangents, and the gradients through all of these.
 
     Tangents are 1; those of a number that is not finite are that number.
     """

@@ -113,11 +113,11 @@ def test_a_tracer_sees_one_operator_for_each_primitive() -> None:
         return torch.autograd.grad(out.sum() + tout.sum(), q)
 
     graph = make_fx(gradients, tracing_mode="fake", _allow_non_fake_inputs=True)(call.inputs.q)
-    seen = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    ours = [name for name in seen if "jvp_attn" in name]
+    operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    ours = [name for name in operators if "jvp_attn" in name]
     names = ["forward", "forward_jvp", "jvp_backward", "backward"]
     assert sorted(ours) == sorted(f"jvp_attn.{name}.default" for name in names)
-    assert not [name for name in seen if "mm" in name]
+    assert not [name for name in operators if "mm" in name]
 
 
 # ----------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_modules_of_torch_skip_their_fused_paths(what: str) -> None:
     ids=["itself", "inside", "around"],
 )
 def test_modules_of_torch_work_under_other_modes(modes: tuple[Any, Any]) -> None:
-    """Such as that of `torch.set_default_device`."""
+    """Other modes, such as that of `torch.set_default_device`, may be active."""
     module, call = MODULES["MultiheadAttention"]
     outer, inner = modes
     with outer(), inner():

@@ -269,11 +269,10 @@ def test_the_layout_is_that_of_torchs_fused_attention() -> None:
 # Unsupported arguments, besides those of test_bad_sdpa.py
 
 Q = torch.zeros(2, 4, SEQLEN_Q, HEAD_DIM)
-NESTED = torch.nested.nested_tensor(list(Q), layout=torch.jagged)
 
 UNSUPPORTED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "nested tensors": (
-        lambda f: f(NESTED, NESTED, NESTED),
+        lambda f: f(*3 * [torch.nested.nested_tensor(list(Q), layout=torch.jagged)]),
         NotImplementedError,
         "query is a nested tensor.*flash_attn_varlen_jvp",
     ),
