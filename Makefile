@@ -12,6 +12,9 @@ BIN  := $(VENV)/bin
 # One test per core at a time, with one thread each. Tests of one group run in the same process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
+# The longest single tests are in tests/rcm: they start first, so that no core waits for them.
+TEST_FOLDERS := tests/rcm/ $(filter-out tests/rcm/ %/__pycache__/,$(wildcard tests/*/))
+
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 CPU_FILES := $(shell find csrc/cpu -type f)
 
@@ -54,9 +57,8 @@ test-kernels: $(VENV)/ready-test build/cpu  ## run the default tests of the CUDA
 test-rcm: $(VENV)/ready-test build/cpu  ## run the default tests of rcm
 	$(PYTEST) tests/rcm tests/distributed $(ARGS)
 
-# The longest single tests are in tests/rcm: they start first, so that no core waits for them.
 test-slow: $(VENV)/ready-test build/cpu build/cuda  ## run the tests that take long, such as the packaging
-	$(PYTEST) -m slow tests/rcm tests $(ARGS)
+	$(PYTEST) -m slow $(TEST_FOLDERS) $(ARGS)
 
 test-exhaustive: $(VENV)/ready-test  ## run all exhaustive kernel tests, and record that they pass
 	$(BIN)/python -m tests.kernels.exhaustive
