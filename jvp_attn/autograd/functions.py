@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -46,6 +47,10 @@ from jvp_attn.validation import check_tangents
 MaybeTensor = Tensor | None
 
 _NO_NEEDS = InputNeeds()
+
+# A compiled function that breaks its graph runs these rules in eager mode, inside of transforms
+# that the compiler cannot enter again.
+_eager = torch.compiler.disable(reason="the derivative rules of attention run in eager mode")
 
 
 class _AttentionFunction(Function):
@@ -74,6 +79,7 @@ class FlashAttention(_AttentionFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_eager
     def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor, _: None) -> Any:
         gradients = FlashAttentionBackward.apply(
             *ctx.saved_tensors,
@@ -84,6 +90,7 @@ class FlashAttention(_AttentionFunction):
         return FORWARD.gradients({Inputs: Gradients(*gradients)}, len(ctx.needs_input_grad))
 
     @staticmethod
+    @_eager
     def jvp(ctx: Any, *input_tangents: Any) -> Any:
         inputs, *_ = FORWARD.unpack(ctx.saved_tensors)
         tangents = _tangents_of(input_tangents)
@@ -113,6 +120,7 @@ class FlashAttentionJvp(_AttentionFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_eager
     def backward(
         ctx: Any,
         grad_out: MaybeTensor,
@@ -172,6 +180,7 @@ class FlashAttentionBackward(_AttentionFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_eager
     def backward(ctx: Any, *directions: MaybeTensor) -> Any:
         inputs, grad_out, grad_lse = FORWARD.unpack(ctx.saved_tensors)
         tangents = Tangents(*directions)
@@ -192,6 +201,7 @@ class FlashAttentionBackward(_AttentionFunction):
         )
 
     @staticmethod
+    @_eager
     def jvp(ctx: Any, *argument_tangents: Any) -> Any:
         inputs, grad_out, grad_lse = FORWARD.unpack(ctx.saved_tensors)
         _, _, tcotangents, *_ = BACKWARD.unpack(argument_tangents)

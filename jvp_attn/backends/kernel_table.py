@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 ELEMENTS = ("bf16", "fp16")
 
-# The steps that the attention maps are made of. Each has a class template, in
+# The steps that the primitives consist of. Each has a class template, in
 # csrc/<arch>/<header>.cuh, a flag for that (whether tangents are computed too; "-" where it has no
 # such choice), and for each head dim a tile: the rows x keys that a block of threads works on at a
 # time. A head dim between these is padded with zeros inside the kernel. Kernels that read a mask
