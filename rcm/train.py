@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rcm.errors import RunError
 from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
 from rcm.evaluation.report import save_grid, save_report, table
-from rcm.presets import PRESETS
+from rcm.presets import DEFAULT_PRESET, PRESETS
 from rcm.training.checkpoint import load_weights, save_weights
 from rcm.training.config import RunConfig
 from rcm.training.loop import train
@@ -68,13 +68,13 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Read the preset (by default digits) and the options that change it.
+    """Read the preset (DEFAULT_PRESET unless named) and the options that change it.
 
     Raises:
         RunError: an unknown preset.
         SystemExit: help was requested (0), or an option is wrong (1, after a message).
     """
-    preset, options = "digits", argv
+    preset, options = DEFAULT_PRESET, argv
     if argv and not argv[0].startswith("-"):
         preset, *options = argv
     if preset not in PRESETS:

@@ -7,6 +7,7 @@ from rcm.presets.digits import digits
 from rcm.training.config import RunConfig, updated
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {"digits": digits}
+DEFAULT_PRESET = "digits"
 
 
 def config_from_settings(settings: dict[str, Any]) -> RunConfig:
