@@ -1,9 +1,9 @@
-"""What the preset `digits` reaches, over several seeds: the README's table of expected results.
+"""Results of the preset `digits` for several seeds: the table of docs/digits.md.
 
     python benchmarks/digits.py [--seeds 0 1 2] [--runs FOLDER] [--out FOLDER]
 
-Runs `python -m rcm.train` for each seed, or repeats the table of a run that is finished. Writes
-digits.json, and digits.png: the grid of the first seed.
+Runs `python -m rcm.train` for each seed. Finished runs are not repeated. Writes digits.json, and
+digits.png with the grid of the first seed.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ def main() -> None:
     folders = [options.runs / f"digits-seed{seed}" for seed in options.seeds]
     seeds = [run(folder, seed) for folder, seed in zip(folders, options.seeds, strict=True)]
     options.out.mkdir(parents=True, exist_ok=True)
-    result = {**environment(), "seeds": seeds}
+    settings = json.loads((folders[0] / "config.json").read_text())
+    result = {**environment(), "threads": settings["threads"], "seeds": seeds}
     (options.out / "digits.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.copy(folders[0] / "grid.png", options.out / "digits.png")
     print(table(seeds))
 
 
 def run(folder: Path, seed: int) -> dict[str, Any]:
-    """Scores of one seed; seconds are those of the whole command, None if part was done before."""
-    fresh = not folder.exists()
+    """Scores of one seed and the seconds of its command, None if the run was only continued."""
+    new = not folder.exists()
     start = time.monotonic()
     command = [sys.executable, "-m", "rcm.train", "--run", str(folder), "--seed", str(seed)]
     subprocess.run(command, check=True)
-    seconds = round(time.monotonic() - start) if fresh else None
+    seconds = round(time.monotonic() - start) if new else None
     return {**json.loads((folder / "report.json").read_text()), "seconds": seconds}
 
 
 def table(seeds: list[dict[str, Any]]) -> str:
-    """FD and label agreement, one column for each seed, in Markdown."""
+    """A Markdown table of FD and label agreement with one column per seed."""
     names = " | ".join(f"seed {report['seed']}" for report in seeds)
     lines = [f"| FD ↓ / label agreement ↑ | {names} |", "|---" * (len(seeds) + 1) + "|"]
     for name in seeds[0]["scores"]:

@@ -1,25 +1,22 @@
 """rCM: distilling diffusion models into one to four steps, in continuous time.
 
-Read in this order; each file is one idea and imports only from those above it.
+Mathematics, in reading order:
 
-    trigflow      one angle for the time, one output F for the network
-    predictions   any teacher (eps, v, x0, flow) as such a network; guidance
-    times         distributions of the training time
-    losses        what a loss is; flow matching
-    consistency   sCM: a derivative along the teacher's ODE as the target
-    score         distribution matching with a critic, the regulariser of rCM
-    sampling      the few-step sampler, and Heun's method for the teacher
-    ema           averages of the weights
-    metrics       how good are the samples?
-    dit, digits   a network and 1797 real images to try it all on
+    trigflow          the path, its velocity, and networks F(x, t)
+    time_conversions  TrigFlow's t, EDM's σ, rectified flow's u
+    time_sampling     distributions of the training time
+    predictions       networks that predict eps, v, x0 or flow as TrigFlow networks; guidance
+    sampling          the few-step sampler, and Heun's method for a teacher
+    losses            flow matching, consistency (sCM, rCM), distribution matching (DMD)
 
-A run, `python -m rcm.train`, is made of these:
+Training:
 
-    config        its settings, and presets
-    checkpoint    files that survive a kill at any moment
-    run_folder    what a run leaves, and who may write there
-    training      the two phases: a teacher, then its student
-    evaluation    which samples are scored, and against what
-    report        the grid of samples and the table of scores
-    train, sample the two commands
+    models, data      the networks and the data sets, each with its config
+    methods           which networks, losses and optimizers step when
+    training          loop, optimizer, averaged weights, checkpoints, run folder, config
+    evaluation        metrics of samples, the protocol of a run, its report
+    presets           functions that return a config
+    train, sample     the two commands
+
+Each part imports only from those above it, except that the methods use the tools of `training`.
 """

@@ -1,6 +1,6 @@
-"""Any diffusion teacher as a TrigFlow network: eps-, v-, x0- and flow-prediction, guidance.
+"""Convert any diffusion network to a TrigFlow network: eps-, v-, x0-, flow-prediction, guidance.
 
-A teacher sees the input a·x0 + s·ε with ε ~ N(0, 1) and predicts some p·x0 + q·ε:
+A network receives the input a·x0 + s·ε with ε ~ N(0, 1) and predicts some p·x0 + q·ε:
 
     prediction     p   q      det = a q - s p
     "x0"           1   0      -s
@@ -8,12 +8,12 @@ A teacher sees the input a·x0 + s·ε with ε ~ N(0, 1) and predicts some p·x0
     "v"           -s   a       a² + s²         (progressive distillation, 2202.00512)
     "flow"        -1   1       a + s           (rectified flow: a = 1 - u, s = u)
 
-Two linear equations give x0 and ε; F = cos(t) ε - sin(t) x0/σd is then, with n² = σd² a² + s²,
+These two linear equations determine x0 and ε. With n² = σd² a² + s², F = cos(t) ε - sin(t) x0/σd is
 
     F = [(n/σd) prediction - (cos(t) p + sin(t) q/σd) input] / det,     input = n x.
 
-Where det vanishes the prediction says nothing about F (eps at pure noise, x0 at no noise). For
-flow and v it never does; for flow with σd = 1, u = S/Z, C = cos t, S = sin t, Z = C + S this is
+Where det is zero, the prediction does not determine F: eps at pure noise, x0 without noise. It is
+never zero for flow and v. For flow with σd = 1, u = S/Z, C = cos t, S = sin t, Z = C + S, F is
 
     F = ((C - S)/Z) x + v/Z.
 """
@@ -24,7 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rcm.trigflow import Network, check_like, t_from_signal_noise, u_from_t
+from rcm.time_conversions import t_from_signal_noise, u_from_t
+from rcm.trigflow import Network, check_like
 
 Prediction = Literal["x0", "eps", "v", "flow"]
 PREDICTIONS: tuple[Prediction, ...] = ("x0", "eps", "v", "flow")
@@ -46,20 +47,20 @@ def _coefficients(kind: Prediction, signal: Tensor, noise: Tensor) -> tuple[Tens
 
 def f_from_prediction(
     prediction: Tensor,
-    teacher_input: Tensor,
+    network_input: Tensor,
     *,
     kind: Prediction,
     signal: Tensor,
     noise: Tensor,
     sigma_data: float = 1.0,
 ) -> Tensor:
-    """TrigFlow's F from what a teacher predicted at teacher_input = signal·x0 + noise·ε.
+    """TrigFlow's F from a network's prediction at network_input = signal·x0 + noise·ε.
 
-    prediction, teacher_input: (batch, ...) in the teacher's units; signal (a), noise (s):
-    (batch,), best in float64. Returns F (batch, ...) at t = atan(s / (σd a)), in units of σd.
+    prediction, network_input: (batch, ...) in the network's units; signal (a), noise (s):
+    (batch,), preferably float64. Returns F (batch, ...) at t = atan(s / (σd a)), in units of σd.
     Raises ValueError for an unknown kind or unequal shapes.
     """
-    check_like("prediction", prediction, "teacher_input", teacher_input)
+    check_like("prediction", prediction, "network_input", network_input)
     p, q = _coefficients(kind, signal, noise)
     t = t_from_signal_noise(signal, noise, sigma_data)
     det = signal * q - noise * p
@@ -70,14 +71,14 @@ def f_from_prediction(
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         return factor.to(dtype).view(-1, *[1] * (tensor.ndim - 1)) * tensor
 
-    return scale(of_prediction, prediction) + scale(of_input, teacher_input)
+    return scale(of_prediction, prediction) + scale(of_input, network_input)
 
 
 def from_rectified_flow(net: Network, time_scale: float = 1.0) -> Network:
-    """A rectified-flow network net(x_u, time_scale·u, condition) -> ε - x0 as a TrigFlow network.
+    """Wrap a rectified-flow network net(x_u, time_scale·u, condition) -> ε - x0 for TrigFlow.
 
-    σd = 1. Exact for every t in [0, π/2], with no division by sin(t); it differentiates like any
-    other network, so a student can stay a rectified flow while its loss lives in TrigFlow.
+    σd = 1. The conversion is exact for every t in [0, π/2] and never divides by sin(t). It is
+    differentiable, so a student can stay a rectified-flow network and train with TrigFlow losses.
     `time_scale` is 1000 for most published models.
     """
 
@@ -92,9 +93,9 @@ def from_rectified_flow(net: Network, time_scale: float = 1.0) -> Network:
 
 
 def guided(net: Network, null_condition: Callable[[Any], Any], scale: float) -> Network:
-    """Classifier-free guidance (2207.12598): F_u + w (F_c - F_u), w = 1 is no guidance.
+    """Classifier-free guidance (2207.12598): F_u + w (F_c - F_u); w = 1 is no guidance.
 
-    null_condition maps a batch's condition to the empty (or negative) one of the same batch.
+    null_condition maps a batch's condition to the empty (or negative) condition of that batch.
     """
 
     def wrapped(x: Tensor, t: Tensor, condition: Any) -> Tensor:

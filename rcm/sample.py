@@ -14,34 +14,33 @@ import torch
 import tyro
 from torch import Generator
 
-from rcm.checkpoint import load_weights
-from rcm.config import config_from_settings
-from rcm.digits import CLASSES, SIZE
 from rcm.errors import RunError
-from rcm.evaluation import sample_student
-from rcm.report import save_grid
-from rcm.run_folder import read_settings
-from rcm.training import build_network
+from rcm.evaluation.evaluator import sample_student
+from rcm.evaluation.report import save_grid
+from rcm.presets import config_from_settings
+from rcm.train import build_network
+from rcm.training.checkpoint import load_weights
+from rcm.training.run_folder import read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a command says."""
+    """Draw samples from the student of a run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     steps: int = 1
     """Sampling steps: network evaluations per sample."""
     num: int = 100
-    """Number of samples, spread evenly over the ten digits."""
+    """Number of samples; a multiple of the number of classes."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     out: Path = Path("grid.png")
-    """The PNG to write: one row for each digit."""
+    """The PNG to write, with one row per class."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code, 1 for anything that a user can mend."""
+    """Run the command line; return the exit code, 1 after an error."""
     try:
         arguments = tyro.cli(Arguments, prog="python -m rcm.sample", args=argv)
     except SystemExit as stop:
@@ -55,28 +54,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-@torch.no_grad()
 def sample(arguments: Arguments) -> None:
     """Write a grid of samples.
 
     Raises:
-        RunError: the folder is no run, or its student is not there yet.
+        RunError: the folder is not a run folder, or has no student yet.
         ValueError: the number of steps or samples is out of range.
         OSError: the picture cannot be written.
     """
-    if arguments.num < CLASSES or arguments.num % CLASSES:
-        raise ValueError(f"--num is {arguments.num}; it must be a positive multiple of {CLASSES}")
     config = config_from_settings(read_settings(arguments.run))
+    classes = config.data.classes
+    if arguments.num < classes or arguments.num % classes:
+        raise ValueError(f"--num is {arguments.num}; it must be a positive multiple of {classes}")
     weights = arguments.run / "student.safetensors"
     if not weights.exists():
-        raise RunError(f"{weights} does not exist yet: let the run distil for a while")
+        raise RunError(f"{weights} does not exist yet; wait for the first report of the run")
+    torch.set_num_threads(config.threads)
     student = build_network(config)
     student.load_state_dict(load_weights(weights))
-    labels = torch.arange(CLASSES).repeat_interleave(arguments.num // CLASSES)
+    labels = torch.arange(classes).repeat_interleave(arguments.num // classes)
+    # Drawn on the CPU, so that every device samples from the same noise.
     generator = Generator().manual_seed(arguments.seed)
-    noise = torch.randn(arguments.num, 1, SIZE, SIZE, generator=generator)
-    images = sample_student(student, noise, labels, arguments.steps, config.student)
-    save_grid(arguments.out, {f"student, {arguments.steps} steps": images}, rows=CLASSES)
+    noise = torch.randn(arguments.num, *config.data.sample_shape, generator=generator)
+    images = sample_student(
+        student, noise.to(config.device), labels.to(config.device), arguments.steps, config.student
+    )
+    save_grid(arguments.out, {f"student, {arguments.steps} steps": images}, rows=classes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Two samplers: a consistency model in a few steps, a teacher along its ODE with Heun's method.
+"""Two samplers: few-step sampling of a consistency model, and Heun's method along a teacher's ODE.
 
 Both start from pure noise z ~ N(0, 1) (batch, ...), return samples in units of σd, and take their
-schedule as float64 times. Everything random is an argument.
+schedule as float64 times. All randomness comes from arguments.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from rcm.trigflow import Network, check_like, denoise, interpolate, network_time
 
-# rCM's code samples with these, its paper with (1.3, 1.0, 0.6); sCM's two steps use 1.1.
+# From rCM's code. Its paper uses (1.3, 1.0, 0.6); sCM's two-step sampler uses 1.1.
 MID_TIMES = (1.5, 1.4, 1.0)
 
 
@@ -27,8 +27,8 @@ def consistency_times(
 ) -> Tensor:
     """Times [atan(σ_max / σd), then the first steps - 1 of mid_times]: (steps,) float64.
 
-    Papers append a 0, the time of the result, where no network is evaluated. A larger σ_max
-    trades diversity for quality. Raises ValueError if steps is not in 1..len(mid_times) + 1 or
+    Papers append 0, the time of the result; no network is evaluated there. A larger σ_max trades
+    diversity for quality. Raises ValueError if steps is not in 1..len(mid_times) + 1 or
     the times do not decrease.
     """
     if not 1 <= steps <= len(mid_times) + 1:
@@ -48,39 +48,46 @@ def consistency_sample(
     times: Tensor,
     condition: Any,
     *,
-    fresh: Generator | Sequence[Tensor] = (),
+    noise_source: Generator | Sequence[Tensor] = (),
 ) -> Tensor:
-    """Alternate x̂0 = f(x, t) and re-noising with fresh noise; return the last x̂0.
+    """Alternate x̂0 = f(x, t) and adding new noise; return the last x̂0.
 
-    noise: (batch, ...); times: (steps,) for all samples, or (steps, batch). fresh: where the noise
-    of steps 2, 3, ... comes from, a generator or steps - 1 tensors shaped like noise.
+    noise: (batch, ...); times: (steps,) for all samples, or (steps, batch). noise_source: the noise
+    of steps 2, 3, ..., as a generator or as steps - 1 tensors shaped like noise.
 
-    Only the last step can carry gradients, so under autograd this is the student rollout of rCM
-    (2510.08431) and under torch.no_grad a sampler. Raises ValueError for too few fresh noises
-    or ill-shaped ones.
+    Only the last step carries gradients. With autograd this is the student rollout of rCM
+    (2510.08431), under torch.no_grad a sampler. Raises ValueError if noise_source has too few
+    tensors or a tensor of another shape.
     """
     rows = times.to(noise.device).view(len(times), -1).expand(-1, noise.shape[0])
-    if not isinstance(fresh, Generator) and len(fresh) < len(rows) - 1:
+    if not isinstance(noise_source, Generator) and len(noise_source) < len(rows) - 1:
         raise ValueError(
-            f"{len(rows)} steps need {len(rows) - 1} fresh noises or a generator, got {len(fresh)}"
+            f"{len(rows)} steps need a generator or {len(rows) - 1} tensors of noise, got "
+            f"{len(noise_source)}"
         )
     x = interpolate(torch.zeros_like(noise), noise, rows[0])
     for step, (t, t_next) in enumerate(pairwise(rows)):
         with torch.no_grad():
             x0 = denoise(net, x, t, condition)
-        if isinstance(fresh, Generator):
-            z = torch.randn(noise.shape, generator=fresh, device=fresh.device, dtype=noise.dtype)
+        if isinstance(noise_source, Generator):
+            z = torch.randn(
+                noise.shape,
+                generator=noise_source,
+                device=noise_source.device,
+                dtype=noise.dtype,
+            )
         else:
-            z = fresh[step]
-            check_like(f"fresh[{step}]", z, "noise", noise)
+            z = noise_source[step]
+            check_like(f"noise_source[{step}]", z, "noise", noise)
         x = interpolate(x0, z.to(noise), t_next)
     return denoise(net, x, rows[-1], condition)
 
 
 def heun_times(steps: int, *, sigma_max: float = 80.0, sigma_data: float = 1.0) -> Tensor:
-    """Times even in t from atan(σ_max / σd) to 0: (steps + 1,) float64.
+    """Equally spaced times from atan(σ_max / σd) to 0: (steps + 1,) float64.
 
-    Even steps are the natural choice in TrigFlow: |dx/dt| is about 1 at every t.
+    Equal steps suit TrigFlow because |dx/dt| is about 1 at every t. Raises ValueError if steps is
+    below 1.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one is needed")
@@ -92,10 +99,10 @@ def heun_times(steps: int, *, sigma_max: float = 80.0, sigma_data: float = 1.0) 
 def heun_sample(net: Network, noise: Tensor, times: Tensor, condition: Any) -> Tensor:
     """Follow the probability-flow ODE dx/dt = F(x, t) with Heun's second-order method.
 
-    noise: (batch, ...); times: (steps + 1,) decreasing to 0. 2 steps - 1 evaluations: the last
-    step is the denoiser alone, an Euler step in EDM's σ (2206.00364), because F(x, 0) is
-    never trained. One step is thus the teacher's blurry mean. Raises ValueError unless times
-    decrease to 0.
+    noise: (batch, ...); times: (steps + 1,) decreasing to 0. The network is evaluated
+    2 steps - 1 times: the last step only denoises (an Euler step in EDM's σ, 2206.00364), because
+    F(x, 0) is never trained. One step therefore returns the teacher's blurry mean. Raises
+    ValueError unless times decrease to 0.
     """
     steps = times.tolist()
     if steps[-1] != 0 or any(later >= earlier for earlier, later in pairwise(steps)):

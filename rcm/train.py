@@ -1,10 +1,10 @@
 """Train a teacher and distil it into a few-step student.
 
-    python -m rcm.train                         the preset `digits`, in runs/digits
-    python -m rcm.train digits --run runs/a --config.seed 1
-    python -m rcm.train --dry-run               build everything, run two steps of each phase
+    python -m rcm.train                          the preset `digits`, in runs/digits
+    python -m rcm.train digits --run runs/a --seed 1
+    python -m rcm.train --dry-run                build everything, run two steps of each phase
 
-To continue a run that was interrupted, however it was, repeat its command.
+Repeat the command to continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import difflib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from rcm.checkpoint import load_weights, save_weights
-from rcm.config import PRESETS, RunConfig
-from rcm.digits import CLASSES, load_digits
 from rcm.errors import RunError
-from rcm.evaluation import REFERENCE_STEPS, Evaluation, Scores
-from rcm.report import save_grid, save_report, table
-from rcm.run_folder import RunFolder, open_run_folder
-from rcm.training import StudentPhase, TeacherPhase, build_network
+from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
+from rcm.evaluation.report import save_grid, save_report, table
+from rcm.presets import DEFAULT_PRESET, PRESETS
+from rcm.training.checkpoint import load_weights, save_weights
+from rcm.training.config import RunConfig
+from rcm.training.loop import train
+from rcm.training.method import Method
+from rcm.training.run_folder import RunFolder, open_run_folder
 
 TEACHER_STEPS = (1, 2, 8, 32)
 STUDENT_STEPS = (1, 2, 4)
@@ -39,22 +39,22 @@ STUDENT_STEPS = (1, 2, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a command says: where to run, and every setting of the run."""
+    """Train a teacher and distil it into a few-step student."""
 
     run: Path
-    """The run folder; made if it is not there, continued if it is."""
+    """The run folder. It is created, or continued if it exists."""
     dry_run: bool = False
-    """Build everything and run two steps of each phase, in a folder that is then deleted."""
+    """Build everything and run two steps of each phase in a temporary folder."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code, 1 for anything that a user can mend."""
+    """Run the command line; return the exit code: 1 after an error, 130 after an interrupt."""
     try:
         arguments = parse(argv)
         if arguments.dry_run:
             with tempfile.TemporaryDirectory() as folder:
-                run(Path(folder) / "dry-run", shortened(arguments.config))
+                run(Path(folder) / "dry-run", arguments.config.shortened())
             print("dry run: everything was built and works")
         else:
             run(arguments.run, arguments.config)
@@ -68,13 +68,13 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Read the preset (digits unless named) and the options that change it.
+    """Read the preset (DEFAULT_PRESET unless named) and the options that change it.
 
     Raises:
-        RunError: an unknown preset or a setting out of range.
-        SystemExit: help was asked for (0), or an option is wrong (1, after a message).
+        RunError: an unknown preset, or a setting out of range.
+        SystemExit: help was requested (0), or an option is wrong (1, after a message).
     """
-    preset, options = "digits", argv
+    preset, options = DEFAULT_PRESET, argv
     if argv and not argv[0].startswith("-"):
         preset, *options = argv
     if preset not in PRESETS:
@@ -88,25 +88,19 @@ def parse(argv: list[str]) -> Arguments:
         )
     except SystemExit as stop:
         sys.exit(1 if stop.code else 0)
-
-
-def shortened(config: RunConfig) -> RunConfig:
-    """The same run with two iterations in each phase."""
-    return replace(
-        config,
-        teacher=replace(config.teacher, iterations=2),
-        student=replace(config.student, iterations=2, tangent_warmup=1, critic_start=0),
-        report_every=2,
-        checkpoint_every=2,
-    )
+    except ValueError as error:  # a setting of RunConfig itself; tyro reports those of its parts
+        raise RunError(str(error)) from error
 
 
 def run(path: Path, config: RunConfig) -> None:
     """Do what is left of a run: teacher, student, report.
 
     Raises:
-        RunError: it cannot start or go on; the message says what to do.
+        RunError: it cannot start or continue; the message says what to do.
     """
+    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"device is {config.device!r}, but PyTorch finds no CUDA device")
+    torch.set_num_threads(config.threads)
     with open_run_folder(path, config) as folder:
         try:
             _run_in(folder, config)
@@ -114,93 +108,80 @@ def run(path: Path, config: RunConfig) -> None:
             raise RunError(f"{error}; {folder.describe_last_checkpoint()}") from error
         except OSError as error:
             raise RunError(
-                f"writing to {path} failed ({error.strerror or error}); make room or mend the "
-                f"folder and repeat the command: {folder.describe_last_checkpoint()}"
+                f"writing to {path} failed ({error.strerror or error}). Free some space or repair "
+                f"the folder and repeat the command; {folder.describe_last_checkpoint()}"
             ) from error
+
+
+def build_network(config: RunConfig) -> nn.Module:
+    """The network of every role, with weights drawn from the run's seed."""
+    # Drawn on the CPU, so that every device starts from the same weights.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = config.model.build(config.data.sample_shape, config.data.classes)
+    return network.to(config.device)
 
 
 def _run_in(folder: RunFolder, config: RunConfig) -> None:
     started = time.monotonic()
-    digits = load_digits()
-    evaluation = Evaluation(digits, config.student)
+    data = config.data.load().to(torch.device(config.device))
+    evaluator = Evaluator(data, config.data.classifier(data), config.student)
     restored = folder.last_checkpoint()
     for phase, state in restored.items():
         print(f"continuing {folder.path}: {phase}, iteration {state['iteration']}")
 
-    teacher = build_network(config)
     if not folder.teacher_weights.exists():
         if "student" in restored:
-            raise RunError(f"{folder.teacher_weights} is missing, which the student needs")
-        teacher_phase = TeacherPhase(config, digits)
+            raise RunError(f"{folder.teacher_weights} is missing, but the student needs it")
+        training = config.teacher.build(build_network(config), data, seed=config.seed)
         if "teacher" in restored:
-            teacher_phase.load_state_dict(restored["teacher"])
-        _advance(teacher_phase, folder, config)
-        save_weights(folder.teacher_weights, teacher_phase.weights())
+            training.load_state_dict(restored["teacher"])
+        train(training, folder, config)
+        save_weights(folder.teacher_weights, training.weights())
+    teacher = build_network(config)
     teacher.load_state_dict(load_weights(folder.teacher_weights))
 
-    student_phase = StudentPhase(config, digits, teacher)
+    distillation = config.student.build(teacher, data, seed=config.seed)
     if "student" in restored:
-        student_phase.load_state_dict(restored["student"])
-    endpoints = evaluation.teacher_samples(teacher, REFERENCE_STEPS)
+        distillation.load_state_dict(restored["student"])
+    teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
 
-    def evaluate() -> dict[str, Scores]:
-        return _evaluate_student(student_phase, evaluation, endpoints, folder)
+    def report() -> None:
+        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder)
+        for name, score in scores.items():
+            metrics = {"samples": name, **score.as_dict()}
+            folder.log(distillation.name, distillation.iteration, metrics)
+            tqdm.write(f"{distillation.iteration:5d}  {name:15s}  {score}")
 
-    _advance(student_phase, folder, config, evaluate)
-    scores = {"real digits, half against half": evaluation.real_scores()}
+    train(distillation, folder, config, report)
+    scores = {f"real {config.data.name}, half against half": evaluator.real_scores()}
     for steps in TEACHER_STEPS:
         reference = steps == REFERENCE_STEPS
-        samples = endpoints if reference else evaluation.teacher_samples(teacher, steps)
-        scores[_name("teacher", steps)] = evaluation.scores(samples, endpoints)
-    scores |= evaluate()
+        samples = teacher_samples if reference else evaluator.teacher_samples(teacher, steps)
+        scores[_name("teacher", steps)] = evaluator.scores(samples, teacher_samples)
+    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder)
     facts = {"preset": config.preset, "seed": config.seed, "torch": torch.__version__}
     save_report(folder.path, scores, facts)
     print(table(scores))
     print(f"{time.monotonic() - started:.0f} s; samples: {folder.path / 'grid.png'}")
 
 
-def _advance(
-    phase: TeacherPhase | StudentPhase,
-    folder: RunFolder,
-    config: RunConfig,
-    evaluate: Callable[[], dict[str, Scores]] | None = None,
-) -> None:
-    """Step a phase to its end with metrics, checkpoints and, where there is one, evaluations."""
-    progress = tqdm(
-        desc=phase.name, total=phase.iterations, initial=phase.iteration, disable=None, leave=True
-    )
-    with progress:
-        while phase.iteration < phase.iterations:
-            metrics = phase.step()
-            folder.log(phase.name, phase.iteration, metrics)
-            progress.update()
-            if "loss" in metrics:
-                progress.set_postfix(loss=f"{metrics['loss']:.3g}")
-            if evaluate is not None and phase.iteration % config.report_every == 0:
-                for name, scores in evaluate().items():
-                    folder.log(phase.name, phase.iteration, {"samples": name, **scores.as_dict()})
-                    tqdm.write(f"{phase.iteration:5d}  {name:15s}  {scores}")
-            done = phase.iteration == phase.iterations
-            if done or phase.iteration % config.checkpoint_every == 0:
-                folder.save_checkpoint(phase.name, phase.iteration, phase.state_dict())
-
-
 def _evaluate_student(
-    phase: StudentPhase, evaluation: Evaluation, endpoints: Tensor, folder: RunFolder
+    method: Method, evaluator: Evaluator, teacher_samples: Tensor, folder: RunFolder
 ) -> dict[str, Scores]:
     """Score the averaged student, draw its grid and save its weights."""
-    with phase.ema.applied_to(phase.student) as student:
+    with method.averaged() as student:
         samples = {
-            _name("student", steps): evaluation.student_samples(student, steps)
+            _name("student", steps): evaluator.student_samples(student, steps)
             for steps in STUDENT_STEPS
         }
-    panels = {"data": evaluation.digits.images, _name("teacher", REFERENCE_STEPS): endpoints}
+    panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
     panels |= dict(islice(samples.items(), 2))
-    shown = {title: evaluation.shown(images) for title, images in panels.items()}
-    for path in (folder.grids / f"{phase.iteration:07d}.png", folder.path / "grid.png"):
-        save_grid(path, shown, rows=CLASSES)
-    save_weights(folder.student_weights, phase.weights())
-    return {name: evaluation.scores(images, endpoints) for name, images in samples.items()}
+    shown = {title: evaluator.first_of_each_class(images) for title, images in panels.items()}
+    for path in (folder.grids / f"{method.iteration:07d}.png", folder.path / "grid.png"):
+        save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
+    save_weights(folder.student_weights, method.weights())
+    return {name: evaluator.scores(images, teacher_samples) for name, images in samples.items()}
 
 
 def _name(network: str, steps: int) -> str:

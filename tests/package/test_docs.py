@@ -19,7 +19,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(?<![\w/.])(?:jvp_attn|rcm|csrc|tests|benchmarks|docs)/[\w./-]*\w")
-SOURCE = re.compile(r"[\w/]+\.(?:py|cuh|cu|h|cpp|md|json|png)")
+SOURCE = re.compile(r"[\w/]+\.(?:py|cuh|cu|h|cpp)")
 
 
 def page_id(page: Path) -> str:

@@ -1,4 +1,4 @@
-"""Networks whose answers are known in closed form."""
+"""Networks with closed-form outputs, and a smooth MLP."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from rcm.trigflow import cos_sin
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Data N(mean, std²) per element, in units of σd: everything about it is a formula."""
+    """Data N(mean, std²) per element, in units of σd, with closed-form velocity and ODE."""
 
     mean: float = 0.7
     std: float = 0.4
@@ -21,24 +21,24 @@ class Gaussian:
         return torch.sqrt((cos * self.std) ** 2 + sin**2)
 
     def velocity(self, x: Tensor, t: Tensor, condition: object = None) -> Tensor:
-        """The perfect teacher: F = cos E[z|x] - sin E[x0|x]."""
+        """The exact teacher: F = cos E[z|x] - sin E[x0|x]."""
         cos, sin = cos_sin(t, x)
         centred = (x - cos * self.mean) / self.spread(t, x) ** 2
         return cos * sin * centred - sin * (self.mean + cos * self.std**2 * centred)
 
-    def endpoint(self, x: Tensor, t: Tensor) -> Tensor:
-        """Where the ODE through (x, t) ends: the perfect consistency function."""
+    def ode_end(self, x: Tensor, t: Tensor) -> Tensor:
+        """End of the ODE through (x, t): the exact consistency function."""
         cos, _ = cos_sin(t, x)
         return self.mean + self.std * (x - cos * self.mean) / self.spread(t, x)
 
     def consistency(self, x: Tensor, t: Tensor, condition: object = None) -> Tensor:
-        """The perfect student's F."""
+        """F of the exact student."""
         cos, sin = cos_sin(t, x)
-        return (cos * x - self.endpoint(x, t)) / sin
+        return (cos * x - self.ode_end(x, t)) / sin
 
 
 class SmoothNetwork(nn.Module):
-    """An MLP in (x, t), all of it smooth; dropout optional."""
+    """An MLP in (x, t) with smooth activations and optional dropout."""
 
     def __init__(self, features: int, width: int = 32, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of losses and samplers start from."""
+"""Fixtures of the tests of losses and samplers."""
 
 import pytest
 import torch
@@ -24,5 +24,5 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def times() -> Tensor:
-    """Times over the whole range, ends included, float64."""
+    """Times over the whole range including both ends, float64."""
     return torch.tensor([0.0, 0.01, 0.4, 0.8, 1.2, 1.5, torch.pi / 2], dtype=torch.float64)

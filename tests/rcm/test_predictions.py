@@ -1,12 +1,13 @@
-"""Whatever a teacher predicts, its F is the same."""
+"""Every prediction type converts to the same F."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from rcm.consistency import consistency_tangent
+from rcm.losses.consistency import consistency_tangent
 from rcm.predictions import PREDICTIONS, Prediction, f_from_prediction, from_rectified_flow, guided
-from rcm.trigflow import interpolate, t_from_signal_noise, u_from_t, velocity
+from rcm.time_conversions import t_from_signal_noise, u_from_t
+from rcm.trigflow import interpolate, velocity
 from tests.rcm.analytic_networks import SmoothNetwork
 
 
@@ -53,8 +54,8 @@ def test_rectified_flow_wrapper_scales_time_for_the_network(times: Tensor) -> No
     torch.testing.assert_close(seen[0], 1000 * u_from_t(times))
 
 
-def test_rectified_flow_has_its_own_form_of_the_tangent(times: Tensor) -> None:
-    """Their g is C h / Z², where h = V - v - u J differentiates x_u - u v along (V, 1)."""
+def test_tangent_of_a_wrapped_flow_network_equals_the_rectified_flow_formula(times: Tensor) -> None:
+    """g = C h / Z², where h = V - v - u J differentiates x_u - u v along (V, 1)."""
     student, teacher = SmoothNetwork(4).double(), SmoothNetwork(4).double()
     x = torch.randn(7, 4, dtype=torch.float64)
     c, s = torch.cos(times)[:, None], torch.sin(times)[:, None]
@@ -78,7 +79,7 @@ def test_guidance_extrapolates_from_the_null_condition() -> None:
     torch.testing.assert_close(f, 4.0 * condition * x)
 
 
-def test_unknown_predictions_and_shapes_are_refused() -> None:
+def test_unknown_predictions_and_unequal_shapes_raise() -> None:
     x, a = torch.zeros(2, 3), torch.ones(2)
     with pytest.raises(ValueError, match="'score' is unknown; allowed are x0, eps, v, flow"):
         f_from_prediction(x, x, kind="score", signal=a, noise=a)  # type: ignore[arg-type]
@@ -86,8 +87,8 @@ def test_unknown_predictions_and_shapes_are_refused() -> None:
         f_from_prediction(x, x[:1], kind="eps", signal=a, noise=a)
 
 
-def test_the_path_and_the_flow_wrapper_agree_on_data() -> None:
-    """The network that knows v = ε - x0 denoises the TrigFlow path."""
+def test_wrapped_flow_network_predicts_the_trigflow_velocity() -> None:
+    """For the exact prediction ε - x0."""
     x0, eps = torch.randn(2, 7, 4, dtype=torch.float64)
     t = torch.linspace(0, torch.pi / 2, 7, dtype=torch.float64)
     f = from_rectified_flow(lambda x, t, condition: eps - x0)(interpolate(x0, eps, t), t, None)

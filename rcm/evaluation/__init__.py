@@ -1,0 +1,1 @@
+"""Judging samples: metrics, the protocol that every run follows, and its report."""

@@ -1,0 +1,68 @@
+"""The output of a run: a picture of samples side by side, and a table of scores."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from rcm.evaluation.evaluator import Scores
+from rcm.training.checkpoint import write_atomically
+
+
+def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:
+    """Draw panels of images (n, 1, height, width) side by side, each filled row by row, as a PNG.
+
+    All panels use the gray scale of the first, so that contrasts are comparable.
+    """
+    from matplotlib.figure import Figure  # imported late: it is slow, and only grids need it
+
+    panels = {title: images.cpu() for title, images in panels.items()}
+    low, high = (bound.item() for bound in next(iter(panels.values())).aminmax())
+    pictures = {title: _tiled(images, rows, background=low) for title, images in panels.items()}
+    height, width = next(iter(pictures.values())).shape
+    inches = 0.42 * rows
+    figure = Figure(
+        figsize=((inches * width / height + 0.1) * len(panels), inches + 0.5), layout="constrained"
+    )
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(picture.numpy(), cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
+        axis.set_title(title, fontsize=11)
+        axis.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
+
+
+def _tiled(images: Tensor, rows: int, background: float) -> Tensor:
+    """One picture of images (n, 1, height, width), each with a margin of one pixel."""
+    tiles = functional.pad(images[:, 0], (1, 1, 1, 1), value=background)
+    n, h, w = tiles.shape
+    return tiles.reshape(rows, n // rows, h, w).transpose(1, 2).reshape(rows * h, n // rows * w)
+
+
+def table(scores: dict[str, Scores]) -> str:
+    """A Markdown table, one row for each name."""
+    lines = [
+        "| samples | FD ↓ | label agreement ↑ | RMSE to teacher ↓ | diversity |",
+        "|---|---|---|---|---|",
+    ]
+    for name, s in scores.items():
+        rmse = "–" if s.same_noise_rmse is None else f"{s.same_noise_rmse:.3f}"
+        lines.append(
+            f"| {name} | {s.frechet_distance:.2f} | {s.label_agreement:.3f} | {rmse} "
+            f"| {s.diversity:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def save_report(folder: Path, scores: dict[str, Scores], facts: dict[str, Any]) -> None:
+    """Write report.md and report.json."""
+    write_atomically(folder / "report.md", (table(scores) + "\n").encode())
+    content = {**facts, "scores": {name: s.as_dict() for name, s in scores.items()}}
+    write_atomically(folder / "report.json", json.dumps(content, indent=2).encode())

@@ -1,0 +1,1 @@
+"""Methods: which networks, losses and optimizers step when. Each has its own config."""

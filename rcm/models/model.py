@@ -1,0 +1,18 @@
+"""What training needs of a model: a config that builds it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """Settings of a network; the base class of each network's own config."""
+
+    @abstractmethod
+    def build(self, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """A TrigFlow network with new weights, for samples of that shape and integer labels.
+
+        Its forward is `net(x, t, labels) -> F` (see rcm.trigflow.Network).
+        """

@@ -1,0 +1,1 @@
+"""Everything around a training step: the loop, optimizer, averages, checkpoints, run folder."""

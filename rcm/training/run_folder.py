@@ -1,0 +1,151 @@
+"""A run's folder: its settings, metrics, weights and checkpoints. One process at a time writes it.
+
+config.json             the settings; a command with other settings is refused
+metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
+                        so that an interrupted and an uninterrupted run write the same bytes
+checkpoints/            see rcm/training/checkpoint.py
+teacher.safetensors     written when the teacher is finished
+student.safetensors     the averaged student at the last report
+grids/, grid.png        samples from fixed noise
+report.md, report.json  the final table
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rcm.errors import RunError
+from rcm.training.checkpoint import Checkpoints, write_atomically
+from rcm.training.config import RunConfig
+
+PHASES = ("teacher", "student")
+
+
+class RunFolder:
+    """An open run folder; use `open_run_folder`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints", PHASES)
+        self.grids = path / "grids"
+        self.grids.mkdir(exist_ok=True)
+        self.teacher_weights = path / "teacher.safetensors"
+        self.student_weights = path / "student.safetensors"
+        self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed with the folder)
+
+    def log(self, phase: str, iteration: int, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        line = json.dumps({"phase": phase, "iteration": iteration, **metrics})
+        self._metrics.write(line.encode() + b"\n")
+        self._metrics.flush()
+
+    def save_checkpoint(self, phase: str, iteration: int, state: dict[str, Any]) -> None:
+        """Save a state and the current length of metrics.jsonl."""
+        os.fsync(self._metrics.fileno())
+        length = self._metrics.tell()
+        self.checkpoints.save(phase, iteration, {"state": state, "metrics_bytes": length})
+
+    def last_checkpoint(self) -> dict[str, dict[str, Any]]:
+        """{phase: state} of the last intact checkpoint, or {}; truncates metrics.jsonl to it.
+
+        Prints a line for each newer, damaged checkpoint.
+        """
+        checkpoint, problems = self.checkpoints.latest()
+        for problem in problems:
+            print(f"{problem}; using the one before it")
+        self._metrics.truncate(0 if checkpoint is None else checkpoint["metrics_bytes"])
+        self._metrics.seek(0, os.SEEK_END)
+        return {} if checkpoint is None else {checkpoint["phase"]: checkpoint["state"]}
+
+    def describe_last_checkpoint(self) -> str:
+        """For error messages: where the last intact checkpoint is."""
+        paths = self.checkpoints.paths()
+        if not paths:
+            return "there is no checkpoint yet"
+        return f"the last intact checkpoint is {paths[0]}"
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+@contextmanager
+def open_run_folder(path: Path, config: RunConfig) -> Iterator[RunFolder]:
+    """Create the folder, or open one that was created with the same settings.
+
+    Raises:
+        RunError: it cannot be written, another process is using it, or its settings differ.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "w")  # noqa: SIM115 (held while the folder is open)
+    except OSError as error:
+        raise RunError(
+            f"run folder {path} cannot be written ({error.strerror}); choose another with --run"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"run folder {path} is in use by another process") from error
+        _require_same_settings(path, config)
+        folder = RunFolder(path)
+        try:
+            yield folder
+        finally:
+            folder.close()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The config.json of a run folder.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    try:
+        settings: dict[str, Any] = json.loads((path / "config.json").read_bytes())
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is not a run folder: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path / 'config.json'} cannot be read ({error})") from error
+    return settings
+
+
+def _require_same_settings(path: Path, config: RunConfig) -> None:
+    given = json.loads(json.dumps(asdict(config)))
+    if not (path / "config.json").exists():
+        others = [p.name for p in path.iterdir() if p.name != "lock"]
+        if others:
+            raise RunError(
+                f"{path} is neither empty nor a run folder (it contains {sorted(others)[0]}); "
+                "choose another with --run"
+            )
+        write_atomically(path / "config.json", json.dumps(given, indent=2).encode())
+        return
+    stored, current = _flatten(read_settings(path)), _flatten(given)
+    differences = [
+        f"{name} = {stored.get(name, 'absent')} there, {current.get(name, 'absent')} now"
+        for name in {**stored, **current}
+        if stored.get(name) != current.get(name)
+    ]
+    if differences:
+        raise RunError(
+            f"run folder {path} was created with other settings ({'; '.join(differences)}). "
+            "Repeat its command to continue it, or choose another folder with --run"
+        )
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

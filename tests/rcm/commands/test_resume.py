@@ -1,0 +1,141 @@
+"""An interrupted run, repeated, ends in the same bytes as an uninterrupted one."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rcm.methods.rcm import RCMDistillation
+from rcm.methods.teacher import TeacherTraining
+from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, metrics, start
+
+pytestmark = pytest.mark.xdist_group("train")
+
+
+@pytest.mark.parametrize(
+    ("phase", "iteration"),
+    [(TeacherTraining, 3), (TeacherTraining, 9), (RCMDistillation, 1), (RCMDistillation, 7)],
+)
+def test_a_run_killed_at_any_iteration_continues_to_the_same_metrics(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: type,
+    iteration: int,
+) -> None:
+    step: Callable = phase.step
+
+    def killed(self: TeacherTraining | RCMDistillation) -> dict[str, float]:
+        if self.iteration + 1 == iteration:
+            raise Killed
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase, "step", killed)
+        with pytest.raises(Killed):
+            start(tmp_path / "run")
+    assert start(tmp_path / "run") == 0
+    for name in RESULTS:
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RCMDistillation, "step", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            start(folder)
+    newest = sorted((folder / "checkpoints").glob("teacher-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-10])
+    (folder / "teacher.safetensors").unlink()
+    assert start(folder) == 0
+    assert "damaged" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_repeats_its_table_and_changes_no_metrics(
+    finished: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert start(finished) == 0
+    assert "| student, 1 step |" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_teacher_in_the_folder_is_not_trained_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "teacher.safetensors"):
+        (folder / name).write_bytes((finished / name).read_bytes())
+    assert start(folder) == 0
+    assert {line["phase"] for line in metrics(folder)} == {"student"}
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    replace_file = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name.startswith("student-0000008"):
+            raise OSError(28, "No space left on device")
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        assert start(tmp_path / "run") == 1
+    message = error_of(capsys)
+    assert "No space left" in message
+    assert "student-0000004.pt" in message
+    assert start(tmp_path / "run") == 0
+    same = (tmp_path / "run" / "metrics.jsonl", finished / "metrics.jsonl")
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_repeated_kill_9_gives_bit_identical_results(tmp_path: Path) -> None:
+    def command(folder: str) -> list[str]:
+        return [sys.executable, "-m", "rcm.train", "--run", str(tmp_path / folder), *TINY]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    killed = 0
+    for limit in (4, 7, 40, 240):  # lines of metrics after which the process is shot
+        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            path = tmp_path / "killed" / "metrics.jsonl"
+            if path.exists() and path.read_bytes().count(b"\n") >= limit:
+                process.send_signal(signal.SIGKILL)
+                killed += process.wait() == -signal.SIGKILL
+            time.sleep(0.002)
+    assert killed >= 2
+    for name in RESULTS:
+        whole, resumed = (tmp_path / folder / name for folder in ("whole", "killed"))
+        assert resumed.read_bytes() == whole.read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_file_size_limit_stops_the_run_with_a_message(tmp_path: Path) -> None:
+    """A real failing write, half way through the file, in place of a full disk."""
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "rcm.train", "--run", str(tmp_path / "run"), *TINY]
+    result = subprocess.run(command, preexec_fn=limit_files, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))

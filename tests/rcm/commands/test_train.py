@@ -1,0 +1,129 @@
+"""What a user sees of `python -m rcm.train`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcm import train
+from rcm.methods.rcm import RCMDistillation
+from rcm.methods.teacher import TeacherTraining
+from tests.rcm.commands.tiny_run import TINY, error_of, metrics, start
+
+pytestmark = pytest.mark.xdist_group("train")
+
+
+def test_a_run_writes_all_its_files(finished: Path) -> None:
+    expected = [
+        "config.json",
+        "metrics.jsonl",
+        "teacher.safetensors",
+        "student.safetensors",
+        "grid.png",
+    ]
+    expected += ["report.md", "report.json", "grids/0000005.png", "grids/0000010.png"]
+    for name in expected:
+        assert (finished / name).stat().st_size > 0, name
+    lines = metrics(finished)
+    steps = [(line["phase"], line["iteration"]) for line in lines if "samples" not in line]
+    assert steps == [("teacher", i + 1) for i in range(12)] + [
+        ("student", i + 1) for i in range(10)
+    ]
+    scores = json.loads((finished / "report.json").read_text())["scores"]
+    for name in ("teacher, 1 step", "teacher, 32 steps", "student, 1 step", "student, 4 steps"):
+        assert scores[name]["frechet_distance"] > 0
+    assert scores["teacher, 32 steps"]["same_noise_rmse"] == 0
+
+
+def test_another_seed_gives_other_metrics(finished: Path, tmp_path: Path) -> None:
+    assert start(tmp_path / "run", "--seed", "1") == 0
+    assert metrics(tmp_path / "run")[0]["loss"] != metrics(finished)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "term"), [("teacher", "flow matching loss"), ("student", "consistency loss")]
+)
+def test_a_nan_loss_stops_the_run_and_names_iteration_loss_and_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    phase: str,
+    term: str,
+) -> None:
+    cls = {"teacher": TeacherTraining, "student": RCMDistillation}[phase]
+    step = cls.step
+
+    def with_nan_weights(self: TeacherTraining | RCMDistillation) -> dict[str, float]:
+        if self.iteration == 6:
+            network = self.network if isinstance(self, TeacherTraining) else self.student
+            with torch.no_grad():
+                network.tokens_in.weight.fill_(torch.nan)
+        return step(self)
+
+    monkeypatch.setattr(cls, "step", with_nan_weights)
+    assert start(tmp_path / "run") == 1
+    message = error_of(capsys)
+    assert "iteration 7" in message
+    assert term in message
+    assert f"{phase}-0000004.pt" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["digts"], "perhaps you meant 'digits'"),
+        (["--student.optimizer.lrr", "1"], "--student.optimizer.lr"),
+        (["--teacher.iterations", "0"], "iterations is 0"),
+        (["--seed", "one"], "--seed"),
+        (["--device", "gpu"], "device is 'gpu'"),
+        (["--threads", "0"], "threads is 0"),
+    ],
+)
+def test_an_invalid_command_line_gives_one_message_and_exit_code_1(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    try:
+        code = train.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 1
+    assert words in error_of(capsys)
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--run", "--dry-run", "--seed", "--student.tangent-warmup", "--teacher.ema-std"):
+        assert option in text
+
+
+def test_dry_run_builds_everything_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run", *TINY]) == 0
+    assert "dry run" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_uses_the_threads_of_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+    assert start(tmp_path / "default") == 0
+    assert start(tmp_path / "three", "--threads", "3") == 0
+    assert used == [1, 3]
+
+
+def test_a_device_that_is_absent_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start(tmp_path / "run", "--device", "cuda") == 1
+    assert "no CUDA device" in error_of(capsys)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,38 @@
+"""Options of a tiny run, and helpers to start it and read what it wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rcm import train
+
+TINY = [
+    *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
+    *("--teacher.iterations", "12", "--student.iterations", "10"),
+    *("--teacher.batch", "16", "--student.batch", "16"),
+    *("--student.tangent-warmup", "4", "--student.critic-start", "2"),
+    *("--report-every", "5", "--checkpoint-every", "4"),
+]
+
+# An interrupted run ends in the same bytes of these.
+RESULTS = ("metrics.jsonl", "student.safetensors", "report.json")
+
+
+def start(folder: Path, *options: str) -> int:
+    return train.main(["--run", str(folder), *TINY, *options])
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def error_of(capsys: pytest.CaptureFixture) -> str:
+    """What was printed to stderr, in one line without tyro's frames."""
+    text: str = capsys.readouterr().err
+    assert "Traceback" not in text
+    return " ".join(text.replace("│", " ").split())
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the code under test catches it."""

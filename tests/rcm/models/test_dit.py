@@ -1,0 +1,68 @@
+"""The DiT: derivatives, initialisation, tokens and errors."""
+
+import pytest
+import torch
+
+from rcm.models.dit import DiT
+
+
+def randomised(**options: int | bool) -> DiT:
+    """A DiT with random weights instead of its initial zeros."""
+    net = DiT(**options).double()  # type: ignore[arg-type]
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def test_derivative_along_x_and_t_is_the_difference_quotient() -> None:
+    net = randomised()
+    x, tx = torch.randn(2, 3, 1, 8, 8, dtype=torch.float64)
+    t, tt = torch.rand(2, 3, dtype=torch.float64)
+    labels, h = torch.tensor([0, 5, 9]), 1e-5
+    _, derivative = torch.func.jvp(lambda x, t: net(x, t, labels), (x, t), (tx, tt))
+    quotient = (net(x + h * tx, t + h * tt, labels) - net(x - h * tx, t - h * tt, labels)) / (2 * h)
+    assert derivative.norm() > 1e-2
+    torch.testing.assert_close(derivative, quotient, atol=1e-7, rtol=1e-6)
+
+
+def test_output_starts_at_zero_and_every_parameter_gets_a_gradient() -> None:
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    assert not DiT()(x, t, labels).any()
+    net = randomised().float()
+    net(x, t, labels).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+def test_default_has_242_020_parameters() -> None:
+    assert sum(p.numel() for p in DiT().parameters()) == 242_020
+
+
+def test_tokens_are_placed_back_at_their_patches() -> None:
+    """Without attention, a change of one patch changes no other patch."""
+    net = randomised(channels=2, patch=4)
+    for block in net.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)  # type: ignore[union-attr, arg-type]
+    x, t, label = torch.randn(1, 2, 8, 8).double(), torch.rand(1).double(), torch.tensor([0])
+    y = x.clone()
+    y[:, :, :4, 4:] += 1
+    change = (net(x, t, label) != net(y, t, label))[0].all(0)
+    assert change[:4, 4:].all()
+    assert not change[4:].any()
+    assert not change[:4, :4].any()
+
+
+def test_null_class_is_one_more_label() -> None:
+    x, t, null = torch.randn(1, 1, 8, 8), torch.rand(1), torch.tensor([10])
+    assert DiT(null_class=True)(x, t, null).shape == x.shape
+    with pytest.raises(IndexError):
+        DiT()(x, t, null)
+
+
+def test_invalid_input_raises() -> None:
+    x, t, labels = torch.randn(1, 1, 8, 8), torch.rand(1), torch.tensor([0])
+    with pytest.raises(ValueError, match="bfloat16"):
+        DiT()(x, t.bfloat16(), labels)
+    with pytest.raises(ValueError, match=r"expected \(batch, 1, 8, 8\)"):
+        DiT()(x[..., :4], t, labels)
+    with pytest.raises(ValueError, match="patch=3 must divide size=8"):
+        DiT(patch=3)
