@@ -41,7 +41,7 @@ def kernels_run_in_the_emulator() -> Iterator[None]:
 @pytest.fixture
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test fails if the backend computes a primitive without kernels."""
-    monkeypatch.setattr(CudaBackend, "_without_kernels", None)
+    monkeypatch.setattr(CudaBackend, "_fallback", None)
 
 
 def ours_and_exact(
