@@ -89,10 +89,6 @@ struct KeyBlock {
           first_head(head_k * (p.heads / p.heads_k)),
           last_head(first_head + p.heads / p.heads_k - 1) {}
 
-    // head_index counts the heads of K of all sequences, `block` the blocks within a head.
-    DEVICE KeyBlock(const AttentionParams& p, int head_index, int block)
-        : KeyBlock(p, head_index / p.heads_k, head_index % p.heads_k, block) {}
-
     DEVICE bool is_empty() const { return first_key >= sequence.key_rows; }
 
     DEVICE bool sees_queries() const {
@@ -143,15 +139,6 @@ struct KeyBlock {
         store_rows<Element>(sequence.key_rows_of(target, head_k, columns), GmemView{}, key,
                             gradient);
     }
-
-private:
-    DEVICE KeyBlock(const AttentionParams& p, int batch, int head, int block)
-        : sequence(p, batch),
-          head_k(head),
-          first_key(block * Keys),
-          first_row(sequence.first_query_of(first_key)),
-          first_head(head_k * (p.heads / p.heads_k)),
-          last_head(first_head + p.heads / p.heads_k - 1) {}
 };
 
 }  // namespace jvp_attn

@@ -40,7 +40,7 @@ struct BackwardDkv {
 
     DEVICE static void run(const AttentionParams& p) {
         const Block block(p);
-        if (block.is_empty()) return;
+        if (block.first_key >= block.sequence.key_rows) return;
         if (block.is_value_warp())
             stream<ValueWarp>(block);
         else
@@ -49,11 +49,16 @@ struct BackwardDkv {
 
 private:
     // The keys, with what the warps of the block share.
-    struct Block : KeyBlock<Keys> {
-        using KeyBlock<Keys>::sequence, KeyBlock<Keys>::head_k, KeyBlock<Keys>::first_key;
-
+    // KeyBlock has the same members, but with it as a base the compiler needs more instructions.
+    struct Block {
         const AttentionParams& p;
+        int head_k;
+        SeqlenInfo sequence;
+        int first_key;
         bool has_tq, has_tk, has_tv, has_dout, has_dtout;
+
+        int first_head, last_head;  // of the query heads that share the keys
+        int first_row;              // the first query that sees a key of the block
 
         KeyTile k_tile, v_tile, tk_tile, tv_tile;
         RowTile q_tile, dout_tile, tq_tile, dtout_tile;
@@ -61,14 +66,18 @@ private:
         SharedAddress lse, delta, mu, beta;  // of the queries of the tile
 
         DEVICE explicit Block(const AttentionParams& params)
-            : KeyBlock<Keys>(params, block_index() / ceil_div(params.seqlen_k, Keys),
-                             block_index() % ceil_div(params.seqlen_k, Keys)),
-              p(params),
+            : p(params),
+              head_k(block_index() / ceil_div(p.seqlen_k, Keys) % p.heads_k),
+              sequence(p, block_index() / ceil_div(p.seqlen_k, Keys) / p.heads_k),
+              first_key(block_index() % ceil_div(p.seqlen_k, Keys) * Keys),
               has_tq(kJvp && p.tq.data),
               has_tk(kJvp && p.tk.data),
               has_tv(kJvp && p.tv.data && p.grad_tout.data),
               has_dout(p.grad_out.data),
-              has_dtout(kJvp && p.grad_tout.data) {
+              has_dtout(kJvp && p.grad_tout.data),
+              first_head(head_k * (p.heads / p.heads_k)),
+              last_head(first_head + p.heads / p.heads_k - 1),
+              first_row(sequence.first_query_of(first_key)) {
             SmemAllocator smem;
             k_tile.base = smem.take(KeyTile::kBytes);
             v_tile.base = smem.take(KeyTile::kBytes);
@@ -102,7 +111,14 @@ private:
         }
 
         // Whether a query from `row` on may not see all keys of the block.
-        DEVICE bool hides_keys(int row) const { return kMasked || KeyBlock<Keys>::hides_keys(row); }
+        DEVICE bool hides_keys(int row) const {
+            const int end = first_key + Keys;
+            return kMasked || end > sequence.keys || sequence.first_query_of(end - 1) > row;
+        }
+
+        DEVICE bool sees_queries() const {
+            return first_key < sequence.keys && first_row < sequence.queries;
+        }
 
         // P (which = 0) and Tc (which = 1) of a thread in columns 8 i to 8 i + 7.
         DEVICE SharedAddress exchanged(int which, int i) const {
@@ -127,8 +143,9 @@ private:
         }
 
         DEVICE void store(const Tensor& target, const Gradient& gradient, int columns) const {
-            KeyBlock<Keys>::template store<Element>(target, columns, first_key + key_in_block(),
-                                                    gradient);
+            if (!target.data) return;
+            store_rows<Element>(sequence.key_rows_of(target, head_k, columns), GmemView{},
+                                first_key + key_in_block(), gradient);
         }
     };
 

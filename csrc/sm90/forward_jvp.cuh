@@ -25,7 +25,7 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
 
     static std::string why_not(const AttentionParams& p) {
         if (!kKeyTangents && (p.tk.data || p.tv.data))
-            return "it does not read tangents of keys and values; forward_jvp does";
+            return "keys or values have tangents, which it does not read; forward_jvp does";
         return Pipeline::why_not(p);
     }
 
