@@ -5,7 +5,7 @@
 Float32, batch 1, 8 heads. The contenders and the matrix product run in turn, so that a slowdown of
 the computer affects all of them; times are medians. contenders.py defines the number of floating
 point operations, the same for every contender. Peak memory is measured in a fresh process, beyond
-the inputs. OMP_NUM_THREADS sets the number of threads. Writes attention-cpu-maps.json.
+the inputs. OMP_NUM_THREADS sets the number of threads. Writes attention-cpu-primitives.json.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
     for operation, peak in result["peak_bytes"].items():
         print(f"N = {MEMORY_SEQLEN}, {operation}: {peak / 2**20:.0f} MiB beyond the inputs")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "attention-cpu-maps.json"
+    path = options.out / "attention-cpu-primitives.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")
 
