@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> Arguments:
     """Read the preset (DEFAULT_PRESET unless named) and the options that change it.
 
     Raises:
-        RunError: an unknown preset.
+        RunError: an unknown preset, or a setting out of range.
         SystemExit: help was requested (0), or an option is wrong (1, after a message).
     """
     preset, options = DEFAULT_PRESET, argv
@@ -88,6 +88,8 @@ def parse(argv: list[str]) -> Arguments:
         )
     except SystemExit as stop:
         sys.exit(1 if stop.code else 0)
+    except ValueError as error:  # a setting of RunConfig itself; tyro reports those of its parts
+        raise RunError(str(error)) from error
 
 
 def run(path: Path, config: RunConfig) -> None:

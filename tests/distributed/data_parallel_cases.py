@@ -1,4 +1,4 @@
-"""Derivatives of a transformer, as data-parallel training takes them, on each rank."""
+"""Derivatives of a transformer on each rank of data-parallel training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANKS = 2
 BATCH, SEQLEN, WIDTH, HEADS = 2 * RANKS, 5, 8, 2
 
 Named = dict[str, Tensor]
-# Of a model at x along tx.
+# The derivative of a model at x in direction tx.
 Derivative = Callable[[nn.Module, Tensor, Tensor], Named]
 
 
@@ -46,7 +46,7 @@ def network(dtype: torch.dtype) -> nn.Sequential:
 
 
 def point_and_direction(dtype: torch.dtype, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """That part of a batch, and its tangent; both require grad."""
+    """Part of a batch and its tangent; both require grad."""
     generator = torch.Generator().manual_seed(1)
     both = torch.randn(2, BATCH, SEQLEN, WIDTH, dtype=torch.float64, generator=generator)
     x, tx = both[:, part].to(dtype)
@@ -54,7 +54,7 @@ def point_and_direction(dtype: torch.dtype, part: slice = slice(None)) -> tuple[
 
 
 # ----------------------------------------------------------------------------
-# Derivatives. A loss is a sum over the batch
+# Derivatives. Every loss is a sum over the batch.
 
 
 def without_tangents(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
@@ -75,20 +75,20 @@ def through_out_and_tangent(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
 
 
 def through_the_tangent(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
-    """With a part of zero for out, since DDP averages only when each weight has a gradient."""
+    """The loss includes 0 · out, because DDP averages only if every weight has a gradient."""
     out, tangent = jvp(model, (x,), (tx,))
     return gradients(model, (tangent**3).sum() + 0 * out.sum(), x=x, tx=tx)
 
 
 def towards_a_target(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
-    """The target is made of a jvp without grad."""
+    """The target comes from a JVP without gradients, as in the consistency loss."""
     with torch.no_grad():
         out, tangent = jvp(model, (x,), (tx,))
     return gradients(model, ((model(x) - out + tangent) ** 3).sum(), x=x)
 
 
 def gradients(model: nn.Module, loss: Tensor, **inputs: Tensor) -> Named:
-    """Of inputs, by "grad of name"; and of all weights, whole, by their names."""
+    """Gradients of the inputs, as "grad of <name>", and of all weights, unsharded, by name."""
     loss.backward()
     weights = {name.removeprefix("module."): w.grad for name, w in model.named_parameters()}
     return {
@@ -104,7 +104,7 @@ DERIVATIVES: list[Derivative] = [
 
 
 # ----------------------------------------------------------------------------
-# What DDP refuses
+# What DDP does not support
 
 
 def after_a_weight_had_no_gradient(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
@@ -127,7 +127,7 @@ def jvp_with_grad(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
     return {"out": out, "tangent": tangent}
 
 
-# With a word of the reason.
+# Each with part of its error message.
 REFUSED: dict[Derivative, str] = {
     after_a_weight_had_no_gradient: "Expected to have finished reduction",
     with_search_for_unused_weights: "setup_context",
@@ -136,11 +136,11 @@ REFUSED: dict[Derivative, str] = {
 
 
 # ----------------------------------------------------------------------------
-# What is parallel
+# Parallel models
 
 
 def sharded(model: nn.Sequential, **options: Any) -> nn.Module:
-    """Each block by itself, as large ones are."""
+    """Shard every block on its own, as is usual for large models."""
     mesh = init_device_mesh("cpu", (RANKS,))
     for block in model:
         fully_shard(block, mesh=mesh, **options)
@@ -149,13 +149,13 @@ def sharded(model: nn.Sequential, **options: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Parallel:
-    """A way to be parallel.
+    """A kind of data parallelism.
 
     Attributes:
-        name: of the test.
+        name: the name in test ids.
         wrap: makes a model parallel.
-        dtype: of weights and data.
-        computes_in: the dtype to which they are cast.
+        dtype: dtype of weights and data.
+        computes_in: dtype of the computation.
     """
 
     name: str
@@ -175,13 +175,13 @@ PARALLEL = [
 
 
 def part_of(rank: int) -> slice:
-    """Of the batch."""
+    """The rank's part of the batch."""
     size = BATCH // RANKS
     return slice(rank * size, (rank + 1) * size)
 
 
 def outcomes(rank: int) -> dict[str, dict[str, Named | str]]:
-    """By name of a way to be parallel, and of a derivative: what it is on this rank, or raises."""
+    """Results or error messages on this rank, by kind of parallelism and by derivative."""
     return {
         **{
             parallel.name: {f.__name__: _outcome(parallel, f, rank) for f in DERIVATIVES}

@@ -1,4 +1,4 @@
-"""Runs a function on processes of this machine that form a process group, as torchrun would."""
+"""Run a function on several local processes that form a process group, as torchrun would."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-# One that does not come to a meeting for so long will not come.
-_PATIENCE = timedelta(minutes=2)
+# A rank that waits longer than this in a collective raises.
+_TIMEOUT = timedelta(minutes=2)
 
 
 def run_on_ranks(function: Callable[[int], Any], ranks: int, folder: Path) -> list[Any]:
-    """What `function(rank)` returns on each rank, in a process each.
+    """The results of `function(rank)`, each computed in its own process.
 
     Args:
-        function: of a module, for the processes to import. Returns tensors and text, in any nest
-            of dictionaries and lists.
-        ranks: how many processes.
-        folder: empty, for the processes to meet in and to leave their results.
+        function: a module-level function, so that the processes can import it. It returns tensors
+            and strings, in dictionaries and lists.
+        ranks: the number of processes.
+        folder: an empty folder for the rendezvous and the results.
     """
     torch.multiprocessing.spawn(_run, (function, ranks, folder), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
@@ -30,9 +30,9 @@ def run_on_ranks(function: Callable[[int], Any], ranks: int, folder: Path) -> li
 
 def _run(rank: int, function: Callable[[int], Any], ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
+    rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=_PATIENCE
+        "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=_TIMEOUT
     )
     try:
         torch.save(function(rank), folder / f"{rank}.pt")

@@ -1,6 +1,6 @@
-"""On two ranks, a jvp through DDP and FSDP2, and gradients through it, are those of one process.
+"""On two ranks, JVPs through DDP and FSDP2, and their gradients, equal those of one process.
 
-Both kinds of training average the gradients of the ranks, each of which has a part of the batch.
+DDP and FSDP2 average the gradients of the ranks; each rank has a part of the batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 Outcomes = dict[str, dict[str, Named | str]]
 
-# Theirs alone on each rank; all else are gradients of weights.
+# These belong to one rank; all others are gradients of weights.
 OF_THIS_RANK = {"out", "tangent", "grad of x", "grad of tx"}
 
 
@@ -42,8 +42,8 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Outcomes]:
 
 
 @pytest.fixture(autouse=True)
-def _sums_in_the_order_of_one_thread() -> Iterator[None]:
-    """As on the ranks: bfloat16 shows the order."""
+def _one_thread() -> Iterator[None]:
+    """The ranks use one thread, and the order of sums is visible in bfloat16."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def _sums_in_the_order_of_one_thread() -> Iterator[None]:
 
 
 class Cast(nn.Module):
-    """A model that computes in another dtype than that of its weights."""
+    """A model that casts its weights to another dtype for the computation."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Cast(nn.Module):
 
 
 def on_one_process(parallel: Parallel, derivative: Derivative) -> list[Named]:
-    """What each rank should find."""
+    """The expected results of each rank."""
     parts = [
         derivative(
             Cast(network(parallel.dtype), parallel.computes_in),
@@ -82,7 +82,7 @@ def on_one_process(parallel: Parallel, derivative: Derivative) -> list[Named]:
 
 @pytest.mark.parametrize("derivative", DERIVATIVES, ids=lambda derivative: derivative.__name__)
 @pytest.mark.parametrize("parallel", PARALLEL, ids=lambda parallel: parallel.name)
-def test_each_rank_finds_what_one_process_does(
+def test_each_rank_agrees_with_one_process(
     parallel: Parallel, derivative: Derivative, by_rank: list[Outcomes]
 ) -> None:
     if (
@@ -103,7 +103,7 @@ def test_each_rank_finds_what_one_process_does(
 
 
 @pytest.mark.parametrize("derivative", REFUSED, ids=lambda derivative: derivative.__name__)
-def test_ddp_refuses(derivative: Derivative, by_rank: list[Outcomes]) -> None:
+def test_unsupported_use_of_ddp_raises(derivative: Derivative, by_rank: list[Outcomes]) -> None:
     for outcome in by_rank:
         error = outcome["refused"][derivative.__name__]
         assert isinstance(error, str), "it did not raise"

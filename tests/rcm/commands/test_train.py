@@ -76,6 +76,8 @@ def test_a_nan_loss_stops_the_run_and_names_iteration_loss_and_checkpoint(
         (["--student.optimizer.lrr", "1"], "--student.optimizer.lr"),
         (["--teacher.iterations", "0"], "iterations is 0"),
         (["--seed", "one"], "--seed"),
+        (["--device", "gpu"], "device is 'gpu'"),
+        (["--threads", "0"], "threads is 0"),
     ],
 )
 def test_an_invalid_command_line_gives_one_message_and_exit_code_1(
@@ -105,3 +107,23 @@ def test_dry_run_builds_everything_and_leaves_nothing(
     assert train.main(["--dry-run", *TINY]) == 0
     assert "dry run" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_uses_the_threads_of_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+    assert start(tmp_path / "default") == 0
+    assert start(tmp_path / "three", "--threads", "3") == 0
+    assert used == [1, 3]
+
+
+def test_a_device_that_is_absent_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start(tmp_path / "run", "--device", "cuda") == 1
+    assert "no CUDA device" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
