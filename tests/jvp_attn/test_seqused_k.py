@@ -26,7 +26,7 @@ from tests.jvp_attn.attention_cases import (
     projection,
     randn,
     relative_error,
-    small_blocks,
+    small_tiles,
     with_tangents,
     without_tangents,
 )
@@ -195,9 +195,9 @@ def test_explicit_tangents_are_those_of_a_mask(backend: str) -> None:
     assert_close(found, with_tangents(masked(case, used), x))
 
 
-def test_many_small_blocks_give_the_same() -> None:
+def test_many_small_tiles_give_the_same() -> None:
     case, used = Case(BATCH, causal=True), used_keys(4, 4, 6)
-    with jvp_attn.backend("tiled"), small_blocks(scores=12, rows=4):
+    with jvp_attn.backend("tiled"), small_tiles(scores=12, rows=4):
         found = outputs_and_gradients(padded(case, used), case.data())
     assert_close(found, outputs_and_gradients(masked(case, used), case.data()))
 
