@@ -274,7 +274,7 @@ OTHER_USES = [
     OtherUse(
         "DDP and FSDP2 (`fully_shard`): jvp, gradients through output and tangent",
         True,
-        ("distributed/test_data_parallel.py::test_each_rank_finds_what_one_process_does",),
+        ("distributed/test_data_parallel.py::test_each_rank_agrees_with_one_process",),
     ),
     OtherUse(
         "`checkpoint` inside a jvp, without grad",
