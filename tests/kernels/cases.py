@@ -43,18 +43,18 @@ _MASK = {
     "mask hides": ("some", "whole rows", "the first keys", "all"),
 }
 _TANGENTS = {"tangents": ("q k v", "q", "k", "v", "q k", "q v", "k v", "")}
-_RESIDUALS = {"residuals": ("written", "not wanted")}
+_LOW_ORDER = {"low order": ("written", "not wanted")}
 _ANY_COTANGENTS = ("out lse tout mu", "out", "tout", "mu", "out tout", "lse mu", "lse tout", "lse")
 
 _BY_STEP: dict[str, Mapping[str, Sequence[str]]] = {
-    "forward": _RESIDUALS,
-    "forward_jvp": _TANGENTS | _RESIDUALS,
-    "forward_jvp_q": {"tangents": ("q", "")} | _RESIDUALS,
-    "tangent_only": _TANGENTS | _RESIDUALS,
+    "forward": _LOW_ORDER,
+    "forward_jvp": _TANGENTS | _LOW_ORDER,
+    "forward_jvp_q": {"tangents": ("q", "")} | _LOW_ORDER,
+    "tangent_only": _TANGENTS | _LOW_ORDER,
     "preprocess": _TANGENTS
     | {
         "cotangents": _ANY_COTANGENTS,
-        "residuals": ("given", "absent"),
+        "low order": ("given", "absent"),
         "wanted": ("beta delta", "delta"),
     },
     "backward": {"cotangents": ("out", "lse", "out lse")},

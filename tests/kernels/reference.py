@@ -115,7 +115,7 @@ def attention(
         that belong to no sequence are 0. Also beta_terms, delta_terms, grad_q_terms, …: the
         magnitude of the terms that are summed to each result. If the terms of P, Tc, dT and dS have
         relative errors e, then beta and delta have errors of at most e times this, and the
-        gradients of about that.
+        gradients of about that. tout_terms is the same for relative errors of P∘(T − c).
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     q, k, v = x["q"], x["k"], x["v"]
@@ -128,7 +128,7 @@ def attention(
     for name in ("grad_lse", "grad_mu"):
         x.setdefault(name, torch.zeros_like(row))
 
-    results = {name: torch.zeros_like(out) for name in ("out", "tout")}
+    results = {name: torch.zeros_like(out) for name in ("out", "tout", "tout_terms")}
     results |= {name: torch.zeros_like(row) for name in _ROW_RESULTS}
     results |= {f"grad_{name}": torch.zeros_like(x[name]) for name in INPUTS[:6]}
     results |= {f"grad_{name}_terms": torch.zeros_like(x[name]) for name in INPUTS[:6]}
@@ -170,6 +170,14 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     out = p @ v
     tout = (p * tc) @ v + p @ tv
 
+    # A kernel rounds P∘(T − c), where c is the mean of T over visible keys, and subtracts the row
+    # sum of the rounded products times O.
+    visible = bias.isfinite()
+    c = t.where(visible, 0).sum(-1) / visible.sum(-1).clamp(min=1)
+    weighted = p * (t - c[..., None])
+    spread = _spread(weighted, v).square() + weighted.square().sum(-1)[..., None] * out.square()
+    spread = spread - 2 * out * (weighted.square() @ v)  # Σ_j weighted_j² (V_j − O)²
+
     beta = (g_tout * out).sum(-1) - x["grad_mu"]
     delta = (g_out * out + g_tout * tout).sum(-1) - x["grad_lse"]
     b = g_tout @ v.mT - beta[..., None]
@@ -194,6 +202,7 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
     return {
         "out": out,
         "tout": tout,
+        "tout_terms": spread.clamp(min=0).sqrt(),
         "lse": lse,
         "mu": mu,
         "beta": beta,
