@@ -1,6 +1,6 @@
 """Compares the machine code of two builds, kernel by kernel and architecture by architecture.
 
-    python tests/compile_gate/compare_sass.py BEFORE AFTER [--rename OLD=NEW ...]
+    python -m tests.compile_gate.compare_sass BEFORE AFTER [--rename OLD=NEW ...]
 
 BEFORE and AFTER are folders of object files or cubins, searched recursively; a file is named after
 its kernel and holds no other. Kernels count as equal if their instructions differ at most in the

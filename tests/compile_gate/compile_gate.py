@@ -1,7 +1,7 @@
 """The compile gate checks what the compiler made of every CUDA kernel.
 
-    python tests/compile_gate/compile_gate.py [--arch sm_80] [--kernels PATTERN] [--out FOLDER]
-    python tests/compile_gate/compile_gate.py --built ...
+    python -m tests.compile_gate.compile_gate [--arch sm_80] [--kernels PATTERN] [--out FOLDER]
+    python -m tests.compile_gate.compile_gate --built ...
 
 The first form compiles each kernel of jvp_attn/backends/kernel_table.py by itself; the second reads
 the objects and reports that the build (setup.py, make) left in build/objects. Both print a table of

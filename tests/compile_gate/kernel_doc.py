@@ -1,6 +1,6 @@
 """Writes the table of sm90 kernels in docs/kernels.md from the kernel table and ptxas' report:
 
-python tests/compile_gate/kernel_doc.py
+python -m tests.compile_gate.kernel_doc
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "kernels.md"
 REPORT = ROOT / "benchmarks" / "results" / "kernel-registers-sm_90a.json"
-TABLE = re.compile(r"(<!-- python tests/compile_gate/\w+\.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
+TABLE = re.compile(
+    r"(<!-- python -m tests\.compile_gate\.kernel_doc -->\n).*?(<!-- end -->\n)", re.DOTALL
+)
 
 HOPPER = [x for x in KERNELS.values() if x.arch == "sm90" and x.element == "bf16"]
 PANEL_COLUMNS = 64

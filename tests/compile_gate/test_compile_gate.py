@@ -27,7 +27,7 @@ from tests.compile_gate.compile_gate import (
 )
 from tests.compile_gate.compiler_report import Instructions, PtxasReport
 
-GATE = Path(__file__).with_name("compile_gate.py")
+GATE = "tests.compile_gate.compile_gate"
 
 needs_nvcc = pytest.mark.skipif(SETUP.find_toolkit() is None, reason="nvcc is not installed")
 
@@ -199,7 +199,7 @@ def test_hopper_kernels_are_not_compiled_for_sm_80() -> None:
 @pytest.mark.slow
 def test_the_script_writes_json_and_rejects_unknown_names(tmp_path: Path) -> None:
     def gate(*options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, GATE, "--kernels", "preprocess_bf16", *options]
+        command = [sys.executable, "-m", GATE, "--kernels", "preprocess_bf16", *options]
         return subprocess.run([str(x) for x in command], capture_output=True, text=True)
 
     good = gate("--out", tmp_path)

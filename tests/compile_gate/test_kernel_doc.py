@@ -20,7 +20,7 @@ from tests.compile_gate.kernel_doc import (
 
 def test_the_page_is_up_to_date() -> None:
     page = PAGE.read_text("utf-8")
-    assert with_table(page) == page, "run python tests/compile_gate/kernel_doc.py"
+    assert with_table(page) == page, "run python -m tests.compile_gate.kernel_doc"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
