@@ -176,9 +176,9 @@ class KernelTest:
         if name == "lse":
             return 1e-6
         if name == "mu":
-            return 3e-5
+            return max(3e-5, self._rounding_of_terms("mu"))
         if name in ("beta", "delta") and self.case.get("low order") == "given":
-            return 1e-6 + rounding**2
+            return (1e-6 + rounding**2) * max(1, self._size_of_terms(name, "products"))
         if name in ("beta", "delta") and "low order" not in self.case:
             return 1e-6 + self._rounding_of_terms(name)
         # With large logits, or one row or key, few terms contribute. Their errors do not average
@@ -206,10 +206,10 @@ class KernelTest:
         """
         return 2 * torch.finfo(torch.float32).eps * self._size_of_terms(name)
 
-    def _size_of_terms(self, name: str) -> float:
+    def _size_of_terms(self, name: str, kind: str = "terms") -> float:
         """How much larger the terms of a result are than the result."""
         belongs = self._belongs_to_a_sequence(name)
-        terms = self.exact[f"{name}_terms"][belongs]
+        terms = self.exact[f"{name}_{kind}"][belongs]
         return float(terms.norm()) / magnitude(self.exact[name][belongs])
 
     def _faults_of_lo(self, name: str, outputs: Tensors) -> list[str]:

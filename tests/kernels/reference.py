@@ -22,7 +22,8 @@ Named = Mapping[str, Tensor]
 
 INPUTS = ("q", "k", "v", "tq", "tk", "tv", "grad_out", "grad_tout", "grad_lse", "grad_mu")
 ROW_VECTORS = ("lse", "mu", "beta", "delta", "grad_lse", "grad_mu")  # (batch, heads, rows)
-_ROW_RESULTS = ("lse", "mu", "beta", "delta", "beta_terms", "delta_terms")
+_ROW_RESULTS = ("lse", "mu", "beta", "delta", "mu_terms", "beta_terms", "delta_terms")
+_ROW_RESULTS += ("beta_products", "delta_products")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def attention(
         that belong to no sequence are 0. Also beta_terms, delta_terms, grad_q_terms, …: the
         magnitude of the terms that are summed to each result. If the terms of P, Tc, dT and dS have
         relative errors e, then beta and delta have errors of at most e times this, and the
-        gradients of about that. tout_terms is the same for relative errors of P∘(T − c).
+        gradients of about that. tout_terms is the same for relative errors of P∘(T − c), mu_terms
+        for P∘(T − c) and T, and beta_products and delta_products for O and tO.
     """
     x = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     q, k, v = x["q"], x["k"], x["v"]
@@ -207,6 +209,9 @@ def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
         "mu": mu,
         "beta": beta,
         "delta": delta,
+        "mu_terms": mu.abs() + (weighted.abs() * exponents + p * t_terms).square().sum(-1).sqrt(),
+        "beta_products": (g_tout * out).square().sum(-1).sqrt(),
+        "delta_products": ((g_out * out).square() + (g_tout * tout).square()).sum(-1).sqrt(),
         "beta_terms": dt_terms.sum(-1),
         "delta_terms": ds_terms.sum(-1),
         "grad_q_terms": abs(s) * (_spread(ds_terms, k) + _spread(dt_terms, tk)),
