@@ -117,6 +117,6 @@ build/cpu: $(VENV)/ready setup.py $(CPU_FILES)
 	@! ls jvp_attn/_cpu.*.so >/dev/null 2>&1 || { mkdir -p build && touch $@; }
 
 build/cuda: $(VENV)/ready setup.py jvp_attn/backends/kernel_table.py $(shell find csrc -type f)
-	@test -e $@ || echo 'Compiling the CUDA kernels: ten minutes on two cores, once.'
+	@test -e $@ || echo 'Compiling the CUDA kernels: six to ten minutes on two cores, once.'
 	@JVP_ATTN_CPU=0 $(BIN)/python setup.py $(QUIET) build_ext --inplace
 	@! ls jvp_attn/_C.*.so >/dev/null 2>&1 || { mkdir -p build && touch $@; }
