@@ -12,18 +12,17 @@ gets a line, then a summary follows; the exit status is 1 if there was such a li
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
+
+from tests.compile_gate.cuda_tools import cuda_tool
 
 # A kernel's name and an architecture.
 Key = tuple[str, str]
@@ -49,21 +48,6 @@ _NAMES = (
 # Reading
 
 
-@cache
-def tool(name: str) -> str:
-    """The path of cuobjdump or nvdisasm: in PATH, or of the package on PyPI."""
-    found = shutil.which(name)
-    if found is None:
-        try:
-            files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
-        except importlib.metadata.PackageNotFoundError:
-            files = []
-        found = next((str(x.locate()) for x in files if x.name == name), None)
-    if found is None:
-        raise FileNotFoundError(f"no {name} in PATH: pip install nvidia-cuda-{name}")
-    return found
-
-
 def read_build(folder: Path, pattern: str = "*") -> dict[Key, list[str]]:
     """Disassemble every object file and cubin below a folder.
 
@@ -80,12 +64,12 @@ def read_build(folder: Path, pattern: str = "*") -> dict[Key, list[str]]:
         ValueError: the folder holds no kernel that fits the pattern.
     """
     # cuobjdump calls nvdisasm, which it looks for in PATH.
-    path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(cuda_tool("nvdisasm").parent), os.environ.get("PATH", "")])
     kernels: dict[Key, list[str]] = {}
     for file in sorted([*folder.rglob("*.o"), *folder.rglob("*.cubin")]):
         if fnmatchcase(file.stem, pattern):
             text = subprocess.run(
-                [tool("cuobjdump"), "-sass", str(file)],
+                [str(cuda_tool("cuobjdump")), "-sass", str(file)],
                 env={**os.environ, "PATH": path},
                 capture_output=True,
                 check=True,

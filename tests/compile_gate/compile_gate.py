@@ -15,10 +15,8 @@ nvidia-cuda-nvdisasm, nvidia-cuda-cuobjdump), and no GPU.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
@@ -38,10 +36,9 @@ from tests.compile_gate.compiler_report import (
     read_disassembly,
     read_ptxas,
 )
+from tests.compile_gate.cuda_tools import ROOT, SETUP, cuda_tool, nvcc
 
-ROOT = Path(__file__).resolve().parents[2]
 GENERATE = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
-SETUP = SimpleNamespace(**run_path(str(ROOT / "setup.py")))
 BUILT = ROOT / SETUP.CUDA_OBJECTS
 
 # The shared memory that a block can have on every GPU that runs the kernel.
@@ -76,38 +73,6 @@ class Compiled:
 
 class CompilationFailed(Exception):
     """A compiler or disassembler failed; the message holds its output."""
-
-
-@cache
-def nvcc() -> Path:
-    """The compiler that the build would use."""
-    toolkit = SETUP.find_toolkit()
-    if toolkit is None:
-        raise FileNotFoundError("no nvcc in CUDA_HOME, CUDA_PATH or PATH")
-    return toolkit.root / "bin" / "nvcc"
-
-
-def nvdisasm() -> Path:
-    return cuda_tool("nvdisasm")
-
-
-def cuobjdump() -> Path:
-    return cuda_tool("cuobjdump")
-
-
-@cache
-def cuda_tool(name: str) -> Path:
-    """A tool of the toolkit, in PATH, or from its package nvidia-cuda-<name> on PyPI."""
-    found = shutil.which(name, path=os.pathsep.join([str(nvcc().parent), os.environ["PATH"]]))
-    if found is None:
-        try:
-            files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
-        except importlib.metadata.PackageNotFoundError:
-            files = []
-        found = next((str(x.locate()) for x in files if x.name == name), None)
-    if found is None:
-        raise FileNotFoundError(f"no {name} in the toolkit or PATH: pip install nvidia-cuda-{name}")
-    return Path(found)
 
 
 def for_arch(entries: Iterable[KernelEntry], arch: str) -> list[KernelEntry]:
@@ -150,7 +115,7 @@ def compile_one(folder: Path, entry: KernelEntry, arch: str) -> Compiled:
 
 
 def disassemble(cubin: Path) -> Instructions:
-    return read_disassembly(output_of(nvdisasm(), "--print-code", cubin))
+    return read_disassembly(output_of(cuda_tool("nvdisasm"), "--print-code", cubin))
 
 
 def output_of(*command: object) -> str:
@@ -211,7 +176,7 @@ def read_built(
     path, log = objects / f"{entry.name}.o", objects / f"{entry.name}.o.log"
     if not (path.exists() and log.exists()):
         raise NotBuilt(f"{path} or its log is missing: run make build/cuda")
-    extract = [str(cuobjdump()), "--extract-elf", f".{arch}.", str(path.resolve())]
+    extract = [str(cuda_tool("cuobjdump")), "--extract-elf", f".{arch}.", str(path.resolve())]
     subprocess.run(extract, cwd=folder, capture_output=True, check=False)
     cubins = list(folder.glob(f"{entry.name}.*.{arch}.cubin"))
     if len(cubins) != 1:
