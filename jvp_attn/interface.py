@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -57,6 +57,7 @@ def flash_attn_jvp(
     v: Tensor,
     *,
     return_lse: Literal[False] = False,
+    return_lse_lo: Literal[False] = False,
     **options: Unpack[AttentionKwargs],
 ) -> Tensor: ...
 
@@ -68,8 +69,21 @@ def flash_attn_jvp(
     v: Tensor,
     *,
     return_lse: Literal[True],
+    return_lse_lo: Literal[False] = False,
     **options: Unpack[AttentionKwargs],
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_lse_lo: Literal[True],
+    **options: Unpack[AttentionKwargs],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def flash_attn_jvp(
@@ -83,7 +97,8 @@ def flash_attn_jvp(
     causal: bool = False,
     deterministic: bool = True,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_lse_lo: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(s Q Kᵀ + mask) V, differentiable in forward and reverse mode and in both together.
 
     Under `torch.func.jvp` or `torch.autograd.forward_ad` one pass over the keys computes the output
@@ -120,11 +135,15 @@ def flash_attn_jvp(
             tensors whose rows start at multiples of 16 bytes. Everything else is deterministic,
             and so is everything under `torch.use_deterministic_algorithms(True)`.
         return_lse: also return lse.
+        return_lse_lo: also return lse and its low-order part, for `merge_attention`: in
+            lse = max + log(sum) the logarithm is lost beside a huge maximum.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v), q's dtype; with return_lse also lse
         (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs), whose
-        tangent is mu = rowsum(P∘T). Rows that see no key have out 0, lse −inf and no gradient.
+        tangent is mu = rowsum(P∘T); with return_lse_lo also lse_lo, of the shape and dtype of lse,
+        what rounding took from it, without a derivative of its own. Rows that see no key have
+        out 0, lse −inf, lse_lo 0 and no gradient.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. The values of seqused_k
@@ -135,14 +154,15 @@ def flash_attn_jvp(
     Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081)
     for the tangent.
     """
-    out, lse = attention(
+    outputs = attention(
         *(q, k, v, attn_mask),
         seqused_k=seqused_k,
         softmax_scale=softmax_scale,
         causal=resolve_alignment(causal),
         deterministic=deterministic,
+        return_lse_lo=return_lse_lo,
     )
-    return (out, lse) if return_lse else out
+    return _requested(outputs, return_lse, return_lse_lo)
 
 
 def attention(
@@ -155,8 +175,9 @@ def attention(
     softmax_scale: float | None,
     causal: Causal,
     deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) as in `flash_attn_jvp`, for either alignment of the causal mask."""
+    return_lse_lo: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, lse_lo) as in `flash_attn_jvp`, for either alignment of the causal mask."""
     check_attention(q, k, v)
     check_seqused_k(seqused_k, q)
     inputs = Inputs(q, k, v, check_mask(attn_mask, q, k), seqused_k=seqused_k)
@@ -164,10 +185,18 @@ def attention(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=causal,
         backend=resolve_backend(q, k),
-        return_lo=backward_may_follow(*inputs),
+        return_lo=return_lse_lo or backward_may_follow(*inputs),
         deterministic=deterministic,
     )
     return differentiable_attention(inputs, options)
+
+
+def _requested(
+    outputs: tuple[Tensor, Tensor, Tensor | None], return_lse: bool, return_lse_lo: bool
+) -> Any:
+    if return_lse_lo:
+        return outputs
+    return outputs[:2] if return_lse else outputs[0]
 
 
 # ----------------------------------------------------------------------------
@@ -185,6 +214,7 @@ def flash_attn_varlen_jvp(
     max_seqlen_k: int,
     *,
     return_lse: Literal[False] = False,
+    return_lse_lo: Literal[False] = False,
     **options: Unpack[PackedKwargs],
 ) -> Tensor: ...
 
@@ -200,8 +230,25 @@ def flash_attn_varlen_jvp(
     max_seqlen_k: int,
     *,
     return_lse: Literal[True],
+    return_lse_lo: Literal[False] = False,
     **options: Unpack[PackedKwargs],
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_varlen_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    return_lse_lo: Literal[True],
+    **options: Unpack[PackedKwargs],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def flash_attn_varlen_jvp(
@@ -217,7 +264,8 @@ def flash_attn_varlen_jvp(
     causal: bool = False,
     deterministic: bool = True,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_lse_lo: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """`flash_attn_jvp` of sequences of different lengths, packed one after another.
 
     Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] and the keys likewise; either
@@ -232,12 +280,11 @@ def flash_attn_varlen_jvp(
             the device.
         softmax_scale: head_dim^−½ by default.
         causal: aligned bottom-right in each sequence.
-        deterministic: as in `flash_attn_jvp`.
-        return_lse: also return lse.
+        deterministic, return_lse, return_lse_lo: as in `flash_attn_jvp`.
 
     Returns:
         out (total_q, heads, head_dim_v); with return_lse also lse (heads, total_q), float32
-        (float64 for float64 inputs).
+        (float64 for float64 inputs); with return_lse_lo also lse_lo, likewise.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. The values of
@@ -252,12 +299,13 @@ def flash_attn_varlen_jvp(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[2]),
         causal=resolve_alignment(causal),
         backend=resolve_backend(inputs.q, inputs.k),
-        return_lo=backward_may_follow(q, k, v),
+        return_lo=return_lse_lo or backward_may_follow(q, k, v),
         max_seqlens=(max_seqlen_q, max_seqlen_k),
         deterministic=deterministic,
     )
-    out, lse = differentiable_attention(inputs, options)
-    return (out[0], lse[0]) if return_lse else out[0]
+    out, lse, lse_lo = differentiable_attention(inputs, options)
+    unpacked = out[0], lse[0], None if lse_lo is None else lse_lo[0]
+    return _requested(unpacked, return_lse, return_lse_lo)
 
 
 # ----------------------------------------------------------------------------
@@ -274,6 +322,7 @@ def flash_attn_with_tangent(
     tv: Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
+    return_lse_lo: Literal[False] = False,
     **options: Unpack[TangentKwargs],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -288,8 +337,24 @@ def flash_attn_with_tangent(
     tv: Tensor | None = None,
     *,
     return_lse: Literal[True],
+    return_lse_lo: Literal[False] = False,
     **options: Unpack[TangentKwargs],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_with_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None = None,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    return_lse_lo: Literal[True],
+    **options: Unpack[TangentKwargs],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 
 
 def flash_attn_with_tangent(
@@ -307,7 +372,8 @@ def flash_attn_with_tangent(
     causal: bool = False,
     deterministic: bool = True,
     return_lse: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_lse_lo: bool = False,
+) -> tuple[Tensor, ...]:
     """`flash_attn_jvp` for code that passes tangents explicitly instead of using torch.func.jvp.
 
     Args:
@@ -315,10 +381,12 @@ def flash_attn_with_tangent(
         tq, tk, tv, tattn_mask: tangents, each of its primal's shape, dtype and device. None is zero
             and costs nothing; without any tangent, the returned tangents are zeros.
         return_lse: also return lse and its tangent.
+        return_lse_lo: also return lse, its tangent and the low-order part of lse.
 
     Returns:
-        (out, out_tangent), or (out, out_tangent, lse, lse_tangent); shapes as in `flash_attn_jvp`.
-        Reverse mode is exact through all of them, for all inputs and tangents.
+        (out, out_tangent), (out, out_tangent, lse, lse_tangent) or
+        (out, out_tangent, lse, lse_tangent, lse_lo); shapes as in `flash_attn_jvp`. Reverse mode is
+        exact through all but lse_lo, which has no derivative, for all inputs and tangents.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -335,8 +403,11 @@ def flash_attn_with_tangent(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=resolve_alignment(causal),
         backend=resolve_backend(q, k),
-        return_lo=backward_may_follow(*inputs, *tangents),
+        return_lo=return_lse_lo or backward_may_follow(*inputs, *tangents),
         deterministic=deterministic,
     )
-    out, lse, tout, mu = attention_with_tangent(inputs, tangents, options)
-    return (out, tout, lse, mu) if return_lse else (out, tout)
+    out, lse, tout, mu, lse_lo = attention_with_tangent(inputs, tangents, options)
+    results: Any = (out, tout, lse, mu, lse_lo)
+    if return_lse_lo:
+        return results
+    return results[:4] if return_lse else results[:2]

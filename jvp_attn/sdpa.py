@@ -97,7 +97,7 @@ def _attention(
             return torch.stack(outs, d)
         attn_mask = attn_mask.flatten(0, -4)
     q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (query, key, value))
-    out, _ = attention(q, k, v, attn_mask, softmax_scale=scale, causal=causal)
+    out, *_ = attention(q, k, v, attn_mask, softmax_scale=scale, causal=causal)
     return out.transpose(1, 2).unflatten(0, batch)
 
 

@@ -106,15 +106,19 @@ class Gradients(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """out and out_lo (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q)."""
+    """out and out_lo (batch, seqlen_q, heads, head_dim_v), lse and lse_lo (batch, heads, seqlen_q).
+
+    The low-order parts are what rounding took from out and lse.
+    """
 
     out: Tensor
     lse: Tensor
     out_lo: Tensor | None
+    lse_lo: Tensor | None
 
 
 class JvpOutputs(NamedTuple):
-    """The outputs, their tangents (mu is that of lse), and the low-order parts of out and tout."""
+    """The outputs, their tangents (mu is that of lse), and low-order parts of out, tout and lse."""
 
     out: Tensor
     lse: Tensor
@@ -122,6 +126,7 @@ class JvpOutputs(NamedTuple):
     mu: Tensor
     out_lo: Tensor | None
     tout_lo: Tensor | None
+    lse_lo: Tensor | None
 
 
 class Cotangents(NamedTuple):
@@ -169,12 +174,12 @@ class AttentionBackend(Protocol):
     """
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
-        """Return O, lse and the low-order part of O."""
+        """Return O, lse and the low-order parts of both."""
 
     def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> JvpOutputs:
-        """Return O, lse, tO, mu and the low-order parts of O and tO."""
+        """Return O, lse, tO, mu and the low-order parts of O, tO and lse."""
 
     def backward(
         self,

@@ -225,9 +225,11 @@ private:
             const Value factor = fully_masked ? 0 : 1 / softmax.row_sum;
             // mu - centre
             const Value mean = softmax.trow_sum * factor;
-            const double exact = softmax.row_max + std::log(static_cast<double>(softmax.row_sum));
-            lse[row] = fully_masked ? -kInfinity<Value> : static_cast<Value>(exact);
-            if (lse_lo) lse_lo[row] = fully_masked ? 0 : exact - lse[row];
+            const double max = softmax.row_max;
+            const double log_sum = std::log(static_cast<double>(softmax.row_sum));
+            lse[row] = fully_masked ? -kInfinity<Value> : static_cast<Value>(max + log_sum);
+            // In this order the logarithm is not lost beside a huge maximum.
+            if (lse_lo) lse_lo[row] = fully_masked ? 0 : (max - lse[row]) + log_sum;
             for (int j = 0; j < p_.head_dim_v; ++j) o[j] = o[j] * factor + softmax.nan;
             if (tout) {
                 mu[row] = softmax.centre + mean;

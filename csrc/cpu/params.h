@@ -47,11 +47,9 @@ struct AttentionParams {
     Tensor q, k, v;
     Tensor tq, tk, tv;
     Tensor out, tout;
-    // The low-order parts that rounding took from out and tout in half precision ...
-    Tensor out_lo, tout_lo;
-    // ... and from lse in float32.
-    RowVector lse_lo;
-    RowVector lse, mu;  // natural logarithm; -inf and 0 in a row without visible keys
+    Tensor out_lo, tout_lo;  // the low-order parts that rounding took in half precision
+    RowVector lse, mu;       // natural logarithm; -inf and 0 in a row without visible keys
+    RowVector lse_lo;        // the low-order part that rounding took from lse
 
     Tensor grad_out, grad_tout;
     RowVector grad_lse, grad_mu;

@@ -11,12 +11,19 @@ from torch import Tensor
 from jvp_attn.autograd import ops
 from jvp_attn.autograd.functions import FlashAttention, FlashAttentionJvp
 from jvp_attn.backends import reference
-from jvp_attn.types import AttentionOptions, Inputs, Tangents
+from jvp_attn.types import AttentionOptions, Inputs, JvpOutputs, Tangents
 from jvp_attn.validation import check_lengths, check_tangents
 
+MaybeTensor = Tensor | None
 
-def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """(out, lse) of checked inputs, with every derivative."""
+
+def differentiable_attention(
+    inputs: Inputs, options: AttentionOptions
+) -> tuple[Tensor, Tensor, MaybeTensor]:
+    """(out, lse, lse_lo) of checked inputs, with every derivative.
+
+    lse_lo may be None if the options do not request it, and has no derivative.
+    """
     if options.backend == "math":
         check_lengths(inputs, options)
         return reference.attention(inputs, options)
@@ -27,23 +34,25 @@ def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple
     if not _can_be_captured(has_tangent):
         return _eager_attention(inputs, options)
     if not has_tangent:
-        out, lse, _ = ops.forward(inputs, options)
-        return out, lse
-    out, lse, tout, mu, *_ = ops.forward_jvp(primals, tangents, options)
-    return fwAD.make_dual(out, tout), fwAD.make_dual(lse, mu)
+        out, lse, _, lse_lo = ops.forward(inputs, options)
+        return out, lse, lse_lo
+    return _dual(ops.forward_jvp(primals, tangents, options))
 
 
 def attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, tout, mu) of checked inputs and tangents, with every derivative."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, MaybeTensor]:
+    """(out, lse, tout, mu, lse_lo) of checked inputs and tangents, with every derivative.
+
+    For lse_lo see `differentiable_attention`.
+    """
     if options.backend == "math":
         check_lengths(inputs, options)
         return _math_attention_with_tangent(inputs, tangents, options)
     if not torch.compiler.is_compiling() or _is_transformed():
         return _eager_attention_with_tangent(inputs, tangents, options)
-    out, lse, tout, mu, *_ = ops.forward_jvp(inputs, tangents, options)
-    return out, lse, tout, mu
+    out, lse, tout, mu, *_, lse_lo = ops.forward_jvp(inputs, tangents, options)
+    return out, lse, tout, mu, lse_lo
 
 
 def backward_may_follow(*tensors: Tensor | None) -> bool:
@@ -70,22 +79,24 @@ _eager = torch.compiler.disable(
 
 
 @_eager
-def _eager_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def _eager_attention(
+    inputs: Inputs, options: AttentionOptions
+) -> tuple[Tensor, Tensor, MaybeTensor]:
     if _tangents_may_be_unpacked(inputs):
         primals, tangents = _unpacked(inputs)
         if any(t is not None for t in tangents):
-            out, lse, tout, mu, *_ = FlashAttentionJvp.apply(*primals, *tangents, options)
-            return fwAD.make_dual(out, tout), fwAD.make_dual(lse, mu)
-    out, lse, _ = FlashAttention.apply(*inputs, options)
-    return out, lse
+            outputs = FlashAttentionJvp.apply(*primals, *tangents, options)
+            return _dual(JvpOutputs(*outputs))
+    out, lse, _, lse_lo = FlashAttention.apply(*inputs, options)
+    return out, lse, lse_lo
 
 
 @_eager
 def _eager_attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, lse, tout, mu, *_ = FlashAttentionJvp.apply(*inputs, *tangents, options)
-    return out, lse, tout, mu
+) -> tuple[Tensor, Tensor, Tensor, Tensor, MaybeTensor]:
+    out, lse, tout, mu, *_, lse_lo = FlashAttentionJvp.apply(*inputs, *tangents, options)
+    return out, lse, tout, mu, lse_lo
 
 
 def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
@@ -110,13 +121,19 @@ def _unpacked(inputs: Inputs) -> tuple[Inputs, Tangents]:
     return primals, tangents
 
 
+def _dual(outputs: JvpOutputs) -> tuple[Tensor, Tensor, MaybeTensor]:
+    out = fwAD.make_dual(outputs.out, outputs.tout)
+    lse = fwAD.make_dual(outputs.lse, outputs.mu)
+    return out, lse, outputs.lse_lo
+
+
 def _math_attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     primals = _differentiable(inputs)
     directions = {name: getattr(tangents, name) for name in primals}
 
-    def formula(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def formula(values: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return reference.attention(inputs._replace(**values), options)
 
     outputs: Any = torch.func.jvp(
@@ -124,8 +141,8 @@ def _math_attention_with_tangent(
         (primals,),
         ({x: torch.zeros_like(primals[x]) if t is None else t for x, t in directions.items()},),
     )
-    (out, lse), (tout, mu) = outputs
-    return out, lse, tout, mu
+    (out, lse, lse_lo), (tout, mu, _) = outputs
+    return out, lse, tout, mu, lse_lo
 
 
 def _differentiable(inputs: Inputs) -> dict[str, Tensor]:

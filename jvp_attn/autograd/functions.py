@@ -62,7 +62,7 @@ class _AttentionFunction(Function):
 
 
 class FlashAttention(_AttentionFunction):
-    """(*inputs, options) → (out, lse, out_lo), as `AttentionBackend.forward`."""
+    """(*inputs, options) → (out, lse, out_lo, lse_lo), as `AttentionBackend.forward`."""
 
     signature = FORWARD
 
@@ -75,12 +75,13 @@ class FlashAttention(_AttentionFunction):
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
-        _mark_non_differentiable(ctx, Outputs(*output).out_lo)
+        outputs = Outputs(*output)
+        _mark_non_differentiable(ctx, outputs.out_lo, outputs.lse_lo)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_eager
-    def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor, _: None) -> Any:
+    def backward(ctx: Any, grad_out: MaybeTensor, grad_lse: MaybeTensor, *_: None) -> Any:
         gradients = FlashAttentionBackward.apply(
             *ctx.saved_tensors,
             *Cotangents(grad_out, grad_lse),
@@ -96,11 +97,11 @@ class FlashAttention(_AttentionFunction):
         tangents = _tangents_of(input_tangents)
         check_tangents(inputs, tangents)
         outputs = JvpOutputs(*FlashAttentionJvp.apply(*inputs, *tangents, ctx.options))
-        return outputs.tout, outputs.mu, None
+        return outputs.tout, outputs.mu, None, None
 
 
 class FlashAttentionJvp(_AttentionFunction):
-    """(*inputs, *tangents, options) → (out, lse, tout, mu, out_lo, tout_lo).
+    """(*inputs, *tangents, options) → (out, lse, tout, mu, out_lo, tout_lo, lse_lo).
 
     Any tangent may be None.
     """
@@ -116,7 +117,7 @@ class FlashAttentionJvp(_AttentionFunction):
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output)
         outputs = JvpOutputs(*output)
-        _mark_non_differentiable(ctx, outputs.out_lo, outputs.tout_lo)
+        _mark_non_differentiable(ctx, outputs.out_lo, outputs.tout_lo, outputs.lse_lo)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -133,10 +134,10 @@ class FlashAttentionJvp(_AttentionFunction):
         n_arguments = len(ctx.needs_input_grad)
         needs = FORWARD_JVP.needs(ctx.needs_input_grad)
         if grad_tout is None and grad_mu is None:
-            out, lse, _tout, _mu, out_lo, _tout_lo = outputs
+            out, lse, _tout, _mu, out_lo, _tout_lo, lse_lo = outputs
             gradients = FlashAttentionBackward.apply(
                 *inputs,
-                *Outputs(out, lse, out_lo),
+                *Outputs(out, lse, out_lo, lse_lo),
                 *Cotangents(grad_out, grad_lse),
                 needs[: len(_NO_NEEDS)],
                 ctx.options,

@@ -165,7 +165,7 @@ def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_forward(ctx: Any, grad_out: Any, grad_lse: Any, _: None) -> Any:
+def _backward_of_forward(ctx: Any, grad_out: Any, grad_lse: Any, *_: Any) -> Any:
     inputs, *outputs = FORWARD.unpack(ctx.saved_tensors)
     needs = FORWARD.needs(ctx.needs_input_grad)
     cotangents = Cotangents(grad_out, grad_lse)

@@ -42,8 +42,7 @@ _ELEMENTS = {
 class CpuBackend:
     """Implements `jvp_attn.types.AttentionBackend`.
 
-    In half precision out_lo and tout_lo are the low-order parts of out and tout. In float32 out_lo
-    is that of lse, (batch, heads, seqlen_q). In float64 they are None.
+    Only in half precision there are low-order parts of out and tout.
 
     Args:
         extension: `jvp_attn._cpu`.
@@ -55,10 +54,11 @@ class CpuBackend:
         self._instruction_set = instruction_set or extension.instruction_sets()[0]
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
-        """O, lse and, if requested, a low-order part."""
-        out, lse, _ = meta.forward(inputs, options)
-        outputs = Outputs(out, lse, _new_low_order_part(out, lse) if options.return_lo else None)
-        self._run("forward", inputs, options, _named_outputs(outputs._asdict()))
+        """O, lse and, if requested, low-order parts."""
+        outputs = meta.forward(inputs, options)
+        if options.return_lo and _is_half(inputs):
+            outputs = outputs._replace(out_lo=torch.zeros_like(outputs.out))
+        self._run("forward", inputs, options, _named("", outputs))
         return outputs
 
     def forward_jvp(
@@ -66,12 +66,10 @@ class CpuBackend:
     ) -> JvpOutputs:
         """O, lse, tO, mu and, if requested, low-order parts."""
         outputs = meta.forward_jvp(inputs, tangents, options)
-        if options.return_lo:
-            out_lo = _new_low_order_part(outputs.out, outputs.lse)
-            is_half = inputs.q.dtype in (torch.float16, torch.bfloat16)
-            tout_lo = torch.zeros_like(outputs.tout) if is_half else None
+        if options.return_lo and _is_half(inputs):
+            out_lo, tout_lo = torch.zeros_like(outputs.out), torch.zeros_like(outputs.tout)
             outputs = outputs._replace(out_lo=out_lo, tout_lo=tout_lo)
-        tensors = _named("t", tangents) | _named_outputs(outputs._asdict())
+        tensors = _named("t", tangents) | _named("", outputs)
         self._run("forward", inputs, options, tensors)
         return outputs
 
@@ -84,10 +82,10 @@ class CpuBackend:
         options: AttentionOptions,
     ) -> Gradients:
         """The VJP of `forward`."""
-        if outputs.out_lo is None and inputs.q.dtype != torch.float64:
+        if outputs.lse_lo is None:
             outputs = self.forward(inputs, replace(options, return_lo=True))
         gradients = meta.backward(inputs, outputs, cotangents, needs, options)
-        tensors = _named_outputs(outputs._asdict()) | _named("grad_", cotangents)
+        tensors = _named("", outputs) | _named("grad_", cotangents)
         self._run_backward(inputs, options, tensors, gradients, Gradients())
         return gradients
 
@@ -101,13 +99,12 @@ class CpuBackend:
         options: AttentionOptions,
     ) -> tuple[Gradients, Gradients]:
         """The VJP of `forward_jvp`."""
-        if outputs.out_lo is None and inputs.q.dtype != torch.float64:
+        if outputs.lse_lo is None:
             outputs = self.forward_jvp(inputs, tangents, replace(options, return_lo=True))
         gradients, tangent_gradients = meta.jvp_backward(
             inputs, tangents, outputs, cotangents, needs, options
         )
-        tensors = _named("t", tangents) | _named_outputs(outputs._asdict())
-        tensors |= _named("grad_", cotangents)
+        tensors = _named("t", tangents) | _named("", outputs) | _named("grad_", cotangents)
         self._run_backward(inputs, options, tensors, gradients, tangent_gradients)
         return gradients, tangent_gradients
 
@@ -190,24 +187,16 @@ def cpu_backend() -> CpuBackend:
     return CpuBackend(_cpu)
 
 
-def _new_low_order_part(out: Tensor, lse: Tensor) -> Tensor | None:
-    if out.dtype == torch.float64:
-        return None
-    return torch.zeros_like(lse if out.dtype == torch.float32 else out)
+def _is_half(inputs: Inputs) -> bool:
+    return inputs.q.dtype in (torch.float16, torch.bfloat16)
 
 
 def _named(
-    prefix: str, tensors: Tangents | Gradients | Cotangents | JvpCotangents
+    prefix: str,
+    tensors: Outputs | JvpOutputs | Tangents | Gradients | Cotangents | JvpCotangents,
 ) -> dict[str, Tensor]:
     """The tensors that are present, by their names in csrc/cpu/params.h."""
     return {f"{prefix}{name}": x for name, x in tensors._asdict().items() if x is not None}
-
-
-def _named_outputs(outputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    named = {name: x for name, x in outputs.items() if x is not None}
-    if "out_lo" in named and named["out"].dtype == torch.float32:
-        named["lse_lo"] = named.pop("out_lo")
-    return named
 
 
 def _accumulator(gradient: Tensor) -> Tensor:

@@ -60,36 +60,37 @@ class CudaBackend:
         self._capability_of = capability_of
 
     def forward(self, inputs: Inputs, options: AttentionOptions) -> Outputs:
-        """O, lse and, if requested, the low-order part of O."""
+        """O, lse and, if requested, their low-order parts."""
         call = KernelCall(inputs, options)
         out, lse = call.new_out(), call.new_rows(-torch.inf)
-        out_lo = call.new_out() if options.return_lo else None
+        out_lo, lse_lo = (call.new_out(), call.new_rows(0)) if options.return_lo else (None, None)
 
-        call.bind(out=out, lse=lse, out_lo=out_lo)
+        call.bind(out=out, lse=lse, out_lo=out_lo, lse_lo=lse_lo)
         self._launch("forward", call)
-        return Outputs(out, lse, out_lo)
+        return Outputs(out, lse, out_lo, lse_lo)
 
     def forward_jvp(
         self, inputs: Inputs, tangents: Tangents, options: AttentionOptions
     ) -> JvpOutputs:
-        """O, lse, tO, mu and, if requested, the low-order parts of O and tO."""
+        """O, lse, tO, mu and, if requested, the low-order parts of O, tO and lse."""
         if tangents.mask is not None:
             return self._fallback.forward_jvp(inputs, tangents, options)
         call = KernelCall(inputs, options)
         out, lse = call.new_out(), call.new_rows(-torch.inf)
         tout, mu = call.new_out(), call.new_rows(0)
         tout_lo = call.new_out() if options.return_lo else None
-        # If a second kernel continues from O, it needs the low-order part too.
+        # If a second kernel continues from O and lse, it needs their low-order parts too.
         in_two_steps = len(self._kernels_of("forward_jvp", call)) > 1
-        out_lo = call.new_out() if options.return_lo or in_two_steps else None
+        of_forward = options.return_lo or in_two_steps
+        out_lo, lse_lo = (call.new_out(), call.new_rows(0)) if of_forward else (None, None)
 
         call.bind(tq=tangents.q, tk=tangents.k, tv=tangents.v)
         call.bind(out=out, lse=lse, tout=tout, mu=mu)
-        call.bind(out_lo=out_lo, tout_lo=tout_lo)
+        call.bind(out_lo=out_lo, tout_lo=tout_lo, lse_lo=lse_lo)
         self._launch("forward_jvp", call)
         if not options.return_lo:
-            out_lo = None
-        return JvpOutputs(out, lse, tout, mu, out_lo, tout_lo)
+            out_lo = lse_lo = None
+        return JvpOutputs(out, lse, tout, mu, out_lo, tout_lo, lse_lo)
 
     def backward(
         self,
@@ -103,12 +104,13 @@ class CudaBackend:
         wanted = InputNeeds(*needs)
         if wanted.mask:
             return self._fallback.backward(inputs, outputs, cotangents, needs, options)
-        if outputs.out_lo is None and cotangents.out is not None:
+        reads_out = cotangents.out is not None
+        if outputs.lse_lo is None or (reads_out and outputs.out_lo is None):
             outputs = self.forward(inputs, replace(options, return_lo=True))
         call = KernelCall(inputs, options)
         gradients = _new_gradients(call, inputs, _QKV)
 
-        call.bind(out=outputs.out, lse=outputs.lse, out_lo=outputs.out_lo)
+        call.bind(**outputs._asdict())
         call.bind(grad_out=cotangents.out, grad_lse=cotangents.lse)
         call.bind(delta=call.new_rows(0))
         call.bind(grad_q=gradients.q, grad_k=gradients.k, grad_v=gradients.v)
@@ -133,9 +135,13 @@ class CudaBackend:
             return self._fallback.jvp_backward(
                 inputs, tangents, outputs, cotangents, needs, options
             )
-        reads_out = cotangents.out is not None or cotangents.tout is not None
         reads_tout = cotangents.tout is not None
-        if (reads_out and outputs.out_lo is None) or (reads_tout and outputs.tout_lo is None):
+        reads_out = reads_tout or cotangents.out is not None
+        if (
+            outputs.lse_lo is None
+            or (reads_out and outputs.out_lo is None)
+            or (reads_tout and outputs.tout_lo is None)
+        ):
             outputs = self.forward_jvp(inputs, tangents, replace(options, return_lo=True))
         gradients = _new_gradients(call, inputs, _QKV)
         tangent_gradients = _new_gradients(call, inputs, tangents_wanted)

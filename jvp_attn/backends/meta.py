@@ -25,14 +25,16 @@ from jvp_attn.types import (
 
 
 def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
-    """O = 0, lse = −inf and no low-order part."""
-    return Outputs(new_out(inputs).zero_(), new_rows(inputs).fill_(-torch.inf), None)
+    """O = 0, lse = −inf, and its low-order part 0 if requested."""
+    lse_lo = new_rows(inputs).zero_() if options.return_lo else None
+    return Outputs(new_out(inputs).zero_(), new_rows(inputs).fill_(-torch.inf), None, lse_lo)
 
 
 def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -> JvpOutputs:
-    """O = tO = mu = 0, lse = −inf and no low-order parts."""
-    out, lse, _ = forward(inputs, options)
-    return JvpOutputs(out, lse, new_out(inputs).zero_(), new_rows(inputs).zero_(), None, None)
+    """O = tO = mu = 0, lse = −inf, and its low-order part 0 if requested."""
+    out, lse, _, lse_lo = forward(inputs, options)
+    tout, mu = new_out(inputs).zero_(), new_rows(inputs).zero_()
+    return JvpOutputs(out, lse, tout, mu, None, None, lse_lo)
 
 
 def backward(

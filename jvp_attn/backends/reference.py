@@ -15,16 +15,17 @@ from jvp_attn.types import AttentionOptions, Causal, Inputs
 
 
 @without_autocast
-def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """softmax(s Q Kᵀ + mask) V and its logsumexp.
+def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(s Q Kᵀ + mask) V, its logsumexp and the low-order part of that.
 
     Args:
         inputs: see `Inputs`.
         options: see `AttentionOptions`.
 
     Returns:
-        out (batch, seqlen_q, heads, head_dim_v) in q's dtype; lse (batch, heads, seqlen_q), float32
-        (float64 for float64). A row that sees no key has out 0, lse −inf and no derivative.
+        out (batch, seqlen_q, heads, head_dim_v) in q's dtype; lse and lse_lo
+        (batch, heads, seqlen_q), float32 (float64 for float64); lse_lo has no derivative. A row
+        that sees no key has out 0, lse −inf and no derivative.
     """
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
         return _attention(*inputs.primals, inputs.seqused_k, options)
@@ -37,8 +38,8 @@ def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor
         _attention(inputs.q[:, queries], inputs.k[:, keys], inputs.v[:, keys], None, None, options)
         for queries, keys in places
     ]
-    outs, lses = zip(*results, strict=True)
-    return torch.cat(outs, 1), torch.cat(lses, 2)
+    outs, lses, lses_lo = zip(*results, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2), torch.cat(lses_lo, 2)
 
 
 def _attention(
@@ -48,7 +49,7 @@ def _attention(
     mask: Tensor | None,
     seqused_k: Tensor | None,
     options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     group = q.shape[2] // k.shape[2]
     queries = q.transpose(1, 2) * options.softmax_scale
     keys = k.transpose(1, 2).repeat_interleave(group, dim=1)
@@ -57,7 +58,7 @@ def _attention(
     scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32))
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
-        return (scores.to(q.dtype) @ values).transpose(1, 2), lse
+        return (scores.to(q.dtype) @ values).transpose(1, 2), lse, torch.zeros_like(lse)
     visible = _visible(scores, options.causal, seqused_k)
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask.detach() > -torch.inf
@@ -73,9 +74,10 @@ def _attention(
     total = weights.sum(-1, keepdim=True)
     out = (weights / total).to(q.dtype) @ values
     lse = maximum + total.log()
+    lse_lo = (maximum - lse.detach()) + total.detach().log()
     out = out.masked_fill(~alive, 0)
     lse = lse.masked_fill(~alive, -torch.inf).squeeze(-1)
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), lse, lse_lo.masked_fill(~alive, 0).squeeze(-1)
 
 
 def _visible(scores: Tensor, causal: Causal, seqused_k: Tensor | None) -> Tensor:

@@ -38,23 +38,25 @@ from jvp_attn.types import (
 @without_autocast
 def forward(inputs: Inputs, options: AttentionOptions) -> Outputs:
     """O = P V and lse = logsumexp(S)."""
-    out, lse, _ = meta.forward(inputs, options)
+    out, lse, _, lse_lo = outputs = meta.forward(inputs, options)
     for heads in head_blocks(inputs, options):
         keys = heads.load_keys(inputs.k)
         values, nonfinite = _finite_part(heads, heads.load_keys(inputs.v))
         for rows in heads.row_blocks():
             queries = _times(rows.load(inputs.q), options.softmax_scale)
-            p, row_lse = _softmax(rows, queries, keys)
+            p, row_lse, row_lse_lo = _softmax(rows, queries, keys)
             row_out = _products((p, rows.seen(values)))
             rows.store(out, _propagate_nan(rows, row_out, nonfinite))
             rows.store_sums(lse, row_lse)
-    return Outputs(out, lse, None)
+            rows.store_sums(lse_lo, row_lse_lo)
+    return outputs
 
 
 @without_autocast
 def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -> JvpOutputs:
     """O, lse, tO = (P∘(T − mu)) V + P tV and mu = rowsum(P∘T), in one pass."""
-    out, lse, tout, mu, *_ = meta.forward_jvp(inputs, tangents, options)
+    outputs = meta.forward_jvp(inputs, tangents, options)
+    out, lse, tout, mu, _, _, lse_lo = outputs
     for heads in head_blocks(inputs, options):
         keys, tkeys = heads.load_keys(inputs.k), heads.load_keys(tangents.k)
         values, nonfinite = _finite_part(heads, heads.load_keys(inputs.v))
@@ -62,10 +64,11 @@ def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -
         for rows in heads.row_blocks():
             queries = _times(rows.load(inputs.q), options.softmax_scale)
             tqueries = _times(rows.load(tangents.q), options.softmax_scale)
-            p, row_lse = _softmax(rows, queries, keys)
+            p, row_lse, row_lse_lo = _softmax(rows, queries, keys)
             row_out = _products((p, rows.seen(values)))
             rows.store(out, _propagate_nan(rows, row_out, nonfinite))
             rows.store_sums(lse, row_lse)
+            rows.store_sums(lse_lo, row_lse_lo)
 
             pt = _score_tangent(rows, queries, keys, tqueries, tkeys, tangents.mask)
             if pt is not None:
@@ -75,7 +78,7 @@ def forward_jvp(inputs: Inputs, tangents: Tangents, options: AttentionOptions) -
             row_tout = _products((pt, rows.seen(values)), (p, rows.seen(tvalues)))
             row_tout = _propagate_nan(rows, row_tout, nonfinite)
             rows.store(tout, _propagate_nan(rows, row_tout, tnonfinite))
-    return JvpOutputs(out, lse, tout, mu, None, None)
+    return outputs
 
 
 @without_autocast
@@ -87,9 +90,9 @@ def backward(
     options: AttentionOptions,
 ) -> Gradients:
     """The VJP of `forward`: that of `forward_jvp` without tangents."""
-    out, lse, _ = outputs
+    out, lse, out_lo, lse_lo = outputs
     # tout and mu are not read if there is no tangent.
-    without_tangents = JvpOutputs(out, lse, tout=out, mu=lse, out_lo=None, tout_lo=None)
+    without_tangents = JvpOutputs(out, lse, out, lse, out_lo, None, lse_lo)
     gradients, _ = jvp_backward(
         *(inputs, Tangents(), without_tangents, JvpCotangents(*cotangents)),
         *((*needs, *InputNeeds()), options),
@@ -138,7 +141,7 @@ def jvp_backward(
         for rows in heads.row_blocks():
             queries = _times(rows.load(inputs.q), scale)
             tqueries = _times(rows.load(tangents.q), scale)
-            p, row_lse = _softmax(rows, queries, keys)
+            p, row_lse, _ = _softmax(rows, queries, keys)
             g_out, g_tout = (
                 _zero_fully_masked_rows(heads, rows.load(x), row_lse)
                 for x in (cotangents.out, cotangents.tout)
@@ -185,19 +188,22 @@ def jvp_backward(
 # Scores of one block
 
 
-def _softmax(rows: RowBlock, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """P (problems, rows, seen keys) and lse (problems, rows, 1)."""
+def _softmax(rows: RowBlock, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P (problems, rows, seen keys), lse and its low-order part (problems, rows, 1)."""
     mask = rows.heads.mask
     scores = rows.hide(rows.add_mask(queries @ rows.seen(keys).mT, mask), -torch.inf)
     p = torch.softmax(scores, -1)
     maximum = scores.amax(-1, keepdim=True)
     # The largest weight of a row is exp(max − lse).
-    lse = maximum - p.amax(-1, keepdim=True).log_()
+    log_sum = p.amax(-1, keepdim=True).log_().neg_()
+    lse = maximum + log_sum
+    lse_lo = (maximum - lse).add_(log_sum)
     if mask is not None:
         sees_nothing = maximum == -torch.inf
         p.masked_fill_(sees_nothing, 0)
         lse.masked_fill_(sees_nothing, -torch.inf)
-    return _only_seen(rows, p), lse
+        lse_lo.masked_fill_(sees_nothing, 0)
+    return _only_seen(rows, p), lse, lse_lo
 
 
 def _score_tangent(

@@ -121,8 +121,10 @@ class RowBlock:
         part = self._sums_part(x)
         return part.reshape(-1, part.shape[2] * part.shape[3], 1)
 
-    def store_sums(self, target: Tensor, value: Tensor) -> None:
+    def store_sums(self, target: Tensor | None, value: Tensor) -> None:
         """The inverse of `load_sums`."""
+        if target is None:
+            return
         part = self._sums_part(target)
         part.copy_(value.view(part.shape))
 

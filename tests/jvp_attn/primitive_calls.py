@@ -66,10 +66,10 @@ class PrimitiveCall:
         return backend.forward_jvp(self.inputs, self.tangents, self.options)
 
     def backward(self, backend: AttentionBackend) -> Gradients:
-        out, lse, _, _, out_lo, _ = self.outputs
+        out, lse, _, _, out_lo, _, lse_lo = self.outputs
         return backend.backward(
             self.inputs,
-            Outputs(out, lse, out_lo),
+            Outputs(out, lse, out_lo, lse_lo),
             Cotangents(self.cotangents.out, self.cotangents.lse),
             self.needs[:4],
             self.options,
@@ -107,10 +107,11 @@ def call_of(
         longest = tuple(max(x, default=0) for x in (case.seqlens_q, case.seqlens_k))
         options = replace(options, max_seqlens=longest)
     out, lse, tout, mu, *_ = tiled.forward_jvp(inputs, tangents, options)
+    low_order_parts = (x.new_zeros(x.shape) for x in (out, tout, lse))
     return PrimitiveCall(
         inputs,
         tangents,
-        JvpOutputs(out, lse, tout, mu, out.new_zeros(out.shape), out.new_zeros(out.shape)),
+        JvpOutputs(out, lse, tout, mu, *low_order_parts),
         JvpCotangents(out=tout, lse=mu, tout=out, mu=lse.sigmoid()),
         options,
     )

@@ -27,7 +27,7 @@ def bad_second(*part: Any) -> dict[str, Any]:
 PARTS: Table = {
     "no parts": ({"parts": []}, ValueError, "parts is empty", "at least one (out, lse)"),
     "one tensor": ({"parts": OUT}, TypeError, "parts must be a sequence of (out, lse)", "Tensor"),
-    "a part is a tensor": ({"parts": [OUT]}, TypeError, "parts[0] must be a pair", "Tensor"),
+    "a part is a tensor": ({"parts": [OUT]}, TypeError, "parts[0] must be a tuple", "Tensor"),
     "a part has no lse": (bad_second(OUT), TypeError, "parts[1]", "(out, lse)", "(Tensor)"),
     "lse is None": (bad_second(OUT, None), TypeError, "parts[1]", "(out, lse)", "NoneType"),
     "lse is transposed": (

@@ -219,9 +219,9 @@ def test_missing_low_order_parts_do_not_change_a_gradient() -> None:
 
     def gradients(return_lo: bool) -> tuple[Tensor, ...]:
         options = AttentionOptions(0.125, backend="emulated", return_lo=return_lo)
-        out, *_, out_lo = FlashAttention.apply(*inputs, options)
-        _, _, tout, *_, tout_lo = FlashAttentionJvp.apply(*inputs, *tangents, options)
-        assert (out_lo is None) == (tout_lo is None) == (not return_lo)
+        out, *_, lse_lo = FlashAttention.apply(*inputs, options)
+        _, _, tout, *_, tout_lo, _ = FlashAttentionJvp.apply(*inputs, *tangents, options)
+        assert (lse_lo is None) == (tout_lo is None) == (not return_lo)
         loss = projection(dtype=BF16)
         return (
             *torch.autograd.grad(loss({"out": out}), (q, k, v)),

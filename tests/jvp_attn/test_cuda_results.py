@@ -67,29 +67,31 @@ def test_only_gradients_that_are_needed_are_returned(needed: str, cuda: CudaBack
 
 
 def test_low_order_parts_are_returned_on_request(cuda: CudaBackend, recorder: Recorder) -> None:
-    *_, out_lo, tout_lo = call_of(bf16_case()).forward_jvp(cuda)
-    assert recorder.fields["out_lo"][0] == out_lo.data_ptr()
-    assert recorder.fields["tout_lo"][0] == tout_lo.data_ptr()
+    outputs = call_of(bf16_case()).forward_jvp(cuda)
+    for name in ("out_lo", "tout_lo", "lse_lo"):
+        assert recorder.fields[name][0] == getattr(outputs, name).data_ptr()
     for head_dim in (64, 256):
         outputs = call_of(bf16_case(head_dim), return_lo=False).forward_jvp(cuda)
-        assert outputs.out_lo is None
-        assert outputs.tout_lo is None
+        assert (outputs.out_lo, outputs.tout_lo, outputs.lse_lo) == (None, None, None)
 
 
 def test_missing_low_order_parts_are_recomputed(cuda: CudaBackend, recorder: Recorder) -> None:
     call = call_of(bf16_case())
-    call.changed("outputs", out_lo=None).backward(cuda)
-    assert recorder.names[0] == "forward_bf16_d64"
-    of_forward = recorder.launches[0][1]
-    assert recorder.fields["out"] == of_forward["out"]
-    assert recorder.fields["out_lo"] == of_forward["out_lo"]
+    for missing in ("out_lo", "lse_lo"):
+        recorder.launches.clear()
+        call.changed("outputs", **{missing: None}).backward(cuda)
+        assert recorder.names[0] == "forward_bf16_d64"
+        of_forward = recorder.launches[0][1]
+        for name in ("out", "lse", "out_lo", "lse_lo"):
+            assert recorder.fields[name] == of_forward[name]
 
-    recorder.launches.clear()
-    call.changed("outputs", tout_lo=None).jvp_backward(cuda)
-    assert recorder.names[0] == "forward_jvp_bf16_d64"
-    of_forward = recorder.launches[0][1]
-    for name in ("out", "tout", "out_lo", "tout_lo"):
-        assert recorder.fields[name] == of_forward[name]
+    for missing in ("tout_lo", "lse_lo"):
+        recorder.launches.clear()
+        call.changed("outputs", **{missing: None}).jvp_backward(cuda)
+        assert recorder.names[0] == "forward_jvp_bf16_d64"
+        of_forward = recorder.launches[0][1]
+        for name in ("out", "lse", "tout", "out_lo", "tout_lo", "lse_lo"):
+            assert recorder.fields[name] == of_forward[name]
 
 
 def test_unused_low_order_parts_are_not_recomputed(cuda: CudaBackend, recorder: Recorder) -> None:

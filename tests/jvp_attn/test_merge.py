@@ -265,13 +265,17 @@ MISFITS: dict[str, tuple[Any, type[Exception], str]] = {
     "a pair instead of pairs": (
         (OUT, LSE),
         TypeError,
-        "parts[0] must be a pair (out, lse), got Tensor",
+        "parts[0] must be a tuple (out, lse) or (out, lse, lse_lo), got Tensor",
     ),
-    "out alone": ([(OUT,)], TypeError, "must be a pair of tensors (out, lse), got (Tensor)"),
+    "out alone": (
+        [(OUT,)],
+        TypeError,
+        "must be tensors (out, lse) or (out, lse, lse_lo), got (Tensor)",
+    ),
     "no lse": (
         [(OUT, LSE), (OUT, None)],
         TypeError,
-        "parts[1] must be a pair of tensors (out, lse), got (Tensor, NoneType)",
+        "parts[1] must be tensors (out, lse) or (out, lse, lse_lo), got (Tensor, NoneType)",
     ),
     "integers": (
         [(OUT.long(), LSE)],

@@ -49,7 +49,7 @@ def sparse_call(case: Case | PackedCase, backend: str) -> PrimitiveCall:
     """Only the necessary arguments and results."""
     call = call_of(replace(case, with_tangent=""), backend=backend, return_lo=False)
     return replace(
-        call.changed("outputs", out_lo=None, tout_lo=None),
+        call.changed("outputs", out_lo=None, tout_lo=None, lse_lo=None),
         cotangents=JvpCotangents(lse=call.cotangents.lse),
         options=replace(call.options, deterministic=False),
         needs=(False, True, False, False, True, False, False, False),
@@ -190,7 +190,7 @@ def test_an_unsupported_dtype_raises_for_meta_tensors_too() -> None:
 
 def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
     """The arguments of each operator, by its name."""
-    out, lse, _, _, out_lo, _ = call.outputs
+    out, lse, _, _, out_lo, _, lse_lo = call.outputs
     options = call.options
     scalars = (
         *(options.softmax_scale, int(options.causal), options.backend, options.return_lo),
@@ -201,7 +201,10 @@ def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
     return {
         "forward": (*call.inputs, *scalars),
         "forward_jvp": (*primals_and_tangents, *scalars),
-        "backward": (*(*call.inputs, out, lse, out_lo, g_out, g_lse, call.needs[:4], *scalars),),
+        "backward": (
+            *(*call.inputs, out, lse, out_lo, lse_lo, g_out, g_lse),
+            *(call.needs[:4], *scalars),
+        ),
         "jvp_backward": (
             *primals_and_tangents,
             *call.outputs,
