@@ -221,6 +221,35 @@ def test_lse_and_its_low_order_part_are_the_maximum_and_the_log_of_the_sum(value
     assert torch.equal(lse_lo[~seen], torch.zeros_like(lse_lo[~seen]))
 
 
+def filled_everywhere(x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Attention whose scores are all huge; the logarithm of the sum is all in lse_lo."""
+    mask = torch.full((x.shape[1], k.shape[1]), 1e30, dtype=x.dtype)
+    return flash_attn_jvp(x, k, v, attn_mask=mask, return_lse_lo=True)
+
+
+def test_the_low_order_part_under_vmap() -> None:
+    data = SMALL.data()
+    q, k, v = (torch.stack([data[x], data[f"t{x}"]]) for x in "qkv")
+    each = [filled_everywhere(*x) for x in zip(q, k, v, strict=True)]
+    expected = tuple(map(torch.stack, zip(*each, strict=True)))
+    assert_close(named(torch.func.vmap(filled_everywhere)(q, k, v)), named(expected), 0)
+
+
+def test_the_low_order_part_of_a_compiled_function(fresh_compiler: None) -> None:
+    def merged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        parts = [filled_everywhere(q, k[:, n], v[:, n]) for n in (slice(0, 1), slice(1, None))]
+        return merge_attention(parts)
+
+    data = SMALL.data()
+    x, t = ([data[f"{prefix}{name}"] for name in "qkv"] for prefix in ("", "t"))
+
+    def tangents(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return torch.func.jvp(merged, (q, k, v), tuple(t))
+
+    compiled = torch.compile(tangents, fullgraph=True, backend="aot_eager")
+    assert_close(named(compiled(*x)), named(tangents(*x)))
+
+
 def test_the_low_order_part_has_no_derivative() -> None:
     q = SMALL.data()["q"].requires_grad_()
     x = SMALL.data()

@@ -323,6 +323,26 @@ MISFITS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "parts[1]: out is on meta but out of parts[0] is on cpu; they must be on one device",
     ),
+    "lse_lo in one part only": (
+        [(OUT, LSE), (OUT, LSE, LSE)],
+        TypeError,
+        "parts[1] has 3 tensors and parts[0] has 2; either all parts have lse_lo or none",
+    ),
+    "lse_lo of another dtype": (
+        [(OUT, LSE, LSE.float())],
+        TypeError,
+        "parts[0]: lse_lo has dtype torch.float32 and out torch.float64; lse_lo must be float32",
+    ),
+    "lse_lo transposed": (
+        [(OUT, LSE, LSE.mT)],
+        ValueError,
+        "parts[0]: lse_lo has shape (2, 3, 4) but out has (2, 3, 4, 2): lse_lo must be",
+    ),
+    "parts of two lengths of lse_lo": (
+        [(OUT, LSE, LSE), (OUT, LSE, LSE[..., :1])],
+        ValueError,
+        "parts[1]: lse_lo has shape (2, 4, 1) but that of parts[0] has (2, 4, 3)",
+    ),
     "lse on another device": (
         [(OUT, LSE.to("meta"))],
         ValueError,

@@ -158,10 +158,32 @@ def vit(size: int = 8) -> Network:
 
 def bert(size: int = 8) -> Network:
     """With a padding mask."""
+    seqlen = (size // 2) ** 2
+    lengths = torch.tensor([[seqlen], [seqlen - 3]])
+    visible = (torch.arange(seqlen) < lengths)[:, None, None, :]
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        return module(inputs_embeds=x, attention_mask=visible).last_hidden_state
+
+    return Network(_bert(seqlen), call, randn(2, seqlen, 16, seed="x"))
+
+
+def bert_with_empty_text(seqlen: int = 16) -> Network:
+    """With an additive mask of finfo.min, on every key of the first text."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        mask = x.new_zeros(2, 1, seqlen, seqlen)
+        mask[0] = max(torch.finfo(x.dtype).min, torch.finfo(torch.float32).min)
+        mask[1, ..., seqlen - 3 :] = mask[0, 0, 0, 0]
+        return module(inputs_embeds=x, attention_mask=mask).last_hidden_state
+
+    return Network(_bert(seqlen), call, randn(2, seqlen, 16, seed="x"))
+
+
+def _bert(seqlen: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    seqlen = (size // 2) ** 2
-    module = BertModel(
+    return BertModel(
         BertConfig(
             hidden_size=16,
             num_hidden_layers=1,
@@ -172,13 +194,6 @@ def bert(size: int = 8) -> Network:
         ),
         add_pooling_layer=False,
     )
-    lengths = torch.tensor([[seqlen], [seqlen - 3]])
-    visible = (torch.arange(seqlen) < lengths)[:, None, None, :]
-
-    def call(module: nn.Module, x: Tensor) -> Tensor:
-        return module(inputs_embeds=x, attention_mask=visible).last_hidden_state
-
-    return Network(module, call, randn(2, seqlen, 16, seed="x"))
 
 
 def modern_bert() -> Network:
