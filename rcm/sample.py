@@ -5,6 +5,7 @@ python -m rcm.sample runs/digits --steps 2 --num 100 --out grid.png
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch
 import tyro
 from torch import Generator
 
-from rcm.errors import RunError
+from rcm import command_line
+from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
 from rcm.presets import config_from_settings
 from rcm.train import build_network
 from rcm.training.checkpoint import load_weights
+from rcm.training.config import RunConfig
+from rcm.training.resources import require_device
 from rcm.training.run_folder import read_settings
+from rcm.validation import MAX_SEED, require_integer
+
+MAX_PER_CLASS = 1000  # a wider grid is too large for a PNG of matplotlib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +39,24 @@ class Arguments:
     steps: int = 1
     """Sampling steps: network evaluations per sample."""
     num: int = 100
-    """Number of samples; a multiple of the number of classes."""
+    """Number of samples: a multiple of the number of classes, up to 1000 for each class."""
     seed: int = 0
     """Seed of the noise."""
     out: Path = Path("grid.png")
     """The PNG to write, with one row per class."""
 
+    def __post_init__(self) -> None:
+        require_integer(1, steps=self.steps, num=self.num)
+        require_integer(0, MAX_SEED, seed=self.seed)
+
 
 def main(argv: list[str]) -> int:
-    """Run the command line; return the exit code, 1 after an error."""
+    """Run the command line; return the exit code: 2 after an invalid option, 1 after an error."""
     try:
-        arguments = tyro.cli(Arguments, prog="python -m rcm.sample", args=argv)
-    except SystemExit as stop:
-        return 1 if stop.code else 0
-    try:
+        arguments = command_line.parse(Arguments, prog="python -m rcm.sample", args=argv)
         sample(arguments)
-    except (RunError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (OptionError, RunError) as error:
+        return command_line.report(error)
     print(arguments.out)
     return 0
 
@@ -58,20 +65,19 @@ def sample(arguments: Arguments) -> None:
     """Write a grid of samples.
 
     Raises:
-        RunError: the folder is not a run folder, or has no student yet.
-        ValueError: the number of steps or samples is out of range.
-        OSError: the picture cannot be written.
+        OptionError: the folder is not a run folder, the picture cannot be written, or a number is
+            out of range.
+        RunError: the run has no student yet, or its files are damaged.
     """
-    config = config_from_settings(read_settings(arguments.run))
-    classes = config.data.classes
-    if arguments.num < classes or arguments.num % classes:
-        raise ValueError(f"--num is {arguments.num}; it must be a positive multiple of {classes}")
+    config = _config(arguments.run)
+    _require_allowed(arguments, config)
     weights = arguments.run / "student.safetensors"
     if not weights.exists():
         raise RunError(f"{weights} does not exist yet; wait for the first report of the run")
     torch.set_num_threads(config.threads)
     student = build_network(config)
     student.load_state_dict(load_weights(weights))
+    classes = config.data.classes
     labels = torch.arange(classes).repeat_interleave(arguments.num // classes)
     # Drawn on the CPU, so that every device samples from the same noise.
     generator = Generator().manual_seed(arguments.seed)
@@ -79,7 +85,40 @@ def sample(arguments: Arguments) -> None:
     images = sample_student(
         student, noise.to(config.device), labels.to(config.device), arguments.steps, config.student
     )
-    save_grid(arguments.out, {f"student, {arguments.steps} steps": images}, rows=classes)
+    try:
+        save_grid(arguments.out, {f"student, {arguments.steps} steps": images}, rows=classes)
+    except OSError as error:
+        raise RunError(f"writing {arguments.out} failed ({error.strerror or error})") from error
+
+
+def _config(run: Path) -> RunConfig:
+    if not (run / "config.json").is_file():
+        raise OptionError(f"{run} is not a run folder: it has no config.json")
+    try:
+        return config_from_settings(read_settings(run))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{run / 'config.json'} cannot be used: {error}") from error
+
+
+def _require_allowed(arguments: Arguments, config: RunConfig) -> None:
+    classes, out = config.data.classes, arguments.out
+    require_device(config)
+    if arguments.num % classes or arguments.num > MAX_PER_CLASS * classes:
+        raise OptionError(
+            f"--num is {arguments.num}; it must be a multiple of {classes} in "
+            f"{classes}..{MAX_PER_CLASS * classes}"
+        )
+    if arguments.steps > config.student.max_steps:
+        raise OptionError(
+            f"--steps is {arguments.steps}; it must be in 1..{config.student.max_steps}, because "
+            "the student of this run has no times for more"
+        )
+    if out.is_dir():
+        raise OptionError(f"--out is {out}; it must be a file, not a folder")
+    if not out.parent.is_dir():
+        raise OptionError(f"--out is {out}; its folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OptionError(f"--out is {out}; its folder {out.parent} cannot be written")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from rcm.time_conversions import t_from_sigma, t_from_u
+from rcm.validation import require_number, require_positive
+
+MAX_LOG_SIGMA = 50.0  # t of a larger σ is π/2 in float64, t of its inverse is below 1e-21
 
 
 class TimeDistribution(Protocol):
@@ -31,8 +34,9 @@ class LogNormal:
     """Standard deviation σd of the data."""
 
     def __post_init__(self) -> None:
-        if self.std <= 0 or self.sigma_data <= 0:
-            raise ValueError(f"std and sigma_data must be positive, got {self}")
+        require_number("[]", -MAX_LOG_SIGMA, MAX_LOG_SIGMA, mean=self.mean)
+        require_number("(]", 0, MAX_LOG_SIGMA, std=self.std)
+        require_positive(sigma_data=self.sigma_data)
 
     def __call__(self, count: int, generator: Generator) -> Tensor:
         normal = torch.randn(
@@ -51,8 +55,7 @@ class ShiftedUniform:
     shift: float
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"shift must be positive, got {self.shift}")
+        require_positive(shift=self.shift)
 
     def __call__(self, count: int, generator: Generator) -> Tensor:
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)

@@ -13,6 +13,8 @@ import difflib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,8 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rcm.errors import RunError
+from rcm import command_line
+from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
 from rcm.evaluation.report import save_grid, save_report, table
 from rcm.presets import DEFAULT_PRESET, PRESETS
@@ -31,6 +34,7 @@ from rcm.training.checkpoint import load_weights, save_weights
 from rcm.training.config import RunConfig
 from rcm.training.loop import train
 from rcm.training.method import Method
+from rcm.training.resources import require_device, require_memory
 from rcm.training.run_folder import RunFolder, open_run_folder
 
 TEACHER_STEPS = (1, 2, 8, 32)
@@ -49,20 +53,23 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; return the exit code: 1 after an error, 130 after an interrupt."""
+    """Run the command line; return the exit code.
+
+    It is 2 after an invalid option, 1 if the run cannot start or continue, 130 after an interrupt.
+    """
     try:
         arguments = parse(argv)
         if arguments.dry_run:
-            with tempfile.TemporaryDirectory() as folder:
-                run(Path(folder) / "dry-run", arguments.config.shortened())
+            with _temporary_folder() as folder:
+                run(folder / "dry-run", arguments.config.shortened())
             print("dry run: everything was built and works")
         else:
             run(arguments.run, arguments.config)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to continue", file=sys.stderr)
+    except (OptionError, RunError) as error:
+        return command_line.report(error)
+    except KeyboardInterrupt as interrupt:
+        where = "".join(f"; {note}" for note in getattr(interrupt, "__notes__", ()))
+        print(f"\ninterrupted{where}; repeat the command to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -71,8 +78,8 @@ def parse(argv: list[str]) -> Arguments:
     """Read the preset (DEFAULT_PRESET unless named) and the options that change it.
 
     Raises:
-        RunError: an unknown preset, or a setting out of range.
-        SystemExit: help was requested (0), or an option is wrong (1, after a message).
+        OptionError: the preset or an option is unknown, or a value is not allowed.
+        SystemExit: help was requested.
     """
     preset, options = DEFAULT_PRESET, argv
     if argv and not argv[0].startswith("-"):
@@ -80,26 +87,21 @@ def parse(argv: list[str]) -> Arguments:
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         hint = f"; perhaps you meant {near[0]!r}" if near else ""
-        raise RunError(f"unknown preset {preset!r}{hint}. Presets: {', '.join(PRESETS)}")
+        raise OptionError(f"unknown preset {preset!r}{hint}. Presets: {', '.join(PRESETS)}")
     default = Arguments(run=Path("runs") / preset, config=PRESETS[preset]())
-    try:
-        return tyro.cli(
-            Arguments, prog=f"python -m rcm.train {preset}", args=options, default=default
-        )
-    except SystemExit as stop:
-        sys.exit(1 if stop.code else 0)
-    except ValueError as error:  # a setting of RunConfig itself; tyro reports those of its parts
-        raise RunError(str(error)) from error
+    prog = f"python -m rcm.train {preset}"
+    return command_line.parse(Arguments, prog=prog, args=options, default=default)
 
 
 def run(path: Path, config: RunConfig) -> None:
     """Do what is left of a run: teacher, student, report.
 
     Raises:
+        OptionError: the machine lacks the device or the memory, or the folder cannot be used.
         RunError: it cannot start or continue; the message says what to do.
     """
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"device is {config.device!r}, but PyTorch finds no CUDA device")
+    require_device(config)
+    require_memory(config)
     torch.set_num_threads(config.threads)
     with open_run_folder(path, config) as folder:
         try:
@@ -111,6 +113,19 @@ def run(path: Path, config: RunConfig) -> None:
                 f"writing to {path} failed ({error.strerror or error}). Free some space or repair "
                 f"the folder and repeat the command; {folder.describe_last_checkpoint()}"
             ) from error
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(folder.describe_last_checkpoint())
+            raise
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise OptionError(f"--dry-run finds no temporary folder ({error}); set TMPDIR") from error
+    with folder as path:
+        yield Path(path)
 
 
 def build_network(config: RunConfig) -> nn.Module:
@@ -158,7 +173,8 @@ def _run_in(folder: RunFolder, config: RunConfig) -> None:
     for steps in TEACHER_STEPS:
         reference = steps == REFERENCE_STEPS
         samples = teacher_samples if reference else evaluator.teacher_samples(teacher, steps)
-        scores[_name("teacher", steps)] = evaluator.scores(samples, teacher_samples)
+        name = _name("teacher", steps)
+        scores[name] = _score(evaluator, name, samples, teacher_samples)
     scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder)
     facts = {"preset": config.preset, "seed": config.seed, "torch": torch.__version__}
     save_report(folder.path, scores, facts)
@@ -174,6 +190,7 @@ def _evaluate_student(
         samples = {
             _name("student", steps): evaluator.student_samples(student, steps)
             for steps in STUDENT_STEPS
+            if steps <= evaluator.config.max_steps
         }
     panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
     panels |= dict(islice(samples.items(), 2))
@@ -181,7 +198,18 @@ def _evaluate_student(
     for path in (folder.grids / f"{method.iteration:07d}.png", folder.path / "grid.png"):
         save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
     save_weights(folder.student_weights, method.weights())
-    return {name: evaluator.scores(images, teacher_samples) for name, images in samples.items()}
+    return {
+        name: _score(evaluator, name, images, teacher_samples) for name, images in samples.items()
+    }
+
+
+def _score(evaluator: Evaluator, name: str, samples: Tensor, teacher_samples: Tensor) -> Scores:
+    try:
+        return evaluator.scores(samples, teacher_samples)
+    except ValueError as error:
+        raise RunError(
+            f"samples of {name} cannot be scored ({error}): the training diverged"
+        ) from error
 
 
 def _name(network: str, steps: int) -> str:

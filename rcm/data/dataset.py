@@ -40,6 +40,7 @@ class DataConfig(ABC):
     name: ClassVar[str]
     sample_shape: ClassVar[tuple[int, ...]]
     classes: ClassVar[int]
+    size: ClassVar[int]  # number of samples
 
     @abstractmethod
     def load(self) -> Dataset:

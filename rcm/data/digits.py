@@ -24,6 +24,7 @@ class DigitsConfig(DataConfig):
     name: ClassVar[str] = "digits"
     sample_shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     classes: ClassVar[int] = 10
+    size: ClassVar[int] = 1797
 
     def load(self) -> Dataset:
         return load_digits()

@@ -8,15 +8,17 @@ The critic learns the student's score by flow matching on the student's samples.
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
 from rcm.data.dataset import Dataset
-from rcm.errors import RunError, require_positive
+from rcm.errors import RunError
 from rcm.losses.consistency import Form, TangentNorm, consistency_loss
 from rcm.losses.dmd import dmd_loss
 from rcm.losses.flow_matching import flow_matching_loss
@@ -28,6 +30,15 @@ from rcm.training.ema import EMA, constant_decay
 from rcm.training.method import DistillationConfig, Metrics
 from rcm.training.optimization import Optimization, OptimizerConfig
 from rcm.trigflow import Network
+from rcm.validation import (
+    require_choice,
+    require_integer,
+    require_number,
+    require_numbers,
+    require_positive,
+)
+
+MAX_ROLLOUT_STEPS = 1000  # each is an evaluation of the network in every iteration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +70,29 @@ class RCMConfig(DistillationConfig):
     ema: float
     """Decay of the moving average of the weights; the average is the student."""
     mid_times: tuple[float, ...] = MID_TIMES
-    """Times of the sampling steps 2, 3, ..."""
+    """Times of the sampling steps 2, 3, ...; they decrease, from below atan(sigma_max)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(
-            student_every=self.student_every,
-            tangent_norm_eps=self.tangent_norm_eps,
-            rollout_steps=self.rollout_steps,
-        )
+        require_integer(1, student_every=self.student_every)
+        require_integer(0, tangent_warmup=self.tangent_warmup, critic_start=self.critic_start)
+        require_integer(1, MAX_ROLLOUT_STEPS, rollout_steps=self.rollout_steps)
+        require_choice(get_args(Form), form=self.form)
+        require_choice(get_args(TangentNorm), tangent_norm=self.tangent_norm)
+        require_positive(tangent_norm_eps=self.tangent_norm_eps)
+        require_number("[)", 0, math.inf, score_weight=self.score_weight)
+        require_number("[)", 0, 1, ema=self.ema)
+        require_numbers(None, mid_times=self.mid_times)
+        first = math.atan(self.sigma_max)
+        if not all(t > later for t, later in pairwise((first, *self.mid_times, 0))):
+            raise ValueError(
+                f"mid_times is {self.mid_times}; it must be numbers that decrease, from below "
+                f"atan(sigma_max) = {first:.4g} to above 0"
+            )
+
+    @property
+    def max_steps(self) -> int:
+        return len(self.mid_times) + 1
 
     def build(self, network: nn.Module, data: Dataset, *, seed: int) -> RCMDistillation:
         return RCMDistillation(self, network, data, seed)

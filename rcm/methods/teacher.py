@@ -12,9 +12,10 @@ from rcm.data.dataset import Dataset
 from rcm.losses.flow_matching import flow_matching_loss
 from rcm.time_sampling import LogNormal
 from rcm.training.batches import Batches
-from rcm.training.ema import EMA, power_decay
+from rcm.training.ema import EMA, MAX_STD, MIN_STD, power_decay
 from rcm.training.method import MethodConfig, Metrics
 from rcm.training.optimization import Optimization, OptimizerConfig
+from rcm.validation import require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class TeacherConfig(MethodConfig):
     """Distribution of the noise level."""
     ema_std: float
     """Relative width of the power-function average of the weights; the average is the teacher."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("()", MIN_STD, MAX_STD, ema_std=self.ema_std)
 
     def build(self, network: nn.Module, data: Dataset, *, seed: int) -> TeacherTraining:
         return TeacherTraining(self, network, data, seed)

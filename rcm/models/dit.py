@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from jvp_attn import flash_attn_jvp
 from rcm.models.model import ModelConfig
 from rcm.trigflow import require_precise_time
+from rcm.validation import require_integer
 
 MAX_FREQUENCY = 16.0
+MAX_DIM, MAX_DEPTH = 2**16, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,14 @@ class DiTConfig(ModelConfig):
     """The diffusion transformer (DiT)."""
 
     dim: int = 64
-    """Width of a token."""
+    """Width of a token, a multiple of 4."""
     depth: int = 3
     """Number of blocks."""
     heads: int = 4
     """Number of attention heads; must divide the width."""
+
+    def __post_init__(self) -> None:
+        _require_sizes(dim=self.dim, depth=self.depth, heads=self.heads)
 
     def build(self, sample_shape: tuple[int, ...], classes: int) -> "DiT":
         channels, size, _ = sample_shape
@@ -48,8 +53,9 @@ class DiT(nn.Module):
     """x (batch, channels, size, size), t (batch,) float32, labels (batch,) int64 -> F like x.
 
     With null_class=True the label `classes` means "no label", for classifier-free guidance. The
-    defaults, for 8×8 digits, have 242k parameters. Raises ValueError if patch does not divide size
-    or heads does not divide dim, and for an x of another shape; IndexError for labels out of range.
+    defaults, for 8×8 digits, have 242k parameters. Raises ValueError if patch does not divide size,
+    heads or 4 does not divide dim, or a number is out of range, and for an x of another shape;
+    TypeError for a number that is not an integer; IndexError for labels out of range.
     """
 
     def __init__(
@@ -65,11 +71,10 @@ class DiT(nn.Module):
         null_class: bool = False,
     ) -> None:
         super().__init__()
-        if size % patch or dim % heads or dim % 4:
-            raise ValueError(
-                f"patch={patch} must divide size={size}, and heads={heads} and 4 must "
-                f"divide dim={dim}"
-            )
+        require_integer(1, size=size, channels=channels, patch=patch, classes=classes)
+        if size % patch:
+            raise ValueError(f"patch is {patch}; it must divide size, which is {size}")
+        _require_sizes(dim=dim, depth=depth, heads=heads)
         self.size, self.channels, self.patch = size, channels, patch
         self.tokens_in = nn.Linear(channels * patch**2, dim)
         self.register_buffer("positions", _grid_positions(size // patch, dim), persistent=False)
@@ -99,6 +104,16 @@ class DiT(nn.Module):
         shift, scale = self.modulation(embedding)
         f = self.tokens_out(self.norm(h) * (1 + scale) + shift)
         return rearrange(f, "b (y x) (c p q) -> b c (y p) (x q)", y=self.size // p, p=p, q=p)
+
+
+def _require_sizes(*, dim: int, depth: int, heads: int) -> None:
+    require_integer(1, MAX_DIM, dim=dim)
+    require_integer(1, MAX_DEPTH, depth=depth)
+    require_integer(1, heads=heads)
+    if dim % 4:
+        raise ValueError(f"dim is {dim}; it must be a multiple of 4")
+    if dim % heads:
+        raise ValueError(f"heads is {heads}; it must divide dim, which is {dim}")
 
 
 class TimeEmbedding(nn.Module):

@@ -14,7 +14,8 @@ def config_from_settings(settings: dict[str, Any]) -> RunConfig:
     """The config that a config.json describes.
 
     Raises:
-        ValueError: its preset or a setting is unknown.
+        ValueError: its preset or a setting is unknown, or a setting is out of range.
+        TypeError: a setting has a value of another type.
     """
     preset = settings.get("preset")
     if preset not in PRESETS:

@@ -6,7 +6,6 @@ import torch
 from torch import Generator, Tensor
 
 from rcm.data.dataset import Dataset
-from rcm.errors import RunError
 
 
 class Batches:
@@ -14,7 +13,7 @@ class Batches:
 
     def __init__(self, data: Dataset, batch: int, seed: int) -> None:
         if batch > len(data.labels):
-            raise RunError(f"a batch of {batch} is larger than the data ({len(data.labels)})")
+            raise ValueError(f"a batch of {batch} is larger than the data ({len(data.labels)})")
         self.data, self.batch = data, batch
         self.device = data.samples.device
         self.generator = Generator(self.device).manual_seed(seed)

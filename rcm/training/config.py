@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass, replace
+import re
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-import torch
 import tyro
 
 from rcm.data.dataset import DataConfig
-from rcm.errors import require_positive
 from rcm.models.model import ModelConfig
 from rcm.training.method import DistillationConfig, MethodConfig
+from rcm.validation import MAX_SEED, require_integer
+
+DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +39,17 @@ class RunConfig:
     """Iterations between checkpoints."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            threads=self.threads,
-            report_every=self.report_every,
-            checkpoint_every=self.checkpoint_every,
-        )
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device is {self.device!r}; PyTorch knows no such device") from error
+        require_integer(0, MAX_SEED, seed=self.seed)
+        require_integer(1, MAX_THREADS, threads=self.threads)
+        require_integer(1, report_every=self.report_every, checkpoint_every=self.checkpoint_every)
+        if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
+            raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
+        for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
+            if batch > self.data.size:
+                raise ValueError(
+                    f"{name}.batch is {batch}; it must be at most {self.data.size}, the number of "
+                    f"samples of {self.data.name}"
+                )
 
     def shortened(self) -> RunConfig:
         """The same run with two iterations in each phase, for a dry run."""
@@ -62,13 +67,17 @@ def updated(config: Any, settings: dict[str, Any]) -> Any:
 
     Raises:
         ValueError: a setting is unknown or out of range.
+        TypeError: a setting has a value of another type.
     """
     values = {}
+    known = {field.name for field in fields(config)}
     for name, value in settings.items():
-        if not hasattr(config, name):
+        if name not in known:
             raise ValueError(f"the run has a setting {name!r} that this version does not know")
         current = getattr(config, name)
         if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} is {value!r}; it must be a group of settings")
             value = updated(current, value)
-        values[name] = tuple(value) if isinstance(current, tuple) else value
+        values[name] = tuple(value) if isinstance(value, list) else value
     return replace(config, **values)

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rcm.validation import require_number
+
 Decay = Callable[[int], float]
+MIN_STD, MAX_STD = 1e-6, 12**-0.5  # of power_decay: the last update alone, and γ = 0
 
 
 def constant_decay(beta: float) -> Decay:
     """β_n = β."""
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta is {beta}; it must lie in [0, 1)")
+    require_number("[)", 0, 1, beta=beta)
     return lambda n: beta
 
 
@@ -31,7 +33,7 @@ def power_decay(std: float) -> Decay:
     """β_n = (1 - 1/n)^(γ + 1), with γ from the relative standard deviation of the profile.
 
     std is in units of the training so far; 0.05 and 0.10 are common. Raises ValueError outside
-    (0, 0.289).
+    (MIN_STD, MAX_STD).
     """
     exponent = power_gamma(std) + 1
     return lambda n: (1 - 1 / n) ** exponent
@@ -39,8 +41,7 @@ def power_decay(std: float) -> Decay:
 
 def power_gamma(std: float) -> float:
     """γ ≥ 0 with (γ + 1) / ((γ + 2)² (γ + 3)) = std² (EDM2, 2312.02696)."""
-    if not 0 < std < 12**-0.5:
-        raise ValueError(f"std is {std}; it must lie in (0, {12**-0.5:.4f})")
+    require_number("()", MIN_STD, MAX_STD, std=std)
     inverse = std**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

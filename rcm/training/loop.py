@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from rcm.errors import RunError
 from rcm.training.config import RunConfig
 from rcm.training.method import Method
 from rcm.training.run_folder import RunFolder
@@ -17,7 +18,7 @@ def train(
     """Continue until `method.iterations`; call `report` every `config.report_every` iterations.
 
     Raises:
-        RunError: a loss or a gradient is not finite.
+        RunError: a loss, a gradient or an averaged weight is not finite.
         OSError: a file cannot be written.
     """
     progress = tqdm(
@@ -30,8 +31,17 @@ def train(
             progress.update()
             if "loss" in metrics:
                 progress.set_postfix(loss=f"{metrics['loss']:.3g}")
-            if report is not None and method.iteration % config.report_every == 0:
-                report()
+            reports = method.iteration % config.report_every == 0
             done = method.iteration == method.iterations
-            if done or method.iteration % config.checkpoint_every == 0:
+            saves = done or method.iteration % config.checkpoint_every == 0
+            if reports or saves:
+                _require_finite_weights(method)
+            if reports and report is not None:
+                report()
+            if saves:
                 folder.save_checkpoint(method.name, method.iteration, method.state_dict())
+
+
+def _require_finite_weights(method: Method) -> None:
+    if not all(weight.isfinite().all() for weight in method.weights().values()):
+        raise RunError(f"iteration {method.iteration}: the averaged weights are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from typing import Any, Protocol, Self
 from torch import Generator, Tensor, nn
 
 from rcm.data.dataset import Dataset
-from rcm.errors import require_positive
 from rcm.trigflow import Network
+from rcm.validation import require_integer, require_number
 
 Metrics = dict[str, float]
+MIN_SIGMA_MAX = 1e-3  # in units of σd; sampling starts from noise, not from data
 
 
 class Method(Protocol):
@@ -54,7 +56,7 @@ class MethodConfig(ABC):
     """Samples per iteration."""
 
     def __post_init__(self) -> None:
-        require_positive(iterations=self.iterations, batch=self.batch)
+        require_integer(1, iterations=self.iterations, batch=self.batch)
 
     @abstractmethod
     def build(self, network: nn.Module, data: Dataset, *, seed: int) -> Method:
@@ -72,6 +74,15 @@ class DistillationConfig(MethodConfig):
     sigma_max: float = 80.0
     """Noise level at which sampling starts."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("[]", MIN_SIGMA_MAX, math.inf, sigma_max=self.sigma_max)
+
+    @property
+    @abstractmethod
+    def max_steps(self) -> int:
+        """The largest number of sampling steps."""
+
     @abstractmethod
     def sample(
         self,
@@ -83,5 +94,6 @@ class DistillationConfig(MethodConfig):
     ) -> Tensor:
         """Sample in `steps` network evaluations, from pure noise (batch, ...) to data.
 
-        noise_source draws the noise of later steps. Raises ValueError if steps is out of range.
+        noise_source draws the noise of later steps. Raises ValueError unless steps is in
+        1..max_steps.
         """

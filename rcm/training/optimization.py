@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcm.errors import RunError, require_positive
+from rcm.errors import RunError
+from rcm.validation import require_integer, require_number, require_numbers
+
+MAX_LR = 100.0  # AdamW changes every weight by about lr in each step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,16 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     clip: float = 1.0
-    """Maximum norm of the gradient; larger gradients are scaled down to it."""
+    """Maximum norm of the gradient; larger gradients are scaled down to it. inf scales none."""
 
     def __post_init__(self) -> None:
-        require_positive(lr=self.lr, clip=self.clip)
+        require_number("(]", 0, MAX_LR, lr=self.lr)
+        require_integer(0, warmup=self.warmup)
+        require_numbers(2, betas=self.betas)
+        for i, beta in enumerate(self.betas):
+            require_number("[)", 0, 1, **{f"betas[{i}]": beta})
+        require_number("[)", 0, math.inf, weight_decay=self.weight_decay)
+        require_number("(]", 0, math.inf, clip=self.clip)
 
 
 class Optimization:

@@ -1,6 +1,6 @@
 """A run's folder: its settings, metrics, weights and checkpoints. One process at a time writes it.
 
-config.json             the settings; a command with other settings is refused
+config.json             the settings; once there is a checkpoint, others are refused
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
 checkpoints/            see rcm/training/checkpoint.py
@@ -16,16 +16,17 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rcm.errors import RunError
+from rcm.errors import OptionError, RunError
 from rcm.training.checkpoint import Checkpoints, write_atomically
 from rcm.training.config import RunConfig
 
 PHASES = ("teacher", "student")
+UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the first checkpoint
 
 
 class RunFolder:
@@ -79,27 +80,63 @@ class RunFolder:
 def open_run_folder(path: Path, config: RunConfig) -> Iterator[RunFolder]:
     """Create the folder, or open one that was created with the same settings.
 
+    A folder without a checkpoint has nothing to continue. Its settings are replaced.
+
     Raises:
-        RunError: it cannot be written, another process is using it, or its settings differ.
+        OptionError: it cannot be written, or it holds other files.
+        RunError: another process is using it, or its settings differ.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "w")  # noqa: SIM115 (held while the folder is open)
+        lock = _locked(path)
+        try:
+            _require_same_settings(path, config)
+            folder = RunFolder(path)
+        except BaseException:
+            lock.close()
+            raise
     except OSError as error:
-        raise RunError(
+        raise OptionError(
             f"run folder {path} cannot be written ({error.strerror}); choose another with --run"
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"run folder {path} is in use by another process") from error
-        _require_same_settings(path, config)
-        folder = RunFolder(path)
-        try:
             yield folder
         finally:
             folder.close()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Create the folder unless it exists; return its lock, which only one process can hold."""
+    _require_no_other_files(path)
+    missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "wb")  # noqa: SIM115 (held while the folder is open)
+    except OSError:
+        for created in missing:
+            with suppress(OSError):
+                created.rmdir()
+        raise
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if isinstance(error, BlockingIOError):
+            raise RunError(f"run folder {path} is in use by another process") from error
+        raise
+    return lock
+
+
+def _require_no_other_files(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise OptionError(f"run folder {path} is not a folder; choose another with --run")
+    if path.exists() and not (path / "config.json").exists():
+        others = sorted({p.name for p in path.iterdir()} - {"lock", "config.json.partial"})
+        if others:
+            raise OptionError(
+                f"run folder {path} is neither empty nor a run folder (it contains {others[0]}); "
+                "choose another with --run"
+            )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -109,36 +146,39 @@ def read_settings(path: Path) -> dict[str, Any]:
         RunError: there is none, or it is damaged.
     """
     try:
-        settings: dict[str, Any] = json.loads((path / "config.json").read_bytes())
+        settings = json.loads((path / "config.json").read_bytes())
     except FileNotFoundError as error:
         raise RunError(f"{path} is not a run folder: it has no config.json") from error
     except (OSError, ValueError) as error:
         raise RunError(f"{path / 'config.json'} cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise RunError(f"{path / 'config.json'} holds no settings")
     return settings
 
 
 def _require_same_settings(path: Path, config: RunConfig) -> None:
     given = json.loads(json.dumps(asdict(config)))
-    if not (path / "config.json").exists():
-        others = [p.name for p in path.iterdir() if p.name != "lock"]
-        if others:
-            raise RunError(
-                f"{path} is neither empty nor a run folder (it contains {sorted(others)[0]}); "
-                "choose another with --run"
-            )
+    stored = read_settings(path) if (path / "config.json").exists() else None
+    if stored is None or (stored.keys() == given.keys() and _is_unstarted(path)):
         write_atomically(path / "config.json", json.dumps(given, indent=2).encode())
         return
-    stored, current = _flatten(read_settings(path)), _flatten(given)
+    there, now = _flatten(stored), _flatten(given)
     differences = [
-        f"{name} = {stored.get(name, 'absent')} there, {current.get(name, 'absent')} now"
-        for name in {**stored, **current}
-        if stored.get(name) != current.get(name)
+        f"{name} = {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
     ]
     if differences:
         raise RunError(
             f"run folder {path} was created with other settings ({'; '.join(differences)}). "
             "Repeat its command to continue it, or choose another folder with --run"
         )
+
+
+def _is_unstarted(path: Path) -> bool:
+    """Whether the folder holds nothing but what a run writes before its first checkpoint."""
+    made = [p for p in path.glob("**/*") if p.is_file() and p.suffix != ".partial"]
+    return {p.name for p in made} <= UNSTARTED
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,9 @@ import jvp_attn
 import rcm
 
 ROOT = Path(rcm.__file__).parent
-MATHEMATICS = {"trigflow", "time_conversions", "time_sampling", "predictions", "sampling"}
+MATHEMATICS = {
+    *("trigflow", "time_conversions", "time_sampling", "predictions", "sampling", "validation")
+}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
@@ -47,7 +49,7 @@ def parts(names: set[str]) -> set[str]:
         ("losses", MATHEMATICS | {"losses"}),
         ("models", MATHEMATICS | {"models"}),
         ("data", {"data"}),
-        ("training", {"training", "data", "models", "trigflow", "errors"}),
+        ("training", {"training", "data", "models", "trigflow", "errors", "validation"}),
         ("methods", MATHEMATICS | {"methods", "losses", "data", "training", "errors"}),
         ("evaluation", MATHEMATICS | {"evaluation", "data", "training"}),
     ],

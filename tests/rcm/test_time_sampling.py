@@ -35,7 +35,11 @@ def test_rollout_times_start_at_pure_noise_and_never_increase(generator: torch.G
 
 
 def test_invalid_distributions_raise() -> None:
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match=r"std is 0\.0; it must be a number in \(0, 50\]"):
         LogNormal(mean=0.0, std=0.0)
+    with pytest.raises(ValueError, match="mean is nan"):
+        LogNormal(mean=float("nan"), std=1.0)
+    with pytest.raises(TypeError, match="sigma_data is '1'"):
+        LogNormal(mean=0.0, std=1.0, sigma_data="1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shift"):
         ShiftedUniform(shift=0.0)

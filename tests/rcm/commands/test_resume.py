@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rcm.methods.rcm import RCMDistillation
 from rcm.methods.teacher import TeacherTraining
-from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, metrics, start
+from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, metrics, start, stop_at
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -29,15 +28,8 @@ def test_a_run_killed_at_any_iteration_continues_to_the_same_metrics(
     phase: type,
     iteration: int,
 ) -> None:
-    step: Callable = phase.step
-
-    def killed(self: TeacherTraining | RCMDistillation) -> dict[str, float]:
-        if self.iteration + 1 == iteration:
-            raise Killed
-        return step(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(phase, "step", killed)
+        stop_at(patch, phase, iteration, Killed)
         with pytest.raises(Killed):
             start(tmp_path / "run")
     assert start(tmp_path / "run") == 0
@@ -50,7 +42,7 @@ def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(
 ) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(RCMDistillation, "step", lambda self: (_ for _ in ()).throw(Killed))
+        stop_at(patch, RCMDistillation, 1, Killed)
         with pytest.raises(Killed):
             start(folder)
     newest = sorted((folder / "checkpoints").glob("teacher-*.pt"))[-1]

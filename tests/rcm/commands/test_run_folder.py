@@ -1,14 +1,16 @@
 """A run folder is used by one run with one set of settings, one process at a time."""
 
 import fcntl
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rcm import train
+from rcm.methods.teacher import TeacherTraining
 from rcm.presets import PRESETS
-from tests.rcm.commands.tiny_run import TINY, error_of, start
+from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, start, stop_at
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -32,17 +34,82 @@ def test_a_folder_with_other_files_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert start(tmp_path) == 1
+    assert start(tmp_path) == 2
     assert "thesis.tex" in error_of(capsys)
-    assert [p.name for p in tmp_path.iterdir() if p.name != "lock"] == ["thesis.tex"]
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_with_the_config_of_something_else_is_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert start(tmp_path) == 1
+    assert "model_type = bert there" in error_of(capsys)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "bert"}'
 
 
 def test_a_folder_that_cannot_be_written_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert start(tmp_path / "file" / "run") == 1
-    assert "cannot be written" in error_of(capsys)
+    assert start(tmp_path / "file") == 2
+    assert "file is not a folder; choose another with --run" in error_of(capsys)
+    assert start(tmp_path / "file" / "run") == 2
+    assert "cannot be written (Not a directory); choose another" in error_of(capsys)
+    assert start(tmp_path / "new" / ("n" * 300)) == 2
+    assert "cannot be written (File name too long)" in error_of(capsys)
+
+    def denied(path: Path, *args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.mkdir", denied)
+        assert start(tmp_path / "run") == 2
+    assert "cannot be written (Permission denied)" in error_of(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_folder_with_a_file_in_place_of_a_folder_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stop_at(monkeypatch, TeacherTraining, 1, Killed)
+    with pytest.raises(Killed):
+        start(tmp_path)
+    (tmp_path / "grids").rmdir()
+    (tmp_path / "grids").write_text("")
+    assert start(tmp_path) == 2
+    assert "cannot be written (File exists)" in error_of(capsys)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_accepts_other_settings(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, TeacherTraining, 3, Killed)
+        with pytest.raises(Killed):
+            start(folder, "--seed", "5")
+    (folder / "config.json.partial").write_text("{")
+    assert start(folder) == 0
+    for name in RESULTS:
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("finishes", ["a checkpoint", "the teacher"])
+def test_a_run_with_something_to_continue_rejects_other_settings(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    finishes: str,
+) -> None:
+    stop_at(monkeypatch, TeacherTraining, 6, Killed)
+    with pytest.raises(Killed):
+        start(tmp_path)
+    if finishes == "the teacher":
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "teacher.safetensors").write_text("")
+    assert start(tmp_path, "--seed", "5") == 1
+    assert "seed = 0 there, 5 now" in error_of(capsys)
 
 
 def test_a_folder_in_use_is_rejected(finished: Path, capsys: pytest.CaptureFixture) -> None:

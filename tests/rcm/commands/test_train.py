@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from rcm import train
+from rcm.evaluation.evaluator import Evaluator
 from rcm.methods.rcm import RCMDistillation
 from rcm.methods.teacher import TeacherTraining
-from tests.rcm.commands.tiny_run import TINY, error_of, metrics, start
+from tests.rcm.commands.tiny_run import TINY, error_of, metrics, start, stop_at
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -69,26 +70,57 @@ def test_a_nan_loss_stops_the_run_and_names_iteration_loss_and_checkpoint(
     assert f"{phase}-0000004.pt" in message
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["digts"], "perhaps you meant 'digits'"),
-        (["--student.optimizer.lrr", "1"], "--student.optimizer.lr"),
-        (["--teacher.iterations", "0"], "iterations is 0"),
-        (["--seed", "one"], "--seed"),
-        (["--device", "gpu"], "device is 'gpu'"),
-        (["--threads", "0"], "threads is 0"),
-    ],
-)
-def test_an_invalid_command_line_gives_one_message_and_exit_code_1(
-    argv: list[str], words: str, capsys: pytest.CaptureFixture
+def test_non_finite_weights_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    try:
-        code = train.main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 1
-    assert words in error_of(capsys)
+    step = TeacherTraining.step
+
+    def with_nan_average(self: TeacherTraining) -> dict[str, float]:
+        metrics = step(self)
+        if self.iteration == 8:
+            next(iter(self.ema.average.values())).fill_(torch.nan)
+        return metrics
+
+    monkeypatch.setattr(TeacherTraining, "step", with_nan_average)
+    assert start(tmp_path / "run") == 1
+    message = error_of(capsys)
+    assert "iteration 8: the averaged weights are not finite" in message
+    assert "teacher-0000004.pt" in message
+
+
+def test_samples_that_are_not_finite_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def diverged(self: Evaluator, student: object, steps: int) -> torch.Tensor:
+        return torch.full_like(self.noise, torch.nan)
+
+    monkeypatch.setattr(Evaluator, "student_samples", diverged)
+    assert start(tmp_path / "run") == 1
+    assert "samples of student, 1 step cannot be scored" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "where"), [(2, "there is no checkpoint yet"), (6, "teacher-0000004.pt")]
+)
+def test_an_interrupted_run_says_where_its_checkpoint_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    iteration: int,
+    where: str,
+) -> None:
+    stop_at(monkeypatch, TeacherTraining, iteration, KeyboardInterrupt)
+    assert start(tmp_path / "run") == 130
+    message = error_of(capsys)
+    assert where in message
+    assert message.endswith("repeat the command to continue")
+
+
+def test_a_student_without_times_for_four_steps_is_sampled_in_fewer(tmp_path: Path) -> None:
+    assert start(tmp_path / "run", "--student.mid-times", "1.0") == 0
+    scores = json.loads((tmp_path / "run" / "report.json").read_text())["scores"]
+    students = [name for name in scores if name.startswith("student")]
+    assert students == ["student, 1 step", "student, 2 steps"]
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
@@ -124,6 +156,10 @@ def test_a_device_that_is_absent_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert start(tmp_path / "run", "--device", "cuda") == 1
+    assert start(tmp_path / "run", "--device", "cuda") == 2
     assert "no CUDA device" in error_of(capsys)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert start(tmp_path / "run", "--device", "cuda:2") == 2
+    assert "cuda:N with N in 0..1" in error_of(capsys)
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,14 @@
 """Options of a tiny run, and helpers to start it and read what it wrote."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rcm import train
+from rcm.methods.rcm import RCMDistillation
+from rcm.methods.teacher import TeacherTraining
 
 TINY = [
     *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
@@ -32,6 +35,29 @@ def error_of(capsys: pytest.CaptureFixture) -> str:
     text: str = capsys.readouterr().err
     assert "Traceback" not in text
     return " ".join(text.replace("│", " ").split())
+
+
+def one_line_of(capsys: pytest.CaptureFixture) -> str:
+    """What was printed to stderr, which is one line."""
+    line: str = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    return line
+
+
+def stop_at(
+    patch: pytest.MonkeyPatch, phase: type, iteration: int, error: type[BaseException]
+) -> None:
+    """Raise the error in place of an iteration of a phase: 1, 2, ..."""
+    step: Callable = phase.step  # type: ignore[attr-defined]
+
+    def stopped(self: TeacherTraining | RCMDistillation) -> dict[str, float]:
+        if self.iteration + 1 == iteration:
+            raise error
+        metrics: dict[str, float] = step(self)
+        return metrics
+
+    patch.setattr(phase, "step", stopped)
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ from rcm.evaluation.metrics import frechet_distance, label_agreement
 
 def test_digits_are_in_units_of_their_standard_deviation() -> None:
     data = load_digits()
-    assert data.samples.shape == (1797, *DigitsConfig.sample_shape)
+    assert data.samples.shape == (DigitsConfig.size, *DigitsConfig.sample_shape)
     assert data.labels.unique().tolist() == list(range(DigitsConfig.classes))
     assert abs(data.samples.mean()) < 1e-5
     assert abs(data.samples.std(correction=0) - 1) < 1e-5

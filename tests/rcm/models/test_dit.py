@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rcm.models.dit import DiT
+from rcm.models.dit import DiT, DiTConfig
 
 
 def randomised(**options: int | bool) -> DiT:
@@ -64,5 +64,19 @@ def test_invalid_input_raises() -> None:
         DiT()(x, t.bfloat16(), labels)
     with pytest.raises(ValueError, match=r"expected \(batch, 1, 8, 8\)"):
         DiT()(x[..., :4], t, labels)
-    with pytest.raises(ValueError, match="patch=3 must divide size=8"):
+    with pytest.raises(ValueError, match="patch is 3; it must divide size, which is 8"):
         DiT(patch=3)
+
+
+@pytest.mark.parametrize("make", [DiT, DiTConfig])
+def test_invalid_sizes_raise(make: type) -> None:
+    with pytest.raises(ValueError, match="heads is 3; it must divide dim, which is 64"):
+        make(heads=3)
+    with pytest.raises(ValueError, match="dim is 0"):
+        make(dim=0)
+    with pytest.raises(ValueError, match="dim is 62; it must be a multiple of 4"):
+        make(dim=62)
+    with pytest.raises(TypeError, match=r"depth is 1\.5; it must be an integer"):
+        make(depth=1.5)
+    with pytest.raises(TypeError, match="heads is True"):
+        make(heads=True)

@@ -1,0 +1,170 @@
+"""Every option of `python -m rcm.train` with a value that is not allowed.
+
+The command prints one line that names the option, exits with status 2 and creates nothing.
+"""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from rcm import train
+from rcm.presets import PRESETS
+from tests.rcm.commands.tiny_run import one_line_of
+
+pytestmark = pytest.mark.xdist_group("train")
+
+HUGE = str(10**30)
+NOT_POSITIVE_INTEGERS = ("0", "-1", HUGE, "1.5", "one", "nan", "")
+NOT_COUNTS = ("-1", HUGE, "1.5", "one", "inf")  # 0 is allowed
+NOT_POSITIVE = ("0", "-1", "nan", "inf", "1e400", "x")
+NOT_POSITIVE_OR_INFINITE = ("0", "-1", "nan", "-inf", "x")
+NOT_FRACTIONS = ("1", "-0.1", "nan", "inf", "x")
+NOT_NEGATIVE_OR_FINITE = ("-1", "nan", "inf", "x")
+
+OPTIMIZER = {
+    "lr": (*NOT_POSITIVE, "101"),
+    "warmup": NOT_COUNTS,
+    "betas": ("0.9 1", "-0.1 0.9", "nan 0.9", "0.9", "a b"),
+    "weight-decay": NOT_NEGATIVE_OR_FINITE,
+    "clip": NOT_POSITIVE_OR_INFINITE,
+}
+TIMES = {
+    "mean": ("nan", "inf", "-51", "51", "x"),
+    "std": (*NOT_POSITIVE, "51"),
+    "sigma-data": NOT_POSITIVE,
+}
+VALUES = {
+    "seed": ("-1", str(2**63), "1.5", "one", "nan", ""),
+    "device": ("gpu", "meta", "mps", "cuda:-1", "cuda:9999", "cpu:1", ""),
+    "threads": (*NOT_POSITIVE_INTEGERS, "1025"),
+    "report-every": NOT_POSITIVE_INTEGERS,
+    "checkpoint-every": NOT_POSITIVE_INTEGERS,
+    "model.dim": (*NOT_POSITIVE_INTEGERS, "62", "65540"),
+    "model.depth": (*NOT_POSITIVE_INTEGERS, "1001"),
+    "model.heads": (*NOT_POSITIVE_INTEGERS, "3", "128"),
+    "teacher.iterations": NOT_POSITIVE_INTEGERS,
+    "teacher.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
+    **{f"teacher.optimizer.{name}": values for name, values in OPTIMIZER.items()},
+    **{f"teacher.times.{name}": values for name, values in TIMES.items()},
+    "teacher.ema-std": (*NOT_POSITIVE, "0.29", "1e-200"),
+    "student.iterations": NOT_POSITIVE_INTEGERS,
+    "student.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
+    "student.sigma-max": (*NOT_POSITIVE_OR_INFINITE, "1e-4"),
+    "student.student-every": NOT_POSITIVE_INTEGERS,
+    **{f"student.optimizer.{name}": values for name, values in OPTIMIZER.items()},
+    **{f"student.critic-optimizer.{name}": values for name, values in OPTIMIZER.items()},
+    **{f"student.times.{name}": values for name, values in TIMES.items()},
+    **{f"student.score-times.{name}": values for name, values in TIMES.items()},
+    "student.tangent-warmup": NOT_COUNTS,
+    "student.critic-start": NOT_COUNTS,
+    "student.form": ("x", ""),
+    "student.tangent-norm": ("x", "L2"),
+    "student.tangent-norm-eps": NOT_POSITIVE,
+    "student.score-weight": NOT_NEGATIVE_OR_FINITE,
+    "student.rollout-steps": (*NOT_POSITIVE_INTEGERS, "1001"),
+    "student.ema": NOT_FRACTIONS,
+    "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an option is accepted, the command ends with status 0 instead of training."""
+    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+
+
+def options_of(settings: dict, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in settings.items():
+        inner = f"{prefix}{name}".replace("_", "-")
+        names += options_of(value, f"{inner}.") if isinstance(value, dict) else [inner]
+    return names
+
+
+def test_the_table_has_every_option() -> None:
+    assert {"preset", *VALUES} == set(options_of(asdict(PRESETS["digits"]())))
+
+
+@pytest.mark.parametrize("option", VALUES)
+def test_a_value_that_is_not_allowed_is_rejected(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in VALUES[option]:
+        assert train.main([f"--{option}", *(value.split() or [""])]) == 2, value
+        assert f"--{option}" in one_line_of(capsys), value
+        assert list(tmp_path.iterdir()) == [], value
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["digts"], "unknown preset 'digts'; perhaps you meant 'digits'. Presets: digits"),
+        (["digits", "x"], "Unrecognized options: x"),
+        (["--run"], "Missing value for argument '--run'"),
+        (["--dry-run", "yes"], "Unrecognized options: yes"),
+        (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
+        (["--seed", "one"], "--seed is 'one'; it must be an integer"),
+        (["--teacher.ema-std", "x"], "--teacher.ema-std is 'x'; it must be a number"),
+        (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
+        (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
+        (["--student.sigma-max", "1"], "from below atan(sigma_max) = 0.7854 to above 0"),
+        (
+            ["--student.critic-optimizer.weight-decay", "-1"],
+            "--student.critic-optimizer.weight-decay is -1.0; it must be a number in [0, inf)",
+        ),
+        (
+            ["--model.dim", "65536", "--model.depth", "99"],
+            "model is too large: its training needs at least",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_message_says_what_is_allowed(
+    argv: list[str],
+    message: str,
+    dry_run: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*argv, *(["--dry-run"] if dry_run else [])]) == 2
+    assert message in one_line_of(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_a_temporary_folder_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def missing() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", missing)
+    assert train.main(["--dry-run"]) == 2
+    assert "No usable temporary directory" in one_line_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("rcm.train", "--model.heads", "3"), ("rcm.sample", "missing", "--steps", "0")],
+)
+def test_a_process_with_an_invalid_option_exits_with_status_2(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    environment = {"PYTHONPATH": str(Path(train.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {command[-2]} is {command[-1]}; it must ")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
