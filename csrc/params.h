@@ -55,6 +55,7 @@ struct AttentionParams {
     Tensor out, tout;
     Tensor out_lo, tout_lo;  // the low-order parts that rounding took from out and tout
     RowVector lse, mu;       // lse is a natural logarithm; -inf and 0 for a row that sees no key
+    RowVector lse_lo;        // the low-order part that rounding took from lse
 
     Tensor grad_out, grad_tout;
     RowVector grad_lse, grad_mu;

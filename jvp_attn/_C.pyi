@@ -58,6 +58,7 @@ class AttentionParams:
     tout_lo: Tensor
     lse: RowVector
     mu: RowVector
+    lse_lo: RowVector
     grad_out: Tensor
     grad_tout: Tensor
     grad_lse: RowVector

@@ -90,6 +90,7 @@ ParamsClass<Params> bind_common_params(pybind11::module_& module) {
         .def_readwrite("tout_lo", &Params::tout_lo)
         .def_readwrite("lse", &Params::lse)
         .def_readwrite("mu", &Params::mu)
+        .def_readwrite("lse_lo", &Params::lse_lo)
         .def_readwrite("grad_out", &Params::grad_out)
         .def_readwrite("grad_tout", &Params::grad_tout)
         .def_readwrite("grad_lse", &Params::grad_lse)

@@ -22,8 +22,7 @@ void bind_params(py::module_& module) {
     jvp_attn::bind_row_vector<RowVector>(module);
     jvp_attn::bind_mask<Mask, Element>(module, "element");
     auto params = jvp_attn::bind_common_params<AttentionParams>(module);
-    params.def_readwrite("lse_lo", &AttentionParams::lse_lo)
-        .def_readwrite("tmask", &AttentionParams::tmask)
+    params.def_readwrite("tmask", &AttentionParams::tmask)
         .def_readwrite("grad_mask", &AttentionParams::grad_mask)
         .def_readwrite("grad_tmask", &AttentionParams::grad_tmask)
         .def_readwrite("threads", &AttentionParams::threads);
