@@ -6,8 +6,9 @@ float32, so that the formulas in float64 say what is right at any magnitude.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import cycle
 from math import inf
 
 import torch
@@ -62,12 +63,12 @@ MASKS = {
 }
 
 
-def kinds_of_rows(names: Sequence[str], rows: int) -> list[str]:
+def kinds_of_rows(names: Iterable[str], rows: int) -> list[str]:
     """A kind for each row: "ordinary" or one of the names."""
     huge = [row for row in range(rows) if row // TILE % 2 == 0 and row % 2 == 0]
     kinds = ["ordinary"] * rows
-    for n, row in enumerate(huge):
-        kinds[row] = names[n % len(names)]
+    for row, kind in zip(huge, cycle(names), strict=False):
+        kinds[row] = kind
     return kinds
 
 
