@@ -52,17 +52,6 @@ struct RowBlock {
     }
 
     DEVICE float* statistic(const RowVector& x) const { return sequence.rows_of(x, head); }
-
-    // lse of the two rows of a thread in units of log2; +inf beyond the last row.
-    DEVICE void load_log2_sum(float (&log2_sum)[2], const RowVector& lse, int warp_row) const {
-        const float* const source = statistic(lse);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = warp_row + row_in_warp(half);
-            log2_sum[half] =
-                row < sequence.queries ? log2_of_sum(global_load(source + row)) : kInfinity;
-        }
-    }
 };
 
 // Keys of one head of K, with the queries of every head of Q that shares them. Rows of a tile are
@@ -117,12 +106,13 @@ struct KeyBlock {
     // first query is `row`.
     template <int Rows>
     DEVICE void hide(Accumulator<Rows>& scores, int key, int row) const {
+        const int lane = opaque(lane_index());
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int own = key + row_in_warp(half);
+            const int own = key + lane / 4 + 8 * half;
             const int first = own < sequence.keys ? sequence.first_query_of(own) : sequence.queries;
             // The loop compares this with compile-time constants.
-            const int hidden = first - row - column_of(0, 0);
+            const int hidden = first - row - lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll

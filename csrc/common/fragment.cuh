@@ -57,7 +57,7 @@ struct Accumulator {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) value[i][e] *= factor;
+            for (int e = 0; e < 4; ++e) value[i][e] = multiply_rn(value[i][e], factor);
     }
 
     DEVICE void subtract_from_rows(const float (&amount)[2]) {

@@ -58,12 +58,12 @@ DEVICE void store_pair(const GmemView& view, int row, int column, uint32_t word)
 // `target_lo` exists, it gets the part that rounding took away.
 template <class Element, int Columns>
 DEVICE void store_block(const GmemView& target, const GmemView& target_lo, int first_row,
-                        const Accumulator<Columns>& rows, int block) {
+                        const Accumulator<Columns>& rows, int block, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float low = rows.at(block, half, 0), high = rows.at(block, half, 1);
         const uint32_t rounded = pack<Element>(low, high);
-        const int row = first_row + row_in_warp(half), column = column_of(block, 0);
+        const int row = first_row + lane / 4 + 8 * half, column = 8 * block + lane % 4 * 2;
         store_pair(target, row, column, rounded);
         if (target_lo.exists())
             store_pair(target_lo, row, column,
@@ -75,9 +75,10 @@ DEVICE void store_block(const GmemView& target, const GmemView& target_lo, int f
 template <class Element, int Columns>
 DEVICE void store_rows(const GmemView& target, const GmemView& target_lo, int first_row,
                        const Accumulator<Columns>& rows) {
+    const int lane = opaque(lane_index());
 #pragma unroll
     for (int i = 0; i < rows.kBlocks; ++i)
-        store_block<Element>(target, target_lo, first_row, rows, i);
+        store_block<Element>(target, target_lo, first_row, rows, i, lane);
 }
 
 }  // namespace jvp_attn

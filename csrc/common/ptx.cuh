@@ -173,6 +173,9 @@ DEVICE float fast_exp2(float x) {
     return y;
 }
 
+// The product, rounded to float32. The compiler never fuses it with an addition.
+DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
+
 // Rounds two float32 to the nearest elements.
 template <class Element>
 DEVICE uint32_t pack(float low, float high);
@@ -222,6 +225,13 @@ DEVICE float unpack_high<Fp16>(uint32_t word) {
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}"
         : "=f"(value)
         : "r"(word));
+    return value;
+}
+
+// Hides a value from the compiler, which then computes expressions of it here instead of before a
+// loop, where they would occupy registers.
+DEVICE int opaque(int value) {
+    asm volatile("" : "+r"(value));
     return value;
 }
 

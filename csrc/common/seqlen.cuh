@@ -73,7 +73,7 @@ private:
     }
 };
 
-// The value that a mask adds to a score, in units of log2; -inf hides the key.
+// The value that a mask adds to a score; -inf hides the key.
 template <class Element>
 struct MaskOfHead {
     const void* data;
@@ -92,13 +92,9 @@ struct MaskOfHead {
         if (kind == MaskKind::boolean)
             return global_load(static_cast<const uint8_t*>(data) + offset) ? 0.f : -kInfinity;
         if (kind == MaskKind::additive_float32)
-            return global_load(static_cast<const float*>(data) + offset) * kLog2E;
-        return unpack_low<Element>(global_load(static_cast<const uint16_t*>(data) + offset)) *
-               kLog2E;
+            return global_load(static_cast<const float*>(data) + offset);
+        return unpack_low<Element>(global_load(static_cast<const uint16_t*>(data) + offset));
     }
 };
-
-// lse in units of log2. +inf for a row that sees no key, so that exp2(score - result) is 0.
-DEVICE float log2_of_sum(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
 
 }  // namespace jvp_attn

@@ -3,11 +3,11 @@
 //
 //     P = exp(S − lse)      T = s (tQ Kᵀ + Q tKᵀ)      tP = P∘(T − mu)
 //
-// Scores are in units of log2, since the machine computes powers of 2. Comments call P weights, S
-// scores and T tangents.
+// Comments call P weights, S scores and T tangents.
 #pragma once
 
 #include "common/block.cuh"
+#include "common/lse.cuh"
 
 namespace jvp_attn {
 
@@ -34,9 +34,9 @@ struct VisibleKeys {
         return kMasked ? mask.bias(query[half], key) : 0.f;
     }
 
-    // Adds the mask to the scores of a tile of keys; scores of hidden keys become -inf.
+    // Turns products Q Kᵀ of a tile of keys into scores; those of hidden keys become -inf.
     template <int Keys>
-    DEVICE void apply(Accumulator<Keys>& scores, int first_key) const {
+    DEVICE void apply(Accumulator<Keys>& scores, float scale, int first_key) const {
 #pragma unroll
         for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
@@ -46,7 +46,7 @@ struct VisibleKeys {
                     const float b = bias(half, first_key + column_of(i, side));
                     float& score = scores.at(i, half, side);
                     // A sum would be NaN if the score of a hidden key is +inf.
-                    score = b == -kInfinity ? -kInfinity : score + b;
+                    score = b == -kInfinity ? -kInfinity : fmaf(score, scale, b);
                 }
     }
 };
@@ -61,46 +61,139 @@ DEVICE void zero_hidden(Accumulator<Keys>& tangents, const Accumulator<Keys>& sc
             if (scores.value[i][e] == -kInfinity) tangents.value[i][e] = 0;
 }
 
-// Turns scores into weights, given lse in units of log2. Weights of hidden keys are 0.
-template <int Keys>
-DEVICE void exponentiate(Accumulator<Keys>& scores, const float (&log2_sum)[2]) {
+// lse of the two rows of a thread.
+struct RowLse {
+    float subtrahend[2];  // +inf in a row that sees no key
+    bool centres;         // whether the warp centres its scores, because a row has a huge lse
+
+    template <int Rows>
+    DEVICE RowLse(const AttentionParams& p, const RowBlock<Rows>& block, int first_row) {
+        const float* const source = block.statistic(p.lse);
+        float lse[2];
 #pragma unroll
-    for (int i = 0; i < scores.kBlocks; ++i)
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + row_in_warp(half);
+            lse[half] = row < block.sequence.queries ? global_load(source + row) : -kInfinity;
+        }
+        centres = warp_any(is_huge_lse(lse[0]) || is_huge_lse(lse[1]));
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-            scores.value[i][e] = fast_exp2(scores.value[i][e] - log2_sum[e / 2]);
+        for (int half = 0; half < 2; ++half) subtrahend[half] = subtrahend_of(lse[half], centres);
+    }
+
+    DEVICE bool sees_no_key(int half) const { return subtrahend[half] == kInfinity; }
+};
+
+// lse_lo of a row; 0 if it is absent. For code that runs rarely: `opaque` keeps the compiler from
+// computing addresses before a loop, where they would occupy registers.
+template <int Rows>
+DEVICE float load_lse_lo(const AttentionParams& p, const RowBlock<Rows>& block, int row) {
+    row = opaque(row);
+    const float* const source = block.sequence.rows_of(p.lse_lo, opaque(block.head));
+    return source && row < block.sequence.queries ? global_load(source + row) : 0;
+}
+
+// Turns scores into S − lse in units of log2, where S = scale · scores. `subtrahend` and `centres`
+// are those of RowLse; lse_lo(half) returns lse_lo of a row.
+template <int Keys, class LseLo>
+DEVICE void subtract_lse(Accumulator<Keys>& scores, float scale, const float (&subtrahend)[2],
+                         bool centres, const LseLo& lse_lo) {
+    if (centres) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float low = lse_lo(half);
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    float& score = scores.at(i, half, side);
+                    score = centred(multiply_rn(score, scale), subtrahend[half], low);
+                }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                scores.value[i][e] = fmaf(scores.value[i][e], scale * kLog2E, -subtrahend[e / 2]);
+    }
 }
 
 // Online softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691).
 struct OnlineSoftmax {
-    float max[2] = {-kInfinity, -kInfinity};  // of the scores so far
+    float max[2] = {-kInfinity, -kInfinity};  // of S so far
     float sum[2] = {0, 0};                    // of the weights in this thread's columns
 
-    // Turns scores into weights relative to the maximum so far. `rescaling` becomes the factor of
-    // each row that brings earlier weights to the new maximum.
+    // Turns scores into weights relative to the maximum so far, where S = scale · scores and the
+    // scale is positive. `rescaling` becomes the factor of each row that brings earlier weights to
+    // the new maximum.
     template <int Keys>
-    DEVICE void update(Accumulator<Keys>& scores, float (&rescaling)[2]) {
+    DEVICE void update(Accumulator<Keys>& scores, float scale, float (&rescaling)[2]) {
+        float subtrahend[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float tile_max = scores.at(0, half, 0);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
                 tile_max = fmaxf(tile_max, fmaxf(scores.at(i, half, 0), scores.at(i, half, 1)));
-            const float new_max = fmaxf(max[half], quad_max(tile_max));
+            const float new_max = fmaxf(max[half], multiply_rn(quad_max(tile_max), scale));
             // In a row that has seen no key the weights are exp2(-inf - 0) = 0.
-            const float subtrahend = new_max == -kInfinity ? 0 : new_max;
-            rescaling[half] = fast_exp2(max[half] - subtrahend);
+            subtrahend[half] = new_max == -kInfinity ? 0 : new_max;
+            rescaling[half] = fast_exp2((max[half] - subtrahend[half]) * kLog2E);
             max[half] = new_max;
-
+        }
+        float factor = scale * kLog2E;
+        // Centre the scores where the product with log2(e) would be too inexact.
+        if (warp_any(is_huge(subtrahend[0]) || is_huge(subtrahend[1]))) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        float& score = scores.at(i, half, side);
+                        score = multiply_rn(score, scale) - subtrahend[half];
+                    }
+                subtrahend[half] = 0;
+            }
+            factor = kLog2E;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float log2_subtrahend = subtrahend[half] * kLog2E;
             sum[half] *= rescaling[half];
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     float& score = scores.at(i, half, side);
-                    score = fast_exp2(score - subtrahend);
+                    score = fast_exp2(fmaf(score, factor, -log2_subtrahend));
                     sum[half] += score;
                 }
+        }
+    }
+
+    // Stores lse and lse_lo of the warp's rows. `normalisation` becomes the factor of each row of
+    // O.
+    template <int Rows>
+    DEVICE void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
+                       float (&normalisation)[2]) const {
+        float* const lse = block.statistic(p.lse);
+        float* const lse_lo = block.statistic(p.lse_lo);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float total = quad_sum(sum[half]);
+            const bool sees_no_key = total == 0;
+            normalisation[half] = sees_no_key ? 0 : 1 / total;
+            const int row = first_row + row_in_warp(half);
+            if (lane_index() % 4 != 0 || row >= block.sequence.queries) continue;
+            const float log_sum = multiply_rn(log2f(total), kLn2);
+            const float rounded = sees_no_key ? -kInfinity : max[half] + log_sum;
+            global_store(lse + row, rounded);
+            if (!lse_lo) continue;
+            const bool max_is_larger = fabsf(max[half]) > fabsf(log_sum);
+            const float larger = max_is_larger ? max[half] : log_sum;
+            const float smaller = max_is_larger ? log_sum : max[half];
+            global_store(lse_lo + row, sees_no_key ? 0 : (larger - rounded) + smaller);
         }
     }
 };

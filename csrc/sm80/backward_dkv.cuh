@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common/block.cuh"
+#include "common/lse.cuh"
 #include "common/smem.cuh"
 #include "sm80/tile.cuh"
 
@@ -34,7 +35,7 @@ struct BackwardDkv {
     static constexpr int kExchangeBytes = kPairs * (kJvp ? 2 : 1) * kScoresBytes;
     static constexpr int kStatisticBytes = Rows * 4;
     static constexpr int kSharedBytes = kTensors * (KeyTile::kBytes + RowTile::kBytes) +
-                                        kExchangeBytes + kTensors * kStatisticBytes;
+                                        kExchangeBytes + (kTensors + 1) * kStatisticBytes;
 
     static int64_t blocks(const AttentionParams& p) { return KeyBlock<Keys>::count(p); }
 
@@ -63,7 +64,7 @@ private:
         KeyTile k_tile, v_tile, tk_tile, tv_tile;
         RowTile q_tile, dout_tile, tq_tile, dtout_tile;
         SharedAddress exchange;
-        SharedAddress lse, delta, mu, beta;  // of the queries of the tile
+        SharedAddress lse, lse_lo, delta, mu, beta;  // of the queries of the tile
 
         DEVICE explicit Block(const AttentionParams& params)
             : p(params),
@@ -85,6 +86,7 @@ private:
             dout_tile.base = smem.take(RowTile::kBytes);
             exchange = smem.take(kExchangeBytes);
             lse = smem.take(kStatisticBytes);
+            lse_lo = smem.take(kStatisticBytes);
             delta = smem.take(kStatisticBytes);
             if (kJvp) {
                 mu = smem.take(kStatisticBytes);
@@ -193,14 +195,18 @@ private:
             const int thread = thread_index();
             if (thread >= Rows) return;
             const bool exists = row + thread < block.sequence.queries;
-            const auto load = [&](SharedAddress statistic, const RowVector& x) {
+            const auto value = [&](const RowVector& x) {
                 const float* source = block.sequence.rows_of(x, head) + row + thread;
-                shared_store_float(statistic + 4 * thread, exists ? global_load(source) : 0);
+                return x.data && exists ? global_load(source) : 0;
             };
-            load(block.lse, p.lse);
-            load(block.delta, p.delta);
-            if (kJvp) load(block.mu, p.mu);
-            if (kJvp) load(block.beta, p.beta);
+            const auto store = [&](SharedAddress statistic, float x) {
+                shared_store_float(statistic + 4 * thread, x);
+            };
+            store(block.lse, subtrahend_of(value(p.lse), true));
+            store(block.lse_lo, value(p.lse_lo));
+            store(block.delta, value(p.delta));
+            if (kJvp) store(block.mu, value(p.mu));
+            if (kJvp) store(block.beta, value(p.beta));
         }
     };
 
@@ -237,18 +243,22 @@ private:
             multiply_transposed_with_tangent<Element>(scores, tangents, block.k_tile, block.tk_tile,
                                                       block.has_tk, row, block.q_tile,
                                                       block.tq_tile, block.has_tq);
-            scores.scale(block.p.softmax_scale * kLog2E);
-            if (block.hides_keys(first_row)) hide(block, scores, tangents, head, first_row);
-
+            // mask S
+            if (block.hides_keys(first_row))
+                hide(block, scores, tangents, head, first_row);
+            else
+                scores.scale(block.p.softmax_scale);
+            // P = exp(S − lse) and Tc = T − mu
+            subtract_lse(block, scores);
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
-                    const float log2_sum = log2_of_sum(block.of_query(block.lse, i, side));
                     const float mu = kJvp ? block.of_query(block.mu, i, side) : 0;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        scores.at(i, half, side) = fast_exp2(scores.at(i, half, side) - log2_sum);
+                        float& score = scores.at(i, half, side);
+                        score = fast_exp2(score);
                         float& tangent = tangents.at(i, half, side);
                         tangent = tangent * block.p.softmax_scale - mu;
                     }
@@ -280,7 +290,31 @@ private:
             if (kJvp) block.store(block.p.grad_tv, grad_tv, block.p.head_dim_v);
         }
 
-        // Adds the mask to scores. Scores of hidden keys become -inf, their tangents 0.
+        // Turns scores into S − lse in units of log2.
+        DEVICE static void subtract_lse(const Block& block, Scores& scores) {
+            const float one_of_all = shared_load_float(block.lse + 4 * (lane_index() % Rows));
+            const bool centres = warp_any(is_huge_lse(one_of_all));
+#pragma unroll
+            for (int i = 0; i < scores.kBlocks; ++i)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const float lse = block.of_query(block.lse, i, side);
+                    if (centres) {
+                        const float lse_lo = block.of_query(block.lse_lo, i, side);
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            scores.at(i, half, side) =
+                                centred(scores.at(i, half, side), lse, lse_lo);
+                    } else {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            scores.at(i, half, side) =
+                                fmaf(scores.at(i, half, side), kLog2E, -lse * kLog2E);
+                    }
+                }
+        }
+
+        // Turns products K Qᵀ into scores. Those of hidden keys become -inf, their tangents 0.
         DEVICE static void hide(const Block& block, Scores& scores, Scores& tangents, int head,
                                 int first_row) {
             const MaskOfHead<Element> mask(block.p.mask, block.sequence.batch, head);
@@ -299,7 +333,7 @@ private:
                             bias = mask.bias(query, key);
                         const bool hidden = bias == -kInfinity;
                         float& score = scores.at(i, half, side);
-                        score = hidden ? -kInfinity : score + bias;
+                        score = hidden ? -kInfinity : fmaf(score, block.p.softmax_scale, bias);
                         if (hidden) tangents.at(i, half, side) = 0;
                     }
             }

@@ -89,13 +89,17 @@ struct BackwardDq {
             Accumulator<Keys> scores, tangents;
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
-            scores.scale(scale * kLog2E);
             const bool hides_keys = first_key + Keys > unmasked_key_end;
             if (hides_keys) {
-                visible.apply(scores, first_key);
+                visible.apply(scores, scale, first_key);
                 zero_hidden(tangents, scores);
+            } else {
+                scores.scale(scale);
             }
-            exponentiate(scores, rows.log2_sum);
+            subtract_lse(scores, 1, rows.lse.subtrahend, rows.lse.centres, [&](int half) {
+                return load_lse_lo(p, block, block.first_row + row + row_in_warp(half));
+            });
+            scores.exp2();
             const Accumulator<Keys>& weights = scores;
 
             // x = Bc; dT = P∘Bc
@@ -134,7 +138,7 @@ struct BackwardDq {
         // Correct the bias of the row sums. In exact arithmetic a row of dS sums to dlse and a row
         // of dT to dmu. Rounded rows do not, and the mean of K and tK would leak into the
         // gradients. The excess is subtracted from the visible keys of the first tile that has any.
-        bool corrected[2] = {rows.sees_no_key(0), rows.sees_no_key(1)};
+        bool corrected[2] = {rows.lse.sees_no_key(0), rows.lse.sees_no_key(1)};
 #pragma unroll 1
         for (int first_key = 0; first_key < key_end; first_key += Keys) {
             load_keys(first_key);
@@ -199,11 +203,12 @@ private:
     // sm90/softmax.cuh does, spills 4 bytes at head dim 96, and at 64 with a mask.
     struct Statistics {
         int row[2];
-        float log2_sum[2] = {kInfinity, kInfinity};
+        RowLse lse;
         float mu[2] = {0, 0}, beta[2] = {0, 0}, delta[2] = {0, 0};
         float grad_lse[2] = {0, 0}, grad_mu[2] = {0, 0};
 
-        DEVICE Statistics(const AttentionParams& p, const RowBlock<Rows>& block, int first_row) {
+        DEVICE Statistics(const AttentionParams& p, const RowBlock<Rows>& block, int first_row)
+            : lse(p, block, first_row) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 row[half] = first_row + row_in_warp(half);
@@ -211,7 +216,6 @@ private:
                 const auto value = [&](const RowVector& x) {
                     return x.data ? global_load(block.statistic(x) + row[half]) : 0;
                 };
-                log2_sum[half] = log2_of_sum(value(p.lse));
                 delta[half] = value(p.delta);
                 grad_lse[half] = value(p.grad_lse);
                 if (!kJvp) continue;
@@ -221,8 +225,6 @@ private:
             }
         }
 
-        DEVICE bool sees_no_key(int half) const { return log2_sum[half] == kInfinity; }
-
         // Corrects delta or beta for the rounding of P in O and tO. In exact arithmetic the row
         // sums of dS and dT equal the cotangents of lse and mu; the difference is the error.
         DEVICE void correct_delta(const RowBlock<Rows>& block, const RowVector& target,
@@ -231,7 +233,7 @@ private:
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float corrected = value[half] + sums.exact(half) - cotangent[half];
-                if (lane_index() % 4 == 0 && !sees_no_key(half))
+                if (lane_index() % 4 == 0 && !lse.sees_no_key(half))
                     global_store(block.statistic(target) + row[half], corrected);
             }
         }

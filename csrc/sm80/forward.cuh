@@ -79,16 +79,17 @@ struct Forward {
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
             // mask S
-            scores.scale(scale * kLog2E);
             if (first_key + Keys > unmasked_key_end) {
-                visible.apply(scores, first_key);
+                visible.apply(scores, scale, first_key);
                 zero_hidden(tangents, scores);
+            } else {
+                scores.scale(scale);
             }
             if (has_t) tangent_weights.set_reference(scores, tangents, scale);
 
             // P = exp(S − max); P, rounded
             float rescaling[2];
-            softmax.update(scores, rescaling);
+            softmax.update(scores, 1, rescaling);
             Packed<Element, Keys> weights, weighted;
             round_weights(weights, scores);
             // Rescale O, tO and the sums of P∘T to the new maximum, which few tiles change.
@@ -115,27 +116,21 @@ struct Forward {
     }
 
 private:
-    // Normalises and centres; stores lse, mu, O, tO, out_lo and tout_lo.
+    // Normalises and centres; stores lse, lse_lo, mu, O, tO, out_lo and tout_lo.
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const OnlineSoftmax& softmax, const TangentWeights& tangent_weights,
                               Accumulator<HeadDim>& out, Accumulator<HeadDim>& tout) {
-        float* const lse = block.statistic(p.lse);
         float* const mu = block.statistic(p.mu);
         float normalisation[2], rounded_mean[2];
+        softmax.finish(p, block, first_row, normalisation);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float sum = quad_sum(softmax.sum[half]);
-            const bool sees_no_key = sum == 0;
-            normalisation[half] = sees_no_key ? 0 : 1 / sum;
             rounded_mean[half] = tangent_weights.rounded_sum.at(half) * normalisation[half];
             const float mean = quad_sum(tangent_weights.exact_sum[half]) * normalisation[half];
 
             const int row = first_row + row_in_warp(half);
-            if (lane_index() % 4 == 0 && row < block.sequence.queries) {
-                global_store(lse + row,
-                             sees_no_key ? -kInfinity : (softmax.max[half] + log2f(sum)) * kLn2);
-                if (kJvp) global_store(mu + row, tangent_weights.reference[half] + mean);
-            }
+            if (kJvp && lane_index() % 4 == 0 && row < block.sequence.queries)
+                global_store(mu + row, tangent_weights.reference[half] + mean);
         }
         out.scale_rows(normalisation);
         store_rows<Element>(block.rows_of(p.out, p.head_dim_v),

@@ -58,8 +58,7 @@ struct TangentOnly {
                                                     block.first_row + row);
         const float scale = p.softmax_scale;
 
-        float log2_sum[2];
-        block.load_log2_sum(log2_sum, p.lse, block.first_row + row);
+        const RowLse lse(p, block, block.first_row + row);
         TangentWeights tangent_weights;
         Accumulator<HeadDim> tout;
 
@@ -80,16 +79,20 @@ struct TangentOnly {
             multiply_transposed_with_tangent<Element>(scores, tangents, q_tile, tq_tile, has_tq,
                                                       row, k_tile, tk_tile, has_tk);
             // mask S
-            scores.scale(scale * kLog2E);
             if (first_key + Keys > unmasked_key_end) {
-                visible.apply(scores, first_key);
+                visible.apply(scores, scale, first_key);
                 zero_hidden(tangents, scores);
+            } else {
+                scores.scale(scale);
             }
             if (has_t) tangent_weights.set_reference(scores, tangents, scale);
 
             // P = exp(S − lse); P and P∘(T − c), rounded
             Packed<Element, Keys> weights, weighted;
-            exponentiate(scores, log2_sum);
+            subtract_lse(scores, 1, lse.subtrahend, lse.centres, [&](int half) {
+                return load_lse_lo(p, block, block.first_row + row + row_in_warp(half));
+            });
+            scores.exp2();
             round_weights(weights, scores);
             if (has_t) tangent_weights.update(weighted, scores, tangents, scale);
 
@@ -132,7 +135,7 @@ private:
                 tout.at(i, half, 0) -= rounded_mean[half] * (rounded.low + low.low);
                 tout.at(i, half, 1) -= rounded_mean[half] * (rounded.high + low.high);
             }
-            store_block<Element>(target, target_lo, first_row, tout, i);
+            store_block<Element>(target, target_lo, first_row, tout, i, lane_index());
         }
     }
 };

@@ -128,8 +128,8 @@ private:
         }
     }
 
-    // A thread keeps four RowPairs in shared memory, which saves registers: log2_sum and mu; beta
-    // and delta; the row sums of dS and of dT in its columns, exact and rounded.
+    // A thread keeps four RowPairs in shared memory, which saves registers: RowLse::subtrahend and
+    // mu; beta and delta; the row sums of dS and of dT in its columns, exact and rounded.
     enum class SmemSlot { softmax = 0, cotangents = 1, ds_sums = 2, dt_sums = 3 };
 
     // A consumer warpgroup.
@@ -144,7 +144,7 @@ private:
         DEVICE void differentiate(int work_tile) {
             const auto block = row_block<Rows>(p, work_tile);
             if (block.is_empty()) return;
-            store_row_stats(block);
+            const bool centres = store_row_stats(block);
 
             Gradient grad_q, grad_tq;
             const int last = last_tile(block);
@@ -160,7 +160,8 @@ private:
                     // wait for K and tK
                     k = next();
                     if (kJvp) tk = next();
-                    add(grad_q, grad_tq, k, tk, causal_mask, first_key, unmasked_key_end);
+                    add(grad_q, grad_tq, k, tk, causal_mask, first_key, unmasked_key_end, centres,
+                        work_tile);
                     if (first_key == 0) break;
                     first_key -= Keys;
                     memory.keys.release_by_warpgroup(k);
@@ -213,14 +214,16 @@ private:
             return values;
         }
 
-        DEVICE void store_row_stats(const RowBlock<Rows>& block) const {
+        // Returns RowLse::centres.
+        DEVICE bool store_row_stats(const RowBlock<Rows>& block) const {
             const RowStatistics<kJvp> rows(p, block, block.first_row + warp_row());
-            store_smem(SmemSlot::softmax,
-                       {{rows.log2_sum[0], rows.log2_sum[1]}, {rows.mu[0], rows.mu[1]}});
+            store_smem(SmemSlot::softmax, {{rows.lse.subtrahend[0], rows.lse.subtrahend[1]},
+                                           {rows.mu[0], rows.mu[1]}});
             store_smem(SmemSlot::cotangents,
                        {{rows.beta[0], rows.beta[1]}, {rows.delta[0], rows.delta[1]}});
             store_smem(SmemSlot::ds_sums, {});
             store_smem(SmemSlot::dt_sums, {});
+            return rows.lse.centres;
         }
 
         // Rounds weights∘x and adds its row sums, exact and rounded, to those in shared memory.
@@ -242,21 +245,20 @@ private:
 
         // Turns scores into weights; those of hidden keys are 0.
         DEVICE void exponentiate(Scores& scores, const CausalMask& causal_mask, int first_key,
-                                 bool hides_keys) const {
+                                 bool hides_keys, bool centres, int work_tile) const {
             const RowPair rows = load_smem(SmemSlot::softmax);
-            const float scale = p.softmax_scale * kLog2E;
-#pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    scores.value[i][e] = scores.value[i][e] * scale - rows.first[e / 2];
+            subtract_lse(scores, p.softmax_scale, rows.first, centres, [&](int half) {
+                const auto block = row_block<Rows>(p, opaque(work_tile));
+                return load_lse_lo(p, block, block.first_row + warp_row() + row_in_warp(half));
+            });
             if (hides_keys) causal_mask.apply(scores, first_key, -kInfinity);
             scores.exp2();
         }
 
         // Adds a tile of keys to dQ and dtQ. V and tV are the next tiles of the ring.
         DEVICE void add(Gradient& grad_q, Gradient& grad_tq, const KeySlot& k, const KeySlot& tk,
-                        const CausalMask& causal_mask, int first_key, int unmasked_key_end) {
+                        const CausalMask& causal_mask, int first_key, int unmasked_key_end,
+                        bool centres, int work_tile) {
             const RowTile q = row_tile(0), dout = row_tile(1);
             const RowTile tq = row_tile(2), dtout = row_tile(3);
             const float scale = p.softmax_scale;
@@ -273,7 +275,8 @@ private:
             wgmma_group(issue_scores, weights, tangents);
             // wait for S; P = exp(S − lse), while wgmma computes T
             wgmma_wait_for<kJvp ? 1 : 0>(weights);
-            exponentiate(weights, causal_mask, first_key, first_key + Keys > unmasked_key_end);
+            exponentiate(weights, causal_mask, first_key, first_key + Keys > unmasked_key_end,
+                         centres, work_tile);
 
             // wait for V and tV
             const KeySlot v = next();

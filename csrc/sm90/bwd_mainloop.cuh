@@ -9,8 +9,8 @@
 
 #include "common/smem.cuh"
 #include "sm90/pipeline.cuh"
+#include "sm90/query_stats.cuh"
 #include "sm90/scheduler.cuh"
-#include "sm90/softmax.cuh"
 
 namespace jvp_attn::sm90 {
 
@@ -26,11 +26,12 @@ struct BwdPipeline {
     static constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
 
-    // Each slot holds one tile: K and V; Q and dO of each stage; lse and delta of each stage.
+    // Each slot holds one tile: K and V; Q and dO of each stage; the statistics of each stage.
     static constexpr int kStages = 3;
     using KeyRing = Ring<2, KeyTile::kBytes>;
     using QueryRing = Ring<2 * kStages, RowTile::kBytes>;
-    using StatsRing = Ring<kStages, 2 * Rows * 4>;
+    using Stats = QueryStatsTile<Rows, false>;
+    using StatsRing = Ring<kStages, Stats::kBytes>;
     static constexpr int kPipelineBytes = KeyRing::kBytes + QueryRing::kBytes + StatsRing::kBytes +
                                           KeyRing::kBarrierBytes + QueryRing::kBarrierBytes +
                                           StatsRing::kBarrierBytes + 16;
@@ -108,7 +109,6 @@ private:
         }
     }
 
-    // Each lane loads lse and delta of two queries at a time.
     DEVICE static void load_stats(const Params& params, const StatsRing& ring) {
         const AttentionParams& p = params.attention;
         PipelineState<kStages> at;
@@ -117,9 +117,7 @@ private:
             const Block block(p, scheduler.work_tile());
             block.template for_each_tile<Rows, RowStep>([&](int head, int first_row) {
                 ring.wait_empty(at);
-                for (int pair = lane_index(); pair < Rows / 2; pair += 32)
-                    store_query_stats(ring.slot(at) + 16 * pair, block.sequence, head,
-                                      first_row + 2 * pair, p.lse, p.delta, true);
+                Stats{ring.slot(at)}.store(p, block.sequence, head, first_row);
                 mbarrier_arrive(ring.full(at));
                 at.advance();
             });
@@ -195,9 +193,9 @@ struct BwdMainloop : BwdPipeline<HeadDim, Rows, Keys, RowStep> {
             wgmma_group(issue, weights, dp);
             // wait for S; P = exp(S − lse), while wgmma computes dP
             wgmma_wait_for<1>(weights);
-            exponentiate_transposed(
-                weights, p.softmax_scale * kLog2E, block, first_row,
-                [&](int i) { return query_stats(i); }, [&] { return first_key(block); });
+            const typename Pipeline::Stats stats{memory.stats.slot(at)};
+            exponentiate_transposed(weights, p.softmax_scale, block, first_row, stats,
+                                    [&] { return first_key(block); });
             round_weights(rounded, weights);
 
             // issue dV += Pᵀ dO
@@ -206,7 +204,7 @@ struct BwdMainloop : BwdPipeline<HeadDim, Rows, Keys, RowStep> {
             wgmma_wait_for<1>(dp);
 #pragma unroll
             for (int i = 0; i < dp.kBlocks; ++i) {
-                const QueryStats delta = query_stats(i);
+                const QueryStats delta = stats.load(0, i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     ds.set(i, half,
@@ -232,11 +230,6 @@ struct BwdMainloop : BwdPipeline<HeadDim, Rows, Keys, RowStep> {
         // The first key of the warp.
         DEVICE static int first_key(const Block& block) {
             return block.first_key + row() + opaque(warp_index()) % 4 * 16;
-        }
-
-        // lse in units of log2 and delta, of the two queries of a thread in columns 8 i to 8 i + 7.
-        DEVICE QueryStats query_stats(int i) const {
-            return load_query_stats(memory.stats.slot(at) + (4 * i + lane_index() % 4) * 16);
         }
     };
 };

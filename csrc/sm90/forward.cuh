@@ -46,7 +46,7 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
         const int unmasked_key_end = block.unmasked_key_end();
         const int warp_row = Pipeline::warp_row();
         const CausalMask causal_mask{block.sequence, block.first_row + warp_row};
-        const float log2_scale = p.softmax_scale * kLog2E;
+        const float scale = p.softmax_scale;
 
         // wait for Q
         const RowTile q = rows.next();
@@ -64,7 +64,7 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
             keys.release(k_slot);
             // P of the first tile
             if (Keys > unmasked_key_end) causal_mask.apply(scores, 0, -kInfinity);
-            softmax.update(scores, log2_scale, rescaling);
+            softmax.update(scores, scale, rescaling);
             round_weights(weights, scores);
         }
 #pragma unroll 1
@@ -85,7 +85,7 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
             // mask S; P = exp(S − max), while wgmma computes O
             if (first_key + Keys > unmasked_key_end)
                 causal_mask.apply(scores, first_key, -kInfinity);
-            softmax.update(scores, log2_scale, rescaling);
+            softmax.update(scores, scale, rescaling);
             // wait for O
             wgmma_wait_for<0>(out, weights);
             keys.release(v_slot);
@@ -120,7 +120,7 @@ private:
         wgmma_group([&] { multiply<Element>(out, weights, v); }, out, weights);
     }
 
-    // Normalises O; stores lse, O and out_lo.
+    // Normalises O; stores lse, lse_lo, O and out_lo.
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const OnlineSoftmax& softmax, Accumulator<HeadDim>& out,
                               const StagingRows<Rows, HeadDim>& staging) {

@@ -98,7 +98,7 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
             if (first_key + Keys > unmasked_key_end)
                 causal_mask.apply(scores, first_key, -kInfinity);
             float rescaling[2];
-            softmax.update(scores, scale * kLog2E, rescaling);
+            softmax.update(scores, scale, rescaling);
             // rescale O, tO and the sums of P∘T to the new maximum
             out.scale_rows(rescaling);
             tout.scale_rows(rescaling);
@@ -154,7 +154,7 @@ private:
         wgmma_group(issue, tangents);
     }
 
-    // Normalises and centres; stores lse, mu, O, tO, out_lo and tout_lo.
+    // Normalises and centres; stores lse, lse_lo, mu, O, tO, out_lo and tout_lo.
     DEVICE static void finish(const AttentionParams& p, const RowBlock<Rows>& block, int first_row,
                               const OnlineSoftmax& softmax, const TangentWeights& tangent_weights,
                               Accumulator<HeadDim>& out, Accumulator<HeadDim>& tout,

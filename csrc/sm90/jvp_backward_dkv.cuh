@@ -17,8 +17,8 @@
 
 #include "common/smem.cuh"
 #include "sm90/pipeline.cuh"
+#include "sm90/query_stats.cuh"
 #include "sm90/scheduler.cuh"
-#include "sm90/softmax.cuh"
 
 namespace jvp_attn::sm90 {
 
@@ -36,12 +36,13 @@ struct JvpBackwardDkv {
     static constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
 
-    // Each slot holds one tile: K, V, tK and tV; Q, dtO, tQ and dO of each stage; lse, mu, beta and
-    // delta of each stage.
+    // Each slot holds one tile: K, V, tK and tV; Q, dtO, tQ and dO of each stage; the statistics of
+    // each stage.
     static constexpr int kStages = 2;
     using KeyRing = Ring<4, KeyTile::kBytes>;
     using QueryRing = Ring<4 * kStages, RowTile::kBytes>;
-    using StatsRing = Ring<kStages, 4 * Rows * 4>;
+    using Stats = QueryStatsTile<Rows, true>;
+    using StatsRing = Ring<kStages, Stats::kBytes>;
     static constexpr int kScoresBytes = Keys * Rows * 4;
     static constexpr int kSharedBytes = KeyRing::kBytes + QueryRing::kBytes + StatsRing::kBytes +
                                         2 * kScoresBytes + KeyRing::kBarrierBytes +
@@ -111,11 +112,6 @@ private:
         DEVICE KeyTile tk() const { return {keys.slot({2, 0})}; }
         DEVICE KeyTile tv() const { return {keys.slot({3, 0})}; }
 
-        // lse and mu (which = 0) or beta and delta (which = 1) of two successive queries.
-        DEVICE SharedAddress stats_of(int slot, int pair, int which) const {
-            return stats.slot({slot, 0}) + (which * Rows / 2 + pair) * 16;
-        }
-
         // P (which = 0) and Tc (which = 1) of a thread in columns 8 block to 8 block + 7.
         DEVICE SharedAddress exchanged(int which, int block) const {
             const int thread = thread_index() % kWarpgroupThreads;
@@ -153,7 +149,6 @@ private:
         }
     }
 
-    // Each lane loads the statistics of two queries at a time.
     DEVICE static void load_stats(const Params& params, const Memory& memory) {
         const AttentionParams& p = params.attention;
         PipelineState<kStages> at;
@@ -161,13 +156,7 @@ private:
             const Block block(p, scheduler.work_tile());
             block.template for_each_tile<Rows>([&](int head, int first_row) {
                 memory.stats.wait_empty(at);
-                for (int pair = lane_index(); pair < Rows / 2; pair += 32) {
-                    const int row = first_row + 2 * pair;
-                    store_query_stats(memory.stats_of(at.slot, pair, 0), block.sequence, head, row,
-                                      p.lse, p.mu, true);
-                    store_query_stats(memory.stats_of(at.slot, pair, 1), block.sequence, head, row,
-                                      p.beta, p.delta, false);
-                }
+                Stats{memory.stats.slot(at)}.store(p, block.sequence, head, first_row);
                 mbarrier_arrive(memory.stats.full(at));
                 at.advance();
             });
@@ -190,10 +179,7 @@ private:
         DEVICE RowTile tq() const { return tile(2); }
         DEVICE RowTile dout() const { return tile(3); }
 
-        // The statistics of the two queries of a thread in columns 8 i to 8 i + 7.
-        DEVICE QueryStats query_stats(int which, int i) const {
-            return load_query_stats(memory.stats_of(at.slot, 4 * i + lane_index() % 4, which));
-        }
+        DEVICE Stats stats() const { return {memory.stats.slot(at)}; }
 
         DEVICE void wait() const {
 #pragma unroll
@@ -264,10 +250,8 @@ private:
             wgmma_group(issue_scores, weights);
             wgmma_wait_for<0>(weights);
             // P = exp(S − lse)
-            exponentiate_transposed(
-                weights, scale * kLog2E, step.block, step.first_row,
-                [&](int i) { return step.query_stats(0, i); },
-                [&] { return first_key_of_warp(step.block); });
+            exponentiate_transposed(weights, scale, step.block, step.first_row, step.stats(),
+                                    [&] { return first_key_of_warp(step.block); });
             // wait until the key warpgroup has read the last P and Tc; store P
             named_barrier_sync(kPEmpty, kConsumerThreads);
             store_exchange(memory, 0, weights);
@@ -291,7 +275,7 @@ private:
             Weights weighted;
 #pragma unroll
             for (int i = 0; i < tangents.kBlocks; ++i) {
-                const QueryStats mu = step.query_stats(0, i);
+                const QueryStats mu = step.stats().load(0, i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -352,7 +336,7 @@ private:
             for (int i = 0; i < x.kBlocks; ++i) {
                 const QueryStats weights = load_query_stats(memory.exchanged(0, i));
                 const QueryStats tangents = load_query_stats(memory.exchanged(1, i));
-                const QueryStats stats = step.query_stats(1, i);
+                const QueryStats stats = step.stats().load(1, i);
                 float s[4], t[4];
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {

@@ -198,13 +198,6 @@ DEVICE void warpgroup_fence_operand(uint32_t (&registers)[Steps][4]) {
         for (int word = 0; word < 4; ++word) asm volatile("" : "+r"(registers[i][word])::"memory");
 }
 
-// Hides a value from the compiler, which then computes expressions of it here instead of before a
-// loop, where they would occupy registers.
-DEVICE int opaque(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // ---------------------------------------------------------------------------------------------
 // On the host
 

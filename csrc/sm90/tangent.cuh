@@ -51,9 +51,8 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
         const int unmasked_key_end = block.unmasked_key_end();
         const int row = Pipeline::warpgroup_row(), warp_row = Pipeline::warp_row();
         const CausalMask causal_mask{block.sequence, block.first_row + warp_row};
-        const float scale = p.softmax_scale, log2_scale = scale * kLog2E;
-        float log2_sum[2];
-        block.load_log2_sum(log2_sum, p.lse, block.first_row + warp_row);
+        const float scale = p.softmax_scale;
+        const RowLse lse(p, block, block.first_row + warp_row);
 
         // wait for Q and tQ
         const RowTile q = rows.next();
@@ -88,8 +87,10 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
             // mask S; P = exp(S − lse), while wgmma computes T
             if (first_key + Keys > unmasked_key_end)
                 causal_mask.apply(scores, first_key, -kInfinity);
-            scores.scale(log2_scale);
-            exponentiate(scores, log2_sum);
+            subtract_lse(scores, scale, lse.subtrahend, lse.centres, [&](int half) {
+                return load_lse_lo(p, block, block.first_row + warp_row + row_in_warp(half));
+            });
+            scores.exp2();
             Packed<Element, Keys> weights;
             round_weights(weights, scores);
 

@@ -133,6 +133,9 @@ inline float fast_exp2(float x, emulator::Place where = emulator::Place::current
     return y < std::numeric_limits<float>::min() ? 0 : y;
 }
 
+// Compiled with -ffp-contract=off.
+inline float multiply_rn(float a, float b) { return a * b; }
+
 template <class Element>
 uint32_t pack(float low, float high, emulator::Place where = emulator::Place::current());
 
@@ -175,6 +178,8 @@ template <>
 inline float unpack_high<Fp16>(uint32_t word) {
     return emulator::float_from_fp16(word >> 16);
 }
+
+inline int opaque(int value) { return value; }
 
 // ---------------------------------------------------------------------------------------------
 // Launching

@@ -130,8 +130,6 @@ void warpgroup_fence_operand(uint32_t (&registers)[Steps][4],
     for (auto& fragment : registers) emulator::check_idle(fragment, where);
 }
 
-inline int opaque(int value) { return value; }
-
 // ---------------------------------------------------------------------------------------------
 // On the host
 

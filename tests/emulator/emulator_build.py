@@ -54,6 +54,7 @@ FLAGS = (
     "-O2",
     "-fPIC",
     "-fvisibility=hidden",
+    "-ffp-contract=off",  # fuses only what the kernels fuse by fmaf
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",  # nvcc's #pragma unroll

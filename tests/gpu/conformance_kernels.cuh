@@ -105,4 +105,15 @@ struct CopyElements : OneWarp {
     }
 };
 
+// From seqlen_q x 3 float32 to seqlen_q: a b − c.
+struct MultiplyRn : OneWarp {
+    DEVICE static void run(const AttentionParams& p) {
+        for (int i = opaque(thread_index()); i < p.seqlen_q; i += kThreads) {
+            const float* const x = input<float>(p) + 3 * i;
+            const float product = multiply_rn(global_load(x), global_load(x + 1));
+            global_store(output<float>(p) + i, product - global_load(x + 2));
+        }
+    }
+};
+
 }  // namespace jvp_attn

@@ -21,7 +21,8 @@ from torch import Tensor
 Named = Mapping[str, Tensor]
 
 INPUTS = ("q", "k", "v", "tq", "tk", "tv", "grad_out", "grad_tout", "grad_lse", "grad_mu")
-ROW_VECTORS = ("lse", "mu", "beta", "delta", "grad_lse", "grad_mu")  # (batch, heads, rows)
+# (batch, heads, rows)
+ROW_VECTORS = ("lse", "lse_lo", "mu", "beta", "delta", "grad_lse", "grad_mu")
 _ROW_RESULTS = ("lse", "mu", "beta", "delta", "mu_terms", "beta_terms", "delta_terms")
 _ROW_RESULTS += ("beta_products", "delta_products")
 
@@ -102,7 +103,11 @@ def never_seen(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention(
-    problem: Problem, inputs: Named, dtype: torch.dtype = torch.float64
+    problem: Problem,
+    inputs: Named,
+    dtype: torch.dtype = torch.float64,
+    *,
+    round_scores: bool = False,
 ) -> dict[str, Tensor]:
     """All outputs, and the gradients of the inputs, computed in the dtype.
 
@@ -110,6 +115,9 @@ def attention(
         problem: scale, masks and lengths.
         inputs: some of INPUTS, at least q, k and v; those that are absent are zero. Shapes
             (batch, seqlen, heads, head_dim), row vectors (batch, heads, seqlen_q).
+        dtype: of the computation.
+        round_scores: to float32, as the kernels do. It matters where a mask is so large that
+            products Q Kᵀ beside it are lost.
 
     Returns:
         out, tout, lse, mu, beta, delta, grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv. Rows
@@ -136,7 +144,9 @@ def attention(
     results |= {f"grad_{name}_terms": torch.zeros_like(x[name]) for name in INPUTS[:6]}
     for part in parts(problem, q, k):
         heads_first = {name: _part_of(name, x[name], part) for name in INPUTS}
-        of_part = _one_sequence(heads_first, part.bias.to(dtype), problem.softmax_scale)
+        of_part = _one_sequence(
+            heads_first, part.bias.to(dtype), problem.softmax_scale, round_scores
+        )
         for name, result in of_part.items():
             _part_of(name, results[name], part).copy_(result)
     return results
@@ -150,12 +160,14 @@ def _part_of(name: str, x: Tensor, part: Part) -> Tensor:
     return x[part.batch, part.keys if along_keys else part.queries].transpose(0, 1)
 
 
-def _one_sequence(x: Named, bias: Tensor, s: float) -> dict[str, Tensor]:
+def _one_sequence(x: Named, bias: Tensor, s: float, round_scores: bool) -> dict[str, Tensor]:
     group = x["q"].shape[0] // x["k"].shape[0]
     q, tq, g_out, g_tout = x["q"], x["tq"], x["grad_out"], x["grad_tout"]
     k, v, tk, tv = (x[n].repeat_interleave(group, dim=0) for n in ("k", "v", "tk", "tv"))
 
     scores = s * q @ k.mT + bias
+    if round_scores:
+        scores = scores.float().to(scores.dtype)
     maximum = scores.new_zeros(scores.shape[:-1])
     if scores.shape[-1] > 0:
         maximum = scores.amax(-1)

@@ -6,6 +6,8 @@ kernels before it wrote.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from jvp_attn.backends.kernel_table import ELEMENTS, HEAD_DIMS, KERNELS, kernel_name
@@ -21,10 +23,12 @@ PIPELINES = {
 }
 
 
-def kernels_of(pipeline: str, element: str, head_dim: int, masked: bool, arch: str) -> list[str]:
+def kernels_of(
+    steps: Iterable[str], element: str, head_dim: int, masked: bool, arch: str
+) -> list[str]:
     """Those for sm80 where the architecture has none. The table may lack some of the names."""
     kernels = []
-    for step in PIPELINES[pipeline]:
+    for step in steps:
         own = kernel_name(step, element, head_dim, masked, arch)
         names = (own, kernel_name(step, element, head_dim, masked), kernel_name(step, element))
         kernels.append(next((name for name in names if name in KERNELS), own))
@@ -38,7 +42,7 @@ BUILT_PIPELINES = {
     for element in ELEMENTS
     for head_dim in HEAD_DIMS
     for arch in ("sm80", "sm90")
-    if (kernels := kernels_of(pipeline, element, head_dim, masked=False, arch=arch))
+    if (kernels := kernels_of(PIPELINES[pipeline], element, head_dim, masked=False, arch=arch))
     and KERNELS.keys() >= set(kernels)
     and any(KERNELS[name].arch == arch for name in kernels)
 }
@@ -82,7 +86,7 @@ def test_all_pairs_of_settings_of_sm90_pipelines(config: Case) -> None:
 def assert_all_outputs_are_right(config: Case) -> None:
     pipeline, element, head_dim, arch = BUILT_PIPELINES[config["pipeline"]]
     masked = config["mask"] != "none"
-    kernels = kernels_of(pipeline, element, head_dim, masked, arch)
+    kernels = kernels_of(PIPELINES[pipeline], element, head_dim, masked, arch)
     case: Case = {
         **config,
         "kernel": kernels[0],
