@@ -156,15 +156,16 @@ class CpuBackend:
             if not name.endswith("mask") and x.stride(-1) != 1 and x.shape[-1] != 1:
                 x = x.contiguous()
             alive.append(x)
-            setattr(params, name, self._struct(name, x, packed=is_packed))
+            setattr(params, name, self._struct(name, x, options.mask_group, packed=is_packed))
         getattr(self._extension, kernel)(params, self._instruction_set)
 
-    def _struct(self, name: str, x: Tensor, packed: bool) -> Any:
+    def _struct(self, name: str, x: Tensor, mask_group: int, *, packed: bool) -> Any:
         """The tensor as csrc/cpu/params.h describes it."""
         strides = x.stride()
         if name.endswith("mask"):
             steps = (0 if n == 1 else step for n, step in zip(x.shape, strides, strict=True))
-            return self._extension.Mask(x.data_ptr(), *steps, _ELEMENTS[x.dtype])
+            element, size = _ELEMENTS[x.dtype], x.shape[0]
+            return self._extension.Mask(x.data_ptr(), *steps, element, size, mask_group)
         struct = self._extension.Tensor if x.ndim == 4 else self._extension.RowVector
         return struct(x.data_ptr(), 0 if packed else strides[0], *strides[1:-1])
 
