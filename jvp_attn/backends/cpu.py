@@ -1,8 +1,8 @@
 """The four primitives on a CPU, by the kernels of csrc/cpu: every dtype, mask and layout.
 
 They accumulate in float32 (float64 for float64 inputs) and use as many threads as torch does.
-Results do not depend on the number of threads. The gradient of a mask that is broadcast over batch,
-heads or keys is summed in one thread.
+Results do not depend on the number of threads. One thread sums what is added to the same elements
+of the gradient of a mask.
 
 A tensor is copied only if its last dimension is not contiguous.
 """
@@ -143,8 +143,6 @@ class CpuBackend:
         params.softmax_scale, params.causal = options.softmax_scale, int(options.causal)
         params.element = _ELEMENTS[q.dtype]
         params.threads = torch.get_num_threads()
-        if any(_is_shared(tensors.get(x), q, k) for x in ("grad_mask", "grad_tmask")):
-            params.threads = 1
         alive = []  # until the kernel returns
         for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
             if (lengths := getattr(inputs, name)) is not None:
@@ -216,14 +214,6 @@ def _accumulator(gradient: Tensor) -> Tensor:
     if gradient.dtype in (torch.float16, torch.bfloat16):
         return torch.zeros_like(gradient, dtype=torch.float32)
     return gradient
-
-
-def _is_shared(gradient: Tensor | None, q: Tensor, k: Tensor) -> bool:
-    """Whether several threads, each with the keys of one head, would add to the same element."""
-    if gradient is None:
-        return False
-    batch, heads, _, seqlen_k = gradient.shape
-    return (batch, heads, seqlen_k) != (q.shape[0], q.shape[2], k.shape[1])
 
 
 def why_too_long(q: Tensor, k: Tensor) -> str | None:
