@@ -33,7 +33,8 @@ enum class MaskKind : int32_t {
     additive_float32 = 3,
 };
 
-// (batch, head, row, column); a broadcast dimension has stride 0.
+// (batch_size, head, row, column); a broadcast dimension has stride 0. Example i of the batch has
+// entry (i / batch_group) % batch_size.
 struct Mask {
     const void* data = nullptr;
     int64_t batch_stride = 0;
@@ -41,6 +42,8 @@ struct Mask {
     int64_t row_stride = 0;
     int64_t column_stride = 0;
     MaskKind kind = MaskKind::none;
+    int32_t batch_size = INT32_MAX;
+    int32_t batch_group = 1;
 };
 
 enum class Causal : int32_t {

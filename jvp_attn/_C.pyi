@@ -41,6 +41,8 @@ class Mask:
         row_stride: int,
         column_stride: int,
         kind: int,
+        batch_size: int = ...,
+        batch_group: int = ...,
     ) -> None: ...
 
 class AttentionParams:

@@ -17,6 +17,8 @@ class Mask:
         row_stride: int,
         column_stride: int,
         element: int,
+        batch_size: int = ...,
+        batch_group: int = ...,
     ) -> None: ...
 
 class AttentionParams:

@@ -176,17 +176,25 @@ def attention(
     causal: Causal,
     deterministic: bool = True,
     return_lse_lo: bool = False,
+    mask_group: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(out, lse, lse_lo) as in `flash_attn_jvp`, for either alignment of the causal mask."""
+    """(out, lse, lse_lo) as in `flash_attn_jvp`, for either alignment of the causal mask.
+
+    With a mask_group, attn_mask has the dimensions and the batch size that
+    `jvp_attn.types.Inputs` describes.
+    """
     check_attention(q, k, v)
     check_seqused_k(seqused_k, q)
-    inputs = Inputs(q, k, v, check_mask(attn_mask, q, k), seqused_k=seqused_k)
+    mask_batch = attn_mask.shape[0] if mask_group is not None and attn_mask is not None else None
+    mask = check_mask(attn_mask, q, k, mask_batch)
+    inputs = Inputs(q, k, v, mask, seqused_k=seqused_k)
     options = AttentionOptions(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=causal,
         backend=resolve_backend(q, k),
         return_lo=return_lse_lo or backward_may_follow(*inputs),
         deterministic=deterministic,
+        mask_group=mask_group or 1,
     )
     return differentiable_attention(inputs, options)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -37,8 +41,9 @@ def scaled_dot_product_attention(
         key: (..., heads, seqlen_k, head_dim), same dtype.
         value: (..., heads, seqlen_k, head_dim_v), same dtype. All dimensions of the three
             except the last two broadcast.
-        attn_mask: broadcastable to (..., heads, seqlen_q, seqlen_k), and never expanded. Boolean:
-            True attends. Or of query's dtype, or float32: added to the scaled scores, −inf masking
+        attn_mask: broadcastable to (..., heads, seqlen_q, seqlen_k), and never expanded: a pair
+            bias (batch, 1, heads, seqlen_q, seqlen_k) takes one pass for all rows. Boolean: True
+            attends. Or of query's dtype, or float32: added to the scaled scores, −inf masking
             a key; it may require grad and have a tangent. Or a
             `torch.nn.attention.bias.CausalBias`.
         dropout_p: 0.
@@ -59,17 +64,15 @@ def scaled_dot_product_attention(
         causal, attn_mask = _alignment(attn_mask, query, key), None
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     _check_dtypes(query, key, value)
-    if attn_mask is not None:
-        attn_mask = _autocast(attn_mask)
-        if attn_mask.dtype == torch.float32 and query.dtype == torch.float64:
-            attn_mask = attn_mask.double()
-
     rank = max(query.ndim, key.ndim, value.ndim)
     query, key, value = (x[(None,) * (max(rank, 4) - x.ndim)] for x in (query, key, value))
     query, key, value = _broadcast(query, key, value, enable_gqa)
     if attn_mask is not None:
         scores = (*query.shape[:-1], key.shape[-2])
         _check_broadcast(attn_mask, scores[-rank:])
+        attn_mask = _autocast(_without_expanded_batch(attn_mask))
+        if attn_mask.dtype == torch.float32 and query.dtype == torch.float64:
+            attn_mask = attn_mask.double()
         attn_mask = attn_mask[(None,) * (query.ndim - attn_mask.ndim)]
     out = _attention(query, key, value, attn_mask, scale, causal)
     return out if rank >= 4 else out.reshape(out.shape[4 - rank :])
@@ -84,21 +87,78 @@ def _attention(
     causal: Causal,
 ) -> Tensor:
     """Attention of (*batch, heads, seqlen, head_dim); batch is the same for all, of any rank."""
-    batch = query.shape[:-3]
+    order, mask_group = list(range(query.ndim - 3)), 1
     if attn_mask is not None:
-        sizes = attn_mask.shape[:-3]
-        shared = [d for d, size in enumerate(sizes) if size == 1 < batch[d]]
-        if shared and max(sizes) > 1:
-            # No stride can broadcast the mask along only a part of the flattened batch.
-            d = shared[0]
-            mask = attn_mask.squeeze(d)
-            slices = zip(query.unbind(d), key.unbind(d), value.unbind(d), strict=True)
-            outs = [_attention(q, k, v, mask, scale, causal) for q, k, v in slices]
-            return torch.stack(outs, d)
+        order, mask_group = _order_for_mask(attn_mask.shape[:-3], query.shape[:-3])
         attn_mask = attn_mask.flatten(0, -4)
+    is_reordered = order != sorted(order)
+    rows_first = query.stride(-3) <= query.stride(-2)
+    if is_reordered:
+        query, key, value = (x.permute(*order, -3, -2, -1) for x in (query, key, value))
     q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (query, key, value))
-    out, *_ = attention(q, k, v, attn_mask, softmax_scale=scale, causal=causal)
-    return out.transpose(1, 2).unflatten(0, batch)
+    out, *_ = attention(
+        *(q, k, v, attn_mask),
+        softmax_scale=scale,
+        causal=causal,
+        mask_group=mask_group,
+    )
+    out = out.transpose(1, 2).unflatten(0, query.shape[:-3])
+    return _in_old_order(out, order, rows_first) if is_reordered else out
+
+
+# ----------------------------------------------------------------------------
+# Masks that vary along some dimensions of the batch, and are broadcast along others
+
+
+def _order_for_mask(of_mask: Sequence[int], batch: Sequence[int]) -> tuple[list[int], int]:
+    """An order of the batch's dimensions in which the flattened mask fits the flattened batch.
+
+    Where the mask is broadcast between dimensions along which it varies, these dimensions go last.
+
+    Args:
+        of_mask: the sizes of the mask's batch dimensions, each 1 or that of batch.
+        batch: the sizes of the batch dimensions.
+
+    Returns:
+        The order, and how many successive examples then share an entry of the mask.
+    """
+    order = list(range(len(batch)))
+    varying = [d for d in order if of_mask[d] > 1]
+    if not varying:
+        return order, 1
+    between = [d for d in range(varying[0], varying[-1]) if of_mask[d] < batch[d]]
+    order = [d for d in order if d not in between] + between
+    shared = order[order.index(varying[-1]) + 1 :]
+    return order, max(math.prod([batch[d] for d in shared]), 1)
+
+
+def _without_expanded_batch(mask: Tensor) -> Tensor:
+    """The mask, of size 1 along batch dimensions of stride 0: flattening would copy these.
+
+    A mask that may have a derivative stays: those of its elements may differ.
+    """
+    if mask.is_floating_point():
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(mask):
+            return mask
+        if mask.requires_grad or fwAD.unpack_dual(mask).tangent is not None:
+            return mask
+    for d in range(mask.ndim - 3):
+        if mask.shape[d] > 1 and mask.stride(d) == 0:
+            mask = mask.narrow(d, 0, 1)
+    return mask
+
+
+def _in_old_order(out: Tensor, order: list[int], rows_first: bool) -> Tensor:
+    """Undo the reordering of the batch's dimensions, in shape and in memory.
+
+    Args:
+        out: (*batch, heads, seqlen_q, head_dim_v), the dimensions of batch in this order.
+        rows_first: whether the rows of queries come before the heads in memory.
+    """
+    out = out.permute(*(order.index(d) for d in range(len(order))), -3, -2, -1)
+    if rows_first:
+        return out.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return out.contiguous()
 
 
 # ----------------------------------------------------------------------------

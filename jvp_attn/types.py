@@ -47,6 +47,8 @@ class AttentionOptions:
         max_seqlens: for packed sequences, upper bounds of the lengths of queries and of keys.
         deterministic: whether gradients must be bitwise reproducible. If not, a backend may
             accumulate them atomically.
+        mask_group: how many successive examples share an entry of the mask. Its entries repeat:
+            example i has entry (i // mask_group) % (batch size of the mask).
     """
 
     softmax_scale: float
@@ -55,6 +57,7 @@ class AttentionOptions:
     return_lo: bool = True
     max_seqlens: tuple[int, int] | None = None
     deterministic: bool = True
+    mask_group: int = 1
 
 
 class Inputs(NamedTuple):
@@ -64,9 +67,10 @@ class Inputs(NamedTuple):
         q: (batch, seqlen_q, heads, head_dim).
         k: (batch, seqlen_k, heads_k, head_dim); heads is a multiple of heads_k.
         v: (batch, seqlen_k, heads_k, head_dim_v).
-        mask: (batch, heads, seqlen_q, seqlen_k), each of them 1 where the mask is broadcast.
-            Boolean, False masking a key, or floating, added to the scaled scores, −inf masking a
-            key.
+        mask: (mask_batch, heads, seqlen_q, seqlen_k), the last three 1 where the mask is
+            broadcast. Boolean, False masking a key, or floating, added to the scaled scores, −inf
+            masking a key. mask_batch · `AttentionOptions.mask_group` divides batch; with a
+            mask_group of 1, a mask_batch of 1 is broadcast and one of batch is not.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32, where packed sequences start and end in
             a batch of 1; queries and keys beyond the last belong to none. No mask then.
         seqused_k: (batch,) int32, how many keys of each example are used; the rest is padding.

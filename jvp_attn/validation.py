@@ -158,8 +158,12 @@ def _without_transforms(x: Tensor) -> Tensor:
     return x
 
 
-def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def check_mask(
+    mask: Tensor | None, q: Tensor, k: Tensor, mask_batch: int | None = None
+) -> Tensor | None:
     """Check an attention mask and expand it to four dimensions.
+
+    Its batch size is 1 or that of q, or mask_batch.
 
     Raises:
         TypeError: it is not a tensor, or its dtype is not supported.
@@ -182,7 +186,8 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         raise ValueError(
             f"attn_mask is on {mask.device} but q is on {q.device}; they must be on one device"
         )
-    scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    batch = q.shape[0] if mask_batch is None else mask_batch
+    scores = (batch, q.shape[2], q.shape[1], k.shape[1])
     sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
     if mask.ndim > 4 or any(
         size not in (1, full) for size, full in zip(sizes, scores, strict=True)

@@ -65,12 +65,13 @@ void bind_mask(pybind11::module_& module, const char* type) {
     namespace py = pybind11;
     py::class_<Mask>(module, "Mask", py::module_local())
         .def(py::init([](std::uintptr_t data, int64_t batch, int64_t head, int64_t row,
-                         int64_t column, int value) {
-                 return Mask{pointer_from<void>(data), batch, head, row, column,
-                             static_cast<Type>(value)};
+                         int64_t column, int value, int32_t size, int32_t group) {
+                 const auto kind = static_cast<Type>(value);
+                 return Mask{pointer_from<void>(data), batch, head, row, column, kind, size, group};
              }),
              py::arg("data"), py::arg("batch_stride"), py::arg("head_stride"),
-             py::arg("row_stride"), py::arg("column_stride"), py::arg(type));
+             py::arg("row_stride"), py::arg("column_stride"), py::arg(type),
+             py::arg("batch_size") = Mask().batch_size, py::arg("batch_group") = 1);
 }
 
 // AttentionParams with the fields that kernels for every device have.

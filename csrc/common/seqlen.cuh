@@ -83,7 +83,8 @@ struct MaskOfHead {
     DEVICE MaskOfHead(const Mask& mask, int batch, int head)
         : row_stride(mask.row_stride), column_stride(mask.column_stride), kind(mask.kind) {
         const int size = kind == MaskKind::boolean ? 1 : kind == MaskKind::additive_float32 ? 4 : 2;
-        const int64_t start = batch * mask.batch_stride + head * mask.head_stride;
+        const int entry = batch / mask.batch_group % mask.batch_size;
+        const int64_t start = entry * mask.batch_stride + head * mask.head_stride;
         data = static_cast<const uint8_t*>(mask.data) + start * size;
     }
 

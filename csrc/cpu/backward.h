@@ -40,12 +40,12 @@ template <class Value>
 class Backward {
 public:
     struct Tasks {
-        explicit Tasks(BackwardWorkspace<Value>& x) : workspace(x), blocks(key_blocks(x.p)) {}
+        explicit Tasks(BackwardWorkspace<Value>& x) : workspace(x), tiles(key_work_tiles(x.p)) {}
 
-        int64_t count() const { return blocks.size(); }
+        int64_t count() const { return std::ssize(tiles); }
 
         BackwardWorkspace<Value>& workspace;
-        const std::vector<KeyBlock> blocks;
+        const std::vector<std::vector<KeyBlock>> tiles;
     };
 
     explicit Backward(Tasks& tasks)
@@ -78,8 +78,8 @@ public:
           dtq_(kBackwardRows * width_) {}
 
     void run(int64_t work_tile) {
-        const KeyBlock& block = tasks_.blocks[work_tile];
-        process_keys(SeqlenInfo(p_, block.batch), block.head, block.first, block.keys);
+        for (const KeyBlock& block : tasks_.tiles[work_tile])
+            process_keys(SeqlenInfo(p_, block.batch), block.head, block.first, block.keys);
     }
 
 private:

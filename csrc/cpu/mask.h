@@ -14,7 +14,7 @@ template <class Value>
 class MaskOfHead {
 public:
     MaskOfHead(const Mask& mask, int batch, int head)
-        : mask_(mask), start_(batch * mask.batch_stride + head * mask.head_stride) {}
+        : mask_(mask), start_(mask.entry_of(batch) * mask.batch_stride + head * mask.head_stride) {}
 
     explicit operator bool() const { return mask_.data != nullptr; }
 

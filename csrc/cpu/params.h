@@ -26,8 +26,9 @@ struct RowVector {
     int64_t head_stride = 0;
 };
 
-// (batch, head, row, column); a broadcast dimension has stride 0. A boolean mask hides keys where
-// it is 0. A floating point mask is added to the scaled scores; -inf hides a key.
+// (batch_size, head, row, column); a broadcast dimension has stride 0. Example i of the batch has
+// entry (i / batch_group) % batch_size. A boolean mask hides keys where it is 0. A floating point
+// mask is added to the scaled scores; -inf hides a key.
 struct Mask {
     void* data = nullptr;
     int64_t batch_stride = 0;
@@ -35,6 +36,10 @@ struct Mask {
     int64_t row_stride = 0;
     int64_t column_stride = 0;
     Element element = Element::boolean;
+    int32_t batch_size = INT32_MAX;
+    int32_t batch_group = 1;
+
+    int entry_of(int batch) const { return batch / batch_group % batch_size; }
 };
 
 enum class Causal : int32_t {

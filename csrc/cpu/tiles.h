@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "cpu/gemm.h"
@@ -60,6 +62,27 @@ inline std::vector<KeyBlock> key_blocks(const AttentionParams& p) {
         }
     }
     return blocks;
+}
+
+// Work tiles: blocks of keys for one thread, in the same order. Blocks that add to the same
+// elements of the gradients of a mask and its tangent, which have one shape, are in one tile. A
+// tile comes where its first block was, so that a block still comes after the one it waits for.
+inline std::vector<std::vector<KeyBlock>> key_work_tiles(const AttentionParams& p) {
+    const Mask& gradient = p.grad_mask.data ? p.grad_mask : p.grad_tmask;
+    std::vector<std::vector<KeyBlock>> tiles;
+    std::map<std::array<int, 3>, size_t> tile_at;  // by the elements of the gradient
+    for (const KeyBlock& block : key_blocks(p)) {
+        size_t tile = tiles.size();
+        if (gradient.data) {
+            const std::array place = {gradient.batch_stride ? gradient.entry_of(block.batch) : 0,
+                                      gradient.head_stride ? block.head : 0,
+                                      gradient.column_stride ? block.first : 0};
+            tile = tile_at.try_emplace(place, tile).first->second;
+        }
+        if (tile == tiles.size()) tiles.emplace_back();
+        tiles[tile].push_back(block);
+    }
+    return tiles;
 }
 
 }  // namespace jvp_attn::cpu::JVP_ATTN_ISA

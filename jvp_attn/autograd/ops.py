@@ -80,7 +80,7 @@ def jvp_backward(
 
 _OPTIONS_SCHEMA = (
     "float softmax_scale, int causal, str backend, bool return_lo, SymInt[]? max_seqlens, "
-    "bool deterministic"
+    "bool deterministic, SymInt mask_group"
 )
 _N_OPTIONS = len(fields(AttentionOptions))
 
@@ -93,6 +93,7 @@ def _scalars(options: AttentionOptions) -> tuple[Any, ...]:
         options.return_lo,
         options.max_seqlens,
         options.deterministic,
+        options.mask_group,
     )
 
 
@@ -103,9 +104,12 @@ def _options(
     return_lo: bool,
     max_seqlens: Any,
     deterministic: bool,
+    mask_group: int,
 ) -> AttentionOptions:
     lengths = None if max_seqlens is None else tuple(max_seqlens)
-    return AttentionOptions(scale, Causal(causal), backend, return_lo, lengths, deterministic)
+    return AttentionOptions(
+        scale, Causal(causal), backend, return_lo, lengths, deterministic, mask_group
+    )
 
 
 # ----------------------------------------------------------------------------

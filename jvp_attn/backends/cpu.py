@@ -1,8 +1,8 @@
 """The four primitives on a CPU, by the kernels of csrc/cpu: every dtype, mask and layout.
 
 They accumulate in float32 (float64 for float64 inputs) and use as many threads as torch does.
-Results do not depend on the number of threads. The gradient of a mask that is broadcast over batch,
-heads or keys is summed in one thread.
+Results do not depend on the number of threads. One thread sums what is added to the same elements
+of the gradient of a mask.
 
 A tensor is copied only if its last dimension is not contiguous.
 """
@@ -140,8 +140,6 @@ class CpuBackend:
         params.softmax_scale, params.causal = options.softmax_scale, int(options.causal)
         params.element = _ELEMENTS[q.dtype]
         params.threads = torch.get_num_threads()
-        if any(_is_shared(tensors.get(x), q, k) for x in ("grad_mask", "grad_tmask")):
-            params.threads = 1
         alive = []  # until the kernel returns
         for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
             if (lengths := getattr(inputs, name)) is not None:
@@ -153,15 +151,16 @@ class CpuBackend:
             if not name.endswith("mask") and x.stride(-1) != 1 and x.shape[-1] != 1:
                 x = x.contiguous()
             alive.append(x)
-            setattr(params, name, self._struct(name, x, packed=is_packed))
+            setattr(params, name, self._struct(name, x, options.mask_group, packed=is_packed))
         getattr(self._extension, kernel)(params, self._instruction_set)
 
-    def _struct(self, name: str, x: Tensor, packed: bool) -> Any:
+    def _struct(self, name: str, x: Tensor, mask_group: int, *, packed: bool) -> Any:
         """The tensor as csrc/cpu/params.h describes it."""
         strides = x.stride()
         if name.endswith("mask"):
             steps = (0 if n == 1 else step for n, step in zip(x.shape, strides, strict=True))
-            return self._extension.Mask(x.data_ptr(), *steps, _ELEMENTS[x.dtype])
+            element, size = _ELEMENTS[x.dtype], x.shape[0]
+            return self._extension.Mask(x.data_ptr(), *steps, element, size, mask_group)
         struct = self._extension.Tensor if x.ndim == 4 else self._extension.RowVector
         return struct(x.data_ptr(), 0 if packed else strides[0], *strides[1:-1])
 
@@ -204,14 +203,6 @@ def _accumulator(gradient: Tensor) -> Tensor:
     if gradient.dtype in (torch.float16, torch.bfloat16):
         return torch.zeros_like(gradient, dtype=torch.float32)
     return gradient
-
-
-def _is_shared(gradient: Tensor | None, q: Tensor, k: Tensor) -> bool:
-    """Whether several threads, each with the keys of one head, would add to the same element."""
-    if gradient is None:
-        return False
-    batch, heads, _, seqlen_k = gradient.shape
-    return (batch, heads, seqlen_k) != (q.shape[0], q.shape[2], k.shape[1])
 
 
 def why_too_long(q: Tensor, k: Tensor) -> str | None:

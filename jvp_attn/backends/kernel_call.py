@@ -199,7 +199,8 @@ class KernelCall:
             0 if size == 1 else stride
             for size, stride in zip(mask.shape, mask.stride(), strict=True)
         )
-        return extension.Mask(mask.data_ptr(), *strides, kind)
+        group = self._options.mask_group
+        return extension.Mask(mask.data_ptr(), *strides, kind, mask.shape[0], group)
 
     def _check(self, name: str, x: Tensor) -> None:
         shape = self._shape_of(name)

@@ -28,6 +28,7 @@ def attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor
         that sees no key has out 0, lse −inf and no derivative.
     """
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
+        inputs = inputs._replace(mask=_expanded_mask(inputs, options))
         return _attention(*inputs.primals, inputs.seqused_k, options)
     ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     places = [
@@ -78,6 +79,15 @@ def _attention(
     out = out.masked_fill(~alive, 0)
     lse = lse.masked_fill(~alive, -torch.inf).squeeze(-1)
     return out.transpose(1, 2), lse, lse_lo.masked_fill(~alive, 0).squeeze(-1)
+
+
+def _expanded_mask(inputs: Inputs, options: AttentionOptions) -> Tensor | None:
+    """The mask with an entry for each example, or with one for all."""
+    mask, batch, group = inputs.mask, inputs.q.shape[0], options.mask_group
+    if mask is None or mask.shape[0] == 1 or mask.shape[0] == batch:
+        return mask
+    repeats = batch // (mask.shape[0] * group)
+    return mask[None, :, None].expand(repeats, -1, group, -1, -1, -1).flatten(0, 2)
 
 
 def _visible(scores: Tensor, causal: Causal, seqused_k: Tensor | None) -> Tensor:

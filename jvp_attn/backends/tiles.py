@@ -37,6 +37,7 @@ class HeadBlock:
         queries, keys: the positions of the sequence.
         diagonal: query i of the sequence sees its keys j ≤ i + diagonal; None is all.
         mask: as in `Inputs`.
+        mask_group: as in `AttentionOptions`.
         rows_per_block: how many rows of each query head a block of rows takes.
         device: where the tensors are.
     """
@@ -48,6 +49,7 @@ class HeadBlock:
     keys: slice
     diagonal: int | None
     mask: Tensor | None
+    mask_group: int
     rows_per_block: int
     device: torch.device
 
@@ -67,6 +69,17 @@ class HeadBlock:
         if target is not None and value is not None:
             part = self._keys_part(target)
             part.copy_(value.view(part.shape))
+
+    def mask_entries(self, mask_batch: int) -> slice | Tensor:
+        """Which entries of a mask the batches have: one for all, or one for each."""
+        group = self.mask_group
+        first = self.batches.start // group
+        if mask_batch == 1 or first == (self.batches.stop - 1) // group:
+            return slice(first % mask_batch, first % mask_batch + 1)
+        if group == 1 and self.batches.stop <= mask_batch:
+            return self.batches
+        batches = torch.arange(self.batches.start, self.batches.stop, device=self.device)
+        return batches // group % mask_batch
 
     def row_blocks(self) -> Iterator[RowBlock]:
         """Blocks of rows, each with the number of leading keys that its last row sees."""
@@ -151,7 +164,7 @@ class RowBlock:
         """Add a floating mask, or its tangent, to scores, in place; scores of None are zeros."""
         if mask is None or mask.dtype == torch.bool:
             return scores
-        part = self._mask_part(mask)
+        part = self._mask_of_batches(mask)
         if scores is None:
             shape = (*self._problem_shape, self.seen_keys)
             total = torch.empty(shape, dtype=_compute_dtype(part), device=part.device)
@@ -161,9 +174,21 @@ class RowBlock:
 
     def add_scores(self, mask: Tensor | None, scores: Tensor | None) -> None:
         """Add scores to a tensor of the mask's shape, summed over broadcast dimensions."""
-        if mask is not None and scores is not None:
-            part = self._mask_part(mask)
-            part.add_(self._of_heads(scores).sum_to_size(part.shape))
+        if mask is None or scores is None:
+            return
+        part = self._mask_part(mask)
+        scores = self._of_heads(scores)
+        if isinstance(entries := self.heads.mask_entries(mask.shape[0]), slice):
+            part = part[entries]
+            part.add_(scores.sum_to_size(part.shape))
+        else:
+            sums = scores.sum_to_size(len(entries), *part.shape[1:])
+            # The order of these sums is fixed; that of index_add_ on a GPU, and that of index_put_
+            # on a CPU, is not.
+            if part.is_cuda:
+                part.index_put_((entries,), sums, accumulate=True)
+            else:
+                part.index_add_(0, entries, sums)
 
     def count_seen(self, marked: Tensor) -> Tensor:
         """How many of the marked keys, (problems, keys, 1) of zeros and ones, each row sees."""
@@ -179,7 +204,7 @@ class RowBlock:
         mask = self.heads.mask
         if mask is None:
             return hidden
-        part = self._mask_part(mask)
+        part = self._mask_of_batches(mask)
         by_mask = ~part if mask.dtype == torch.bool else part == -torch.inf
         return by_mask if hidden is None else by_mask | hidden
 
@@ -191,11 +216,13 @@ class RowBlock:
         column = torch.arange(self.seen_keys, device=self.heads.device)
         return column > (row + diagonal)[:, None]
 
+    def _mask_of_batches(self, mask: Tensor) -> Tensor:
+        """(batches, key heads, group, rows, seen keys), each of them 1 where it is broadcast."""
+        return self._mask_part(mask)[self.heads.mask_entries(mask.shape[0])]
+
     def _mask_part(self, mask: Tensor) -> Tensor:
-        """View (batches, key heads, group, rows, seen keys), each of them 1 where it is in mask."""
-        batch, heads, rows, keys = mask.shape
-        if batch != 1:
-            mask = mask[self.heads.batches]
+        """View (mask_batch, key heads, group, rows, seen keys), those 1 that are 1 in mask."""
+        _, heads, rows, keys = mask.shape
         mask = mask.unflatten(1, (1, 1) if heads == 1 else (-1, self.heads.group))
         if heads != 1:
             mask = mask[:, self.heads.key_heads]
@@ -260,6 +287,7 @@ def head_blocks(inputs: Inputs, options: AttentionOptions) -> Iterator[HeadBlock
                     keys,
                     _diagonal(options.causal, seqlen_q, seqlen_k),
                     inputs.mask,
+                    options.mask_group,
                     rows_per_block,
                     inputs.q.device,
                 )

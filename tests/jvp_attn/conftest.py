@@ -18,6 +18,7 @@ BY_ALL_BACKENDS = {
     "test_func_transforms",
     "test_identities",
     "test_layouts",
+    "test_mask_batch",
     "test_masked_keys",
     "test_masks",
     "test_random_cases",

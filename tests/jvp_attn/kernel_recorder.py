@@ -25,7 +25,7 @@ class Recorder:
 
     Attributes:
         launches: (kernel, fields, stream) of each launch. A tensor is (address, strides), a mask
-            (address, strides, kind).
+            (address, strides, kind, batch size, batch group).
         streams_of: the devices whose stream was requested.
     """
 
@@ -54,9 +54,9 @@ class Recorder:
         assert len(address_and_strides) == 3
         return address_and_strides
 
-    def Mask(self, *address_strides_and_kind: int) -> tuple[int, ...]:
-        assert len(address_strides_and_kind) == 6
-        return address_strides_and_kind
+    def Mask(self, *address_strides_kind_and_batch: int) -> tuple[int, ...]:
+        assert len(address_strides_kind_and_batch) == 8
+        return address_strides_kind_and_batch
 
     def launch(self, name: str, params: Params, stream: int) -> None:
         self.launches.append((name, dict(vars(params)), stream))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import jvp_attn
-from jvp_attn import flash_attn_jvp
+from jvp_attn import flash_attn_jvp, scaled_dot_product_attention
 from jvp_attn.backends.cpu import CpuBackend
 from tests.jvp_attn.attention_cases import (
     Case,
@@ -27,6 +27,7 @@ from tests.jvp_attn.attention_cases import (
     named,
     outputs_and_gradients,
     peak_and_largest_allocation,
+    randn,
     with_tangents,
 )
 from tests.jvp_attn.primitive_calls import call_of
@@ -71,6 +72,25 @@ def in_threads(count: int, case: Case) -> Named:
 )
 def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     assert_close(in_threads(5, case), in_threads(1, case), tolerance=0)
+
+
+@pytest.mark.parametrize("of_mask", [(2, 1, 2), (1, 3, 2), (2, 1, 1), (1, 3, 1)], ids=str)
+def test_gradients_of_a_mask_that_examples_share_do_not_depend_on_it(
+    of_mask: tuple[int, ...],
+) -> None:
+    """Threads that add to the same elements at the same time would lose terms."""
+    shapes = dict.fromkeys(("q", "k", "v"), (2, 3, 2, 300, 8)) | {"attn_mask": (*of_mask, 300, 300)}
+    data = {
+        f"{t}{x}": randn(*shape, seed=t + x, dtype=torch.float32)
+        for x, shape in shapes.items()
+        for t in ("", "t")
+    }
+
+    def in_threads(count: int) -> Named:
+        torch.set_num_threads(count)
+        return outputs_and_gradients(lambda *x: (scaled_dot_product_attention(*x),), data)
+
+    assert_close(in_threads(5), in_threads(1), tolerance=0)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

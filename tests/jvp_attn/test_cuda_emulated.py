@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import jvp_attn
 from jvp_attn import AttentionOptions, FlashAttention, FlashAttentionJvp
 from jvp_attn.backends.cuda import CudaBackend
 from tests.jvp_attn.attention_cases import (
@@ -150,6 +152,40 @@ def test_at_head_dim_256_the_jvp_with_a_mask_takes_two_kernels() -> None:
     data = in_dtype(offset(case.data()), BF16)
     exact = with_tangents(case.naive, in_dtype(data, torch.float64))
     assert_exact_to_two_roundings(with_tangents(case.ours, data), exact)
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.parametrize(
+    ("batch", "of_mask"), [((2, 3), (2, 1)), ((2, 3), (1, 3)), ((2, 3, 2), (1, 3, 1))], ids=str
+)
+def test_a_constant_mask_that_examples_share(
+    batch: tuple[int, ...], of_mask: tuple[int, ...], kind: str
+) -> None:
+    case = replace(PLAIN, batch=math.prod(batch), mask=kind, heads=2, heads_k=2)
+    data = in_dtype(case.data(), BF16)
+    mask = data.pop("attn_mask")[: math.prod(of_mask)].unflatten(0, of_mask)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> tuple[Tensor]:
+        heads_first = (x.transpose(1, 2).unflatten(0, batch) for x in (q, k, v))
+        out = jvp_attn.scaled_dot_product_attention(*heads_first, attn_mask)
+        return (out.flatten(0, -4).transpose(1, 2),)
+
+    def naive(*x: Tensor) -> tuple[Tensor]:
+        with jvp_attn.backend("math"):
+            return attention(*x)
+
+    for evaluate in (with_tangents, without_tangents):
+        found, exact = (
+            outputs_and_gradients(
+                f,
+                part(x, x.keys() if evaluate is with_tangents else ("q", "k", "v")),
+                evaluate=with_constant_mask(mask, evaluate),
+                through=projection(dtype=BF16),
+            )
+            for f, x in ((attention, data), (naive, in_dtype(data, torch.float64)))
+        )
+        assert_exact_to_two_roundings(found, exact)
 
 
 @pytest.mark.parametrize("dims", ["bhqk", "h.k"])

@@ -89,7 +89,7 @@ def test_a_mask_is_passed_with_its_kind_and_strides(
     mask = torch.zeros(2, 4, 7, 5, dtype=dtype).mT  # even the last dimension may be strided
     call.changed("inputs", mask=mask).all_four(cuda)
     found = [fields["mask"] for _, fields, _ in recorder.launches]
-    assert found == len(found) * [(mask.data_ptr(), 140, 35, 1, 5, kind)]
+    assert found == len(found) * [(mask.data_ptr(), 140, 35, 1, 5, kind, 2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,22 @@ def test_where_a_mask_does_not_vary_its_stride_is_0(
 ) -> None:
     mask = torch.ones(shape, dtype=torch.bool)
     call_of(bf16_case()).changed("inputs", mask=mask).forward(cuda)
-    assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)
+    assert recorder.fields["mask"][:6] == (mask.data_ptr(), *strides, 1)
     # A mask that the caller expanded is not copied.
     expanded = mask.expand(2, 4, 5, 7)
     call_of(bf16_case()).changed("inputs", mask=expanded).forward(cuda)
-    assert recorder.fields["mask"] == (mask.data_ptr(), *strides, 1)
+    assert recorder.fields["mask"][:6] == (mask.data_ptr(), *strides, 1)
+
+
+def test_how_many_examples_share_an_entry_of_a_mask_is_passed(
+    cuda: CudaBackend, recorder: Recorder
+) -> None:
+    call = call_of(bf16_case(batch=12))
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    call = replace(call, options=replace(call.options, mask_group=3))
+    call.changed("inputs", mask=mask).all_four(cuda)
+    found = [fields["mask"] for _, fields, _ in recorder.launches]
+    assert found == len(found) * [(mask.data_ptr(), 7, 0, 0, 1, 1, 2, 3)]
 
 
 def test_absent_tensors_are_not_passed(cuda: CudaBackend, recorder: Recorder) -> None:

@@ -194,7 +194,7 @@ def arguments_of(call: PrimitiveCall) -> dict[str, tuple[Any, ...]]:
     options = call.options
     scalars = (
         *(options.softmax_scale, int(options.causal), options.backend, options.return_lo),
-        *(options.max_seqlens, options.deterministic),
+        *(options.max_seqlens, options.deterministic, options.mask_group),
     )
     g_out, g_lse, *_ = call.cotangents
     primals_and_tangents = (*call.inputs, *call.tangents)
