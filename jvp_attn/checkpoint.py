@@ -69,6 +69,7 @@ def checkpoint_jvp(
         ValueError: the result depends on a tensor with a tangent that is not among args and kwargs,
             such as a parameter.
         TypeError: inside of a JVP, the function returns an object that may hide tensors.
+        RuntimeError: with grad enabled, the function calls torch.func.grad or vjp.
         NotImplementedError: with grad enabled, inside of transforms of torch.func other than one
             jvp, such as grad, vjp, vmap, or jvp of jvp; inside of a jvp, with torch before 2.13, or
             if the function modifies an argument in place; in a backward pass inside of the dual
@@ -137,7 +138,9 @@ def _inside_jvp(run: Callable[..., Any], call: RepeatableCall) -> Any:
     primals = [primal for primal, _ in duals]
     tangents = [tangent for _, tangent in duals if tangent is not None]
     moving = [i for i, (_, tangent) in enumerate(duals) if tangent is not None]
-    body: Callable[..., Any] = partial(_jvp_at, _nesting.depth, call, moving)
+    requires_grad = [_innermost(x).requires_grad for x in (*primals, *tangents)]
+    body: Callable[..., Any]
+    body = partial(_jvp_of_saved, requires_grad, _nesting.depth, call, moving)
     if not _depth():
         body = _not_again_in_this_dual_level(body)
     versions = _versions(primals)
@@ -193,13 +196,28 @@ def _not_again_in_this_dual_level(body: Callable[..., Any]) -> Callable[..., Any
     return checked
 
 
+def _jvp_of_saved(
+    requires_grad: list[bool], depth: int, call: RepeatableCall, moving: list[int], *tensors: Tensor
+) -> Any:
+    """`_jvp_at`, of tensors as in the first call.
+
+    What was saved is still wrapped by transforms that have ended. Hooks that pack saved tensors
+    detach what is wrapped; whether it requires grad decides what torch saves.
+    """
+    restored = []
+    for x, needs_grad in zip(map(_without_ended_transforms, tensors), requires_grad, strict=True):
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        differs = not is_wrapped and x.requires_grad != needs_grad
+        restored.append(x.detach().requires_grad_(needs_grad) if differs else x)
+    return _jvp_at(depth, call, moving, *restored)
+
+
 def _jvp_at(depth: int, call: RepeatableCall, moving: list[int], *tensors: Tensor) -> Any:
     """`_jvp` inside of `depth` transforms, as many as in the first call.
 
     The backward pass usually runs outside of them. At another depth, the formulas that torch has
     for tangents might save other tensors.
     """
-    tensors = tuple(map(_without_ended_transforms, tensors))
     if _depth() >= depth:
         with _nested(_depth() + 1):
             return _jvp(call, moving, *tensors)
@@ -249,14 +267,17 @@ def _jvp(call: RepeatableCall, moving: list[int], *tensors: Tensor) -> tuple[lis
 
 
 def _without_ended_transforms(x: Tensor) -> Tensor:
-    """The tensor inside of the wrappers of transforms that have ended.
-
-    What an outer checkpoint saved again requires grad only outside of the wrappers.
-    """
-    requires_grad = x.requires_grad
+    """The tensor inside of the wrappers of transforms that have ended."""
     while (inner := torch._C._functorch.unwrap_if_dead(x)) is not x:
         x = inner
-    return x.detach().requires_grad_() if requires_grad and not x.requires_grad else x
+    return x
+
+
+def _innermost(x: Tensor) -> Tensor:
+    """The tensor inside of all wrappers."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _map_dual(function: Callable[[Tensor], Tensor], x: Any) -> Any:

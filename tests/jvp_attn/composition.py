@@ -280,8 +280,7 @@ OTHER_USES = [
         "`jvp_attn.checkpoint_jvp` inside a jvp, and a gradient through both",
         True,
         (
-            "jvp_attn/test_checkpoint_jvp.py"
-            "::test_every_feature_of_attention_can_be_checkpointed",
+            "jvp_attn/test_checkpoint_jvp.py::test_every_feature_of_attention_can_be_checkpointed",
             "jvp_attn/test_checkpoint_jvp.py::test_a_checkpoint_changes_nothing",
         ),
     ),

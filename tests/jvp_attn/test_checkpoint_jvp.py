@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -208,6 +209,22 @@ def test_only_inputs_and_their_tangents_are_saved(call: Call, along: Call) -> No
     n_blocks, n_inputs = 3, 5
     assert saved(call) == n_blocks * n_inputs
     assert saved(kept) > 5 * n_blocks * n_inputs
+
+
+@pytest.mark.parametrize("along", [by_func_jvp, by_dual_numbers])
+@pytest.mark.parametrize("call", [checkpoint_jvp, nested])
+def test_saved_inputs_can_be_offloaded(call: Call, along: Call) -> None:
+    with torch.autograd.graph.save_on_cpu():
+        found = of_network(call, along)
+    assert_close(found, of_network(kept, along))
+
+
+def test_the_backward_pass_may_run_in_another_thread() -> None:
+    x, tx = inputs("x", "tx")
+    loss = energy(jvp(partial(nested, Block().eval()), (x,), (tx,)))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(torch.autograd.grad, loss, (x, tx), retain_graph=True).result()
+    assert_close(named(found), named(torch.autograd.grad(loss, (x, tx))), tolerance=0)
 
 
 def test_inputs_of_an_inner_checkpoint_are_not_kept() -> None:
