@@ -9,6 +9,7 @@ from jvp_attn.autograd.functions import (
     FlashAttentionJvpBackward,
 )
 from jvp_attn.backends.select import available_backends, backend, current_backend
+from jvp_attn.checkpoint import checkpoint_jvp
 from jvp_attn.interface import (
     flash_attn_jvp,
     flash_attn_varlen_jvp,
@@ -30,6 +31,7 @@ __all__ = [
     "FlashAttentionJvpBackward",
     "available_backends",
     "backend",
+    "checkpoint_jvp",
     "current_backend",
     "flash_attn_jvp",
     "flash_attn_varlen_jvp",

@@ -28,10 +28,10 @@ class replace_sdpa(TorchFunctionMode):
     fast paths are off. With need_weights=True they compute the weights themselves, at quadratic
     memory.
 
-    Results computed inside the block can be differentiated outside of it. Activation checkpointing
+    Results computed inside the block can be differentiated outside of it. `torch.utils.checkpoint`
     recomputes attention in the backward pass, so run the backward pass inside the block too.
     Otherwise torch raises `torch.utils.checkpoint.CheckpointError`, or with use_reentrant=True uses
-    the gradient of its own attention.
+    the gradient of its own attention. `jvp_attn.checkpoint_jvp` has no such restriction.
 
     Raises:
         NotImplementedError: inside the block, from attention that bypasses

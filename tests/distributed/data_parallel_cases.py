@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import jvp
 from torch.nn.parallel import DistributedDataParallel
 
-from jvp_attn import flash_attn_jvp
+from jvp_attn import checkpoint_jvp, flash_attn_jvp
 
 RANKS = 2
 BATCH, SEQLEN, WIDTH, HEADS = 2 * RANKS, 5, 8, 2
@@ -39,10 +39,22 @@ class Block(nn.Module):
         return x + self.out(flash_attn_jvp(q, k, v, causal=True).flatten(2))
 
 
-def network(dtype: torch.dtype) -> nn.Sequential:
+class Network(nn.Sequential):
+    """Blocks, which keep their activations or are checkpointed."""
+
+    checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, width) → the same."""
+        for block in self:
+            x = checkpoint_jvp(block, x) if self.checkpointed else block(x)
+        return x
+
+
+def network(dtype: torch.dtype) -> Network:
     """Two blocks, with the same weights each time."""
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block()).to(dtype)
+    return Network(Block(), Block()).to(dtype)
 
 
 def point_and_direction(dtype: torch.dtype, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -80,6 +92,13 @@ def through_the_tangent(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
     return gradients(model, (tangent**3).sum() + 0 * out.sum(), x=x, tx=tx)
 
 
+def through_checkpoints(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
+    for module in model.modules():
+        if isinstance(module, Network):
+            module.checkpointed = True
+    return through_out_and_tangent(model, x, tx)
+
+
 def towards_a_target(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
     """The target comes from a JVP without gradients, as in the consistency loss."""
     with torch.no_grad():
@@ -99,7 +118,7 @@ def gradients(model: nn.Module, loss: Tensor, **inputs: Tensor) -> Named:
 
 DERIVATIVES: list[Derivative] = [
     *(without_tangents, jvp_without_grad, towards_a_target),
-    *(through_out_and_tangent, through_the_tangent),
+    *(through_out_and_tangent, through_the_tangent, through_checkpoints),
 ]
 
 

@@ -277,6 +277,19 @@ OTHER_USES = [
         ("distributed/test_data_parallel.py::test_each_rank_agrees_with_one_process",),
     ),
     OtherUse(
+        "`jvp_attn.checkpoint_jvp` inside a jvp, and a gradient through both",
+        True,
+        (
+            "jvp_attn/test_checkpoint_jvp.py::test_every_feature_of_attention_can_be_checkpointed",
+            "jvp_attn/test_checkpoint_jvp.py::test_a_checkpoint_changes_nothing",
+        ),
+    ),
+    OtherUse(
+        "the same inside `func.grad`, `func.vjp`, `func.vmap` or two jvps, with grad",
+        False,
+        ("jvp_attn/test_checkpoint_jvp_unsupported.py::test_other_transforms_raise",),
+    ),
+    OtherUse(
         "`checkpoint` inside a jvp, without grad",
         True,
         (

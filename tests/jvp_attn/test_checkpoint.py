@@ -1,7 +1,7 @@
 """Activation checkpoints recompute attention in the backward pass exactly, or raise.
 
 The jvp must be inside the checkpoint. A checkpoint inside a jvp would be recomputed after the jvp
-has ended, without its tangents; torch detects this and raises.
+has ended, without its tangents; torch detects this and raises. Inside a jvp, use `checkpoint_jvp`.
 """
 
 from __future__ import annotations
