@@ -250,10 +250,10 @@ def test_the_mask_is_not_expanded_in_memory(
     seqlen = 128
     data = {x: randn(*batch, 1, seqlen, 4, seed=x) for x in ("q", "k", "v", "tq", "tk", "tv")}
     mask = randn(*of_mask, 1, seqlen, seqlen, seed="mask")
-    data["attn_mask"] = mask if kind == "additive" else mask > 0
+    data["attn_mask"] = mask = mask if kind == "additive" else mask > 0
     with jvp_attn.backend(backend), small_tiles(scores=2**12, rows=4):
         _, largest = peak_and_largest_allocation(lambda: outputs_and_gradients(ours, data))
-    assert largest <= mask.nbytes  # that of its gradient
+    assert largest < 3 * mask.nbytes  # the expanded mask has 8 times as many
 
 
 @over_kinds
