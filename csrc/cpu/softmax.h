@@ -35,6 +35,14 @@ inline Value sum_of(const Value* x, int n) {
     return sum_of_lanes<Value>(result);
 }
 
+// The sum of x, weighted by weights * factor.
+template <class Value>
+inline Value weighted_sum(const Value* weights, Value factor, const Value* x, int n) {
+    Vector<Value> result = {};
+    for (int j = 0; j < n; j += kLanes<Value>) result += load(weights + j) * factor * load(x + j);
+    return sum_of_lanes<Value>(result);
+}
+
 template <class Value>
 inline void scale(Value* x, int n, Value factor) {
     for (int j = 0; j < n; j += kLanes<Value>) store(x + j, load(x + j) * factor);
@@ -62,8 +70,8 @@ struct OnlineSoftmax {
     Value row_max = -kInfinity<Value>;
     Value row_sum = 0;   // sum of exp(S - row_max)
     Value trow_sum = 0;  // sum of exp(S - row_max) (T - centre)
-    // The mean of T in the first tile with a visible key. A constant in T has no effect on tO, but
-    // without subtracting it the sums would lose digits to cancellation.
+    // The mean of T, weighted by P, in the first tile whose weights are not 0. A constant in T has
+    // no effect on tO, but without subtracting it the sums would lose digits to cancellation.
     Value centre = 0;
     bool has_centre = false;
     // NaN if the row sees a key whose value (for `tnan`: whose value or tangent) is not finite.
@@ -76,11 +84,12 @@ struct OnlineSoftmax {
         row_max = tile_max;
         row_sum *= factor;
         trow_sum *= factor;
+        if (factor == 0) has_centre = false;
         return factor;
     }
 
-    // Replaces S by P = exp(S - row_max) and adds P to the row sum.
-    void update(Value* scores, int n) {
+    // Replaces S by P = exp(S - row_max), adds P to the row sum, and returns the sum of P.
+    Value update(Value* scores, int n) {
         const Value subtrahend = row_max == -kInfinity<Value> ? 0 : row_max;
         Vector<Value> sum = {};
         for (int j = 0; j < n; j += kLanes<Value>) {
@@ -88,18 +97,18 @@ struct OnlineSoftmax {
             store(scores + j, p);
             sum += p;
         }
-        row_sum += sum_of_lanes<Value>(sum);
+        const Value tile_sum = sum_of_lanes<Value>(sum);
+        row_sum += tile_sum;
+        return tile_sum;
     }
 
     // Replaces S by P and T by P (T - centre), and adds both to their row sums.
     void update(Value* scores, Value* tscores, int n) {
-        if (!has_centre && row_max > -kInfinity<Value>) {
-            int visible = 0;
-            for (int j = 0; j < n; ++j) visible += scores[j] != -kInfinity<Value>;
-            centre = sum_of(tscores, n) / visible;
+        const Value tile_sum = update(scores, n);
+        if (!has_centre && tile_sum > 0) {
+            centre = weighted_sum(scores, 1 / tile_sum, tscores, n);
             has_centre = true;
         }
-        update(scores, n);
         Vector<Value> sum = {};
         for (int j = 0; j < n; j += kLanes<Value>) {
             const Vector<Value> pt = load(scores + j) * (load(tscores + j) - centre);

@@ -149,6 +149,23 @@ def test_all_outputs_and_gradients_have_at_most_twice_the_error_of_torch(
     )
 
 
+@over_backends
+@pytest.mark.parametrize("seqlen_k", [41, 600])
+def test_keys_of_weight_zero_do_not_change_the_precision_of_tangents(seqlen_k: int) -> None:
+    """Even if their tangents are large: padding is often masked by finfo.min instead of −inf."""
+    case = replace(CASE, seqlen_k=seqlen_k, softmax_scale=None, dtype=torch.float32)
+    data = dict(case.data())
+    padding = slice(seqlen_k // 2) if seqlen_k > 512 else slice(0, seqlen_k, 2)
+    data["attn_mask"] = torch.zeros(case.seqlen_q, seqlen_k)
+    data["attn_mask"][:, padding] = SMALLEST
+    data["tk"][:, padding] *= 1e6
+    assert_at_most_twice_the_error(
+        outputs_and_gradients(case.ours, data),
+        outputs_and_gradients(case.naive, data),
+        outputs_and_gradients(case.naive, in_dtype(data, torch.float64)),
+    )
+
+
 # ----------------------------------------------------------------------------
 # lse in two parts
 
