@@ -14,7 +14,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from jvp_attn.validation import DTYPES
+from jvp_attn.validation import DTYPES, check_dense
 
 
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -73,6 +73,8 @@ def _check_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> None:
         if len(part) != 2 or not all(isinstance(x, Tensor) for x in part):
             types = ", ".join(type(x).__name__ for x in part)
             raise TypeError(f"parts[{i}] must be a pair of tensors (out, lse), got ({types})")
+        check_dense(f"parts[{i}]: out", part[0])
+        check_dense(f"parts[{i}]: lse", part[1])
     out, lse = parts[0]
     _check_first_part(out, lse)
     for i, part in enumerate(parts):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jvp_attn.backends import meta
-from jvp_attn.backends.kernel_select import MAX_SEQLEN
+from jvp_attn.backends.kernel_select import why_no_sizes
 from jvp_attn.types import (
     AttentionOptions,
     Cotangents,
@@ -134,6 +134,10 @@ class CpuBackend:
         tensors: dict[str, Tensor],
     ) -> None:
         q, k, v, mask = inputs.primals
+        if reason := why_no_sizes(q, k, v):
+            raise ValueError(f"backend 'cpu' cannot compute this: {reason}; 'tiled' can")
+        if q.shape[2] == 0:
+            return  # no heads: there is nothing to compute
         tensors = {"q": q, "k": k, "v": v} | tensors
         if mask is not None:
             tensors["mask"] = mask
@@ -223,13 +227,3 @@ def _is_shared(gradient: Tensor | None, q: Tensor, k: Tensor) -> bool:
         return False
     batch, heads, _, seqlen_k = gradient.shape
     return (batch, heads, seqlen_k) != (q.shape[0], q.shape[2], k.shape[1])
-
-
-def why_too_long(q: Tensor, k: Tensor) -> str | None:
-    """Why the sequences are too long for the kernels; None if they are not."""
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[1] > MAX_SEQLEN:
-            return (
-                f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {x.shape[1]}"
-            )
-    return None

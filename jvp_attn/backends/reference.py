@@ -49,7 +49,7 @@ def _attention(
     seqused_k: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[2] // max(k.shape[2], 1)
     queries = q.transpose(1, 2) * options.softmax_scale
     keys = k.transpose(1, 2).repeat_interleave(group, dim=1)
     values = v.transpose(1, 2).repeat_interleave(group, dim=1)
