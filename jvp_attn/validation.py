@@ -8,6 +8,7 @@ from reprlib import repr
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from jvp_attn.types import AttentionOptions, Causal, Inputs, Tangents
 
@@ -223,10 +224,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...])
 
 
 def check_dense(name: str, x: Tensor) -> None:
-    """Check that a tensor has strides.
+    """Check that a tensor has strides and no mask of its own.
 
     Raises:
-        TypeError: it is nested, sparse or of oneDNN's layout (mkldnn).
+        TypeError: it is nested, sparse, of oneDNN's layout (mkldnn), or a MaskedTensor.
     """
     if x.is_nested:
         raise TypeError(
@@ -236,6 +237,11 @@ def check_dense(name: str, x: Tensor) -> None:
     if x.layout != torch.strided:
         raise TypeError(
             f"{name} must be a dense tensor, got layout {x.layout}: convert it by .to_dense()"
+        )
+    if isinstance(x, MaskedTensor):
+        raise TypeError(
+            f"{name} must be a dense tensor, got a MaskedTensor: pass x.get_data(), and mask keys "
+            "by attn_mask"
         )
 
 

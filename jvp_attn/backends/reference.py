@@ -50,11 +50,12 @@ def _attention(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     group = q.shape[2] // max(k.shape[2], 1)
-    queries = q.transpose(1, 2) * options.softmax_scale
-    keys = k.transpose(1, 2).repeat_interleave(group, dim=1)
+    # All factors are contiguous: torch fails in vmap over no tangents of a transposed factor.
+    queries = q.transpose(1, 2).contiguous() * options.softmax_scale
+    keys_transposed = k.permute(0, 2, 3, 1).repeat_interleave(group, dim=1)
     values = v.transpose(1, 2).repeat_interleave(group, dim=1)
 
-    scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32))
+    scores = (queries @ keys_transposed).to(torch.promote_types(q.dtype, torch.float32))
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
         return (scores.to(q.dtype) @ values).transpose(1, 2), lse

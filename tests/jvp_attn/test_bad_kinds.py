@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import jvp
+from torch.masked import masked_tensor
 
 import jvp_attn
 from jvp_attn import (
@@ -90,6 +91,12 @@ def jagged(x: Tensor) -> Tensor:
         return torch.nested.nested_tensor([x, x], layout=torch.jagged)
 
 
+def self_masked(x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return masked_tensor(x, torch.ones_like(x, dtype=torch.bool))
+
+
 # What the argument becomes, and a word of the message that says what was given.
 KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "sparse COO": (Tensor.to_sparse, "sparse_coo"),
@@ -97,6 +104,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "mkldnn": (lambda x: x.float().to_mkldnn(), "_mkldnn"),
     "jagged": (jagged, "nested"),
     "quantized": (quantized, "qint8"),
+    "masked": (self_masked, "MaskedTensor"),
     "complex": (lambda x: x.to(torch.complex64), "complex64"),
     "int64": (Tensor.long, "int64"),
     "a list": (Tensor.tolist, "list"),

@@ -196,7 +196,7 @@ def test_torchs_interface(name: str, backend: str) -> None:
 # ----------------------------------------------------------------------------
 # vmap over no examples
 
-Q = randn(2, 5, 2, 4, seed="q")
+Q, K, V = (randn(2, 5, 2, 4, seed=x) for x in "qkv")
 NONE = Q.new_empty(0, *Q.shape)
 MASK = randn(5, 5, seed="mask")
 NO_MASKS = MASK.new_empty(0, *MASK.shape)
@@ -227,6 +227,10 @@ def packed(q: Tensor) -> Tensor:
     return flash_attn_varlen_jvp(q[0], Q[0], Q[0], ENDS, ENDS, 3, 3)[None]
 
 
+def along(tq: Tensor | None, tk: Tensor | None, tv: Tensor | None) -> tuple[Tensor, ...]:
+    return flash_attn_with_tangent(Q, K, V, tq, tk, tv, return_lse=True)
+
+
 MAPPED: dict[str, Callable[[], Any]] = {
     "vmap": lambda: vmap(flash_attn_jvp)(NONE, NONE, NONE),
     "vmap of one argument": lambda: vmap(flash_attn_jvp, (0, None, None))(NONE, Q, Q),
@@ -239,6 +243,10 @@ MAPPED: dict[str, Callable[[], Any]] = {
     "vmap of packed sequences": lambda: vmap(packed)(NONE),
     "vmap of torch's interface": lambda: vmap(scaled_dot_product_attention)(NONE, NONE, NONE),
     "vmap of tangents by hand": lambda: vmap(tangent)(NONE, NONE, NONE),
+    "vmap of tangents of q": lambda: vmap(lambda t: along(t, None, None))(NONE),
+    "vmap of tangents of k": lambda: vmap(lambda t: along(None, t, None))(NONE),
+    "vmap of tangents of v": lambda: vmap(lambda t: along(None, None, t))(NONE),
+    "vmap of directions": lambda: vmap(lambda *t: jvp(flash_attn_jvp, (Q, K, V), t))(*3 * [NONE]),
     "vmap of vmap": lambda: vmap(vmap(flash_attn_jvp))(*3 * [NONE[None].expand(3, *NONE.shape)]),
     "jvp of vmap": lambda: twice(vmap(flash_attn_jvp))(NONE, NONE, NONE),
     "vmap of jvp": lambda: vmap(twice(flash_attn_jvp))(NONE, NONE, NONE),
