@@ -110,6 +110,11 @@ def _attention(
 
 def _alignment(bias: CausalBias, query: Tensor, key: Tensor) -> Causal:
     seqlens = query.shape[-2], key.shape[-2]
+    if not hasattr(bias, "seq_len_q"):
+        raise TypeError(
+            "attn_mask is the result of an operation on a causal bias, which has no lengths: make "
+            "one by causal_upper_left or causal_lower_right"
+        )
     if (bias.seq_len_q, bias.seq_len_kv) != seqlens:
         raise ValueError(
             f"attn_mask is a causal bias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys, "
