@@ -140,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     problem.add_argument("--shape", type=_shape, help="of q: batch,seqlen,heads,head_dim")
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     problem.add_argument("--dtype", choices=dtypes, default="bfloat16", help="%(default)s")
-    problem.add_argument("--seqlen-k", type=int, help="of k and v; as of q by default")
-    problem.add_argument("--heads-k", type=int, help="of k and v; as of q by default")
-    problem.add_argument("--head-dim-v", type=int, help="of v; as of q by default")
+    problem.add_argument("--seqlen-k", type=_size, help="of k and v; as of q by default")
+    problem.add_argument("--heads-k", type=_size, help="of k and v; as of q by default")
+    problem.add_argument("--head-dim-v", type=_size, help="of v; as of q by default")
     problem.add_argument("--mask", action="store_true", help="there is an attn_mask")
     problem.add_argument("--capability", type=_capability, help="of a device: 8.0, 9.0, ...")
     return parser
@@ -152,6 +152,12 @@ def _shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+){3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not batch,seqlen,heads,head_dim")
     return tuple(map(int, text.split(",")))
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 16")
+    return int(text)
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from jvp_attn.backends.select import resolve_backend
 from jvp_attn.types import AttentionOptions, Causal, Inputs, Tangents
 from jvp_attn.validation import (
     check_attention,
+    check_flags,
     check_mask,
     check_mask_tangent,
     check_packed_attention,
@@ -109,8 +110,8 @@ def flash_attn_jvp(
 
     With the CUDA extension, CUDA kernels compute float16 and bfloat16 on GPUs of compute capability
     8.0 or newer. Tiled torch operations compute the rest, gradients through a tangent with a head
-    dim above 128, and tangents and gradients of a mask. `python -m jvp_attn.info --shape ...`
-    prints which, and why.
+    dim above 128, tangents and gradients of a mask, and everything with a head dim above 256, also
+    on a CPU. `python -m jvp_attn.info --shape ...` prints which, and why.
 
     Masked and padded keys never affect a row, even if they are NaN. The CUDA kernels require finite
     k and v and finite tangents of them, even where they are masked or padded.
@@ -118,13 +119,13 @@ def flash_attn_jvp(
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64.
         k: (batch, seqlen_k, heads_k, head_dim), same dtype; heads is a multiple of heads_k.
-        v: (batch, seqlen_k, heads_k, head_dim_v), same dtype. Head dims are 1 to 256.
+        v: (batch, seqlen_k, heads_k, head_dim_v), same dtype. Any size may be 0.
         attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), and never expanded. Boolean:
             True attends. Or of q's dtype, or float32 with half precision: added to the scaled
             scores, −inf masking a key; it may require grad and have a tangent.
         seqused_k: (batch,) int32 on q's device, 0 to seqlen_k: how many keys of each example are
             used. The others are padding: they are not seen, and their gradients are 0.
-        softmax_scale: s; head_dim^−½ by default.
+        softmax_scale: s, a number of Python or numpy; head_dim^−½ by default.
         causal: row i sees key j if j ≤ i + seqlen_k − seqlen_q, aligned bottom-right as in
             flash-attn, and if attn_mask allows it. With seqused_k its value replaces seqlen_k.
         deterministic: whether gradients are bitwise reproducible. With False, the backward pass of
@@ -148,12 +149,14 @@ def flash_attn_jvp(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. The values of seqused_k
             on a GPU are checked there, by an assertion that later operations report.
-        ValueError: `backend("cuda")` is requested and cannot compute this; the message says why.
+        ValueError: `backend("cuda")` or `backend("cpu")` is requested and cannot compute this; the
+            message says why.
         NotImplementedError: a derivative of third order, from the transform that requests it.
 
     Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081)
     for the tangent.
     """
+    check_flags(deterministic=deterministic, return_lse=return_lse, return_lse_lo=return_lse_lo)
     outputs = attention(
         *(q, k, v, attn_mask),
         seqused_k=seqused_k,
@@ -191,7 +194,7 @@ def attention(
     options = AttentionOptions(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=causal,
-        backend=resolve_backend(q, k),
+        backend=resolve_backend(q, k, v),
         return_lo=return_lse_lo or backward_may_follow(*inputs),
         deterministic=deterministic,
         mask_group=mask_group or 1,
@@ -282,7 +285,7 @@ def flash_attn_varlen_jvp(
     Args:
         q: (total_q, heads, head_dim), float16, bfloat16, float32 or float64.
         k: (total_k, heads_k, head_dim), same dtype; heads is a multiple of heads_k.
-        v: (total_k, heads_k, head_dim_v), same dtype. Head dims are 1 to 256.
+        v: (total_k, heads_k, head_dim_v), same dtype. Any size may be 0.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1), int32, on q's device, nondecreasing from 0.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths, so that the host need not wait for
             the device.
@@ -302,11 +305,12 @@ def flash_attn_varlen_jvp(
     Source: the interface of flash-attn's flash_attn_varlen_func.
     """
     check_packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_flags(deterministic=deterministic, return_lse=return_lse, return_lse_lo=return_lse_lo)
     inputs = Inputs(q[None], k[None], v[None], None, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[2]),
         causal=resolve_alignment(causal),
-        backend=resolve_backend(inputs.q, inputs.k),
+        backend=resolve_backend(*inputs.primals[:3]),
         return_lo=return_lse_lo or backward_may_follow(q, k, v),
         max_seqlens=(max_seqlen_q, max_seqlen_k),
         deterministic=deterministic,
@@ -402,6 +406,7 @@ def flash_attn_with_tangent(
     """
     check_attention(q, k, v)
     check_seqused_k(seqused_k, q)
+    check_flags(deterministic=deterministic, return_lse=return_lse, return_lse_lo=return_lse_lo)
     inputs = Inputs(q, k, v, check_mask(attn_mask, q, k), seqused_k=seqused_k)
     for name, tangent, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         check_tangent(name, tangent, primal)
@@ -410,7 +415,7 @@ def flash_attn_with_tangent(
     options = AttentionOptions(
         softmax_scale=resolve_softmax_scale(softmax_scale, q.shape[3]),
         causal=resolve_alignment(causal),
-        backend=resolve_backend(q, k),
+        backend=resolve_backend(q, k, v),
         return_lo=return_lse_lo or backward_may_follow(*inputs, *tangents),
         deterministic=deterministic,
     )

@@ -15,9 +15,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from jvp_attn.validation import DTYPES
+from jvp_attn.validation import DTYPES, check_dense
 
 Part = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+_NAMES = ("out", "lse", "lse_lo")
 
 
 @overload
@@ -108,10 +109,12 @@ def _check_parts(parts: Sequence[Part]) -> None:
                 f"parts[{i}] has {len(part)} tensors and parts[0] has {len(parts[0])}; either all "
                 "parts have lse_lo or none"
             )
+        for name, x in zip(_NAMES, part, strict=False):
+            check_dense(f"parts[{i}]: {name}", x)
     out = parts[0][0]
     _check_first_part(*parts[0])
     for i, part in enumerate(parts):
-        for name, x, first in zip(("out", "lse", "lse_lo"), part, parts[0], strict=False):
+        for name, x, first in zip(_NAMES, part, parts[0], strict=False):
             if x.dtype != first.dtype:
                 raise TypeError(
                     f"parts[{i}]: {name} has dtype {x.dtype} but that of parts[0] has "
@@ -139,7 +142,7 @@ def _check_first_part(out: Tensor, *rows: Tensor) -> None:
             f"got shape {tuple(out.shape)}"
         )
     *batch, seqlen_q, heads, _ = out.shape
-    for name, x in zip(("lse", "lse_lo"), rows, strict=False):
+    for name, x in zip(_NAMES[1:], rows, strict=False):
         if x.dtype != torch.promote_types(out.dtype, torch.float32):
             raise TypeError(
                 f"parts[0]: {name} has dtype {x.dtype} and out {out.dtype}; {name} must be "

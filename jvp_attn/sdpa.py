@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -13,7 +14,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from jvp_attn.autocast import has_autocast
 from jvp_attn.interface import attention
 from jvp_attn.types import Causal
-from jvp_attn.validation import DTYPES, MAX_HEAD_DIM
+from jvp_attn.validation import DTYPES, check_dense, check_flags, resolve_softmax_scale
 
 
 def scaled_dot_product_attention(
@@ -33,7 +34,7 @@ def scaled_dot_product_attention(
 
     - Dropout is not supported.
     - A row that sees no key is 0 and has no gradient; in torch that depends on the backend.
-    - Head dims are 1 to 256. A scale that is a tensor is an error; torch would detach it.
+    - A scale that is a tensor is an error; torch would detach it.
 
     Args:
         query: (..., heads, seqlen_q, head_dim), float16, bfloat16, float32 or float64. The
@@ -48,7 +49,7 @@ def scaled_dot_product_attention(
             `torch.nn.attention.bias.CausalBias`.
         dropout_p: 0.
         is_causal: row i sees key j if j ≤ i, aligned top-left. Not together with attn_mask.
-        scale: head_dim^−½ by default.
+        scale: a number of Python or numpy; head_dim^−½ by default.
         enable_gqa: the heads of query may be any multiple of those of key, and of value.
 
     Returns:
@@ -58,7 +59,8 @@ def scaled_dot_product_attention(
         TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: dropout_p above 0; nested tensors; a derivative of third order.
     """
-    _check_arguments(query, key, value, attn_mask, dropout_p, is_causal)
+    _check_arguments(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    scale = resolve_softmax_scale(scale, query.shape[-1], "scale")
     causal = Causal.TOP_LEFT if is_causal else Causal.NO
     if isinstance(attn_mask, CausalBias):
         causal, attn_mask = _alignment(attn_mask, query, key), None
@@ -167,6 +169,11 @@ def _in_old_order(out: Tensor, order: list[int], rows_first: bool) -> Tensor:
 
 def _alignment(bias: CausalBias, query: Tensor, key: Tensor) -> Causal:
     seqlens = query.shape[-2], key.shape[-2]
+    if not hasattr(bias, "seq_len_q"):
+        raise TypeError(
+            "attn_mask is the result of an operation on a causal bias, which has no lengths: make "
+            "one by causal_upper_left or causal_lower_right"
+        )
     if (bias.seq_len_q, bias.seq_len_kv) != seqlens:
         raise ValueError(
             f"attn_mask is a causal bias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys, "
@@ -192,13 +199,15 @@ def _broadcast(
     heads, heads_k, heads_v = (x.shape[-3] for x in (query, key, value))
     shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
     if enable_gqa:
-        if heads_k == 0 or heads % heads_k or heads_v == 0 or heads % heads_v:
+        if any(heads % n if n else heads for n in (heads_k, heads_v)):
             raise ValueError(
                 f"query has {heads} heads, key {heads_k} and value {heads_v}: with enable_gqa=True "
                 "the heads of query must be a multiple of the others"
             )
         if heads_k != heads_v:
-            key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+            key, value = (
+                x.repeat_interleave(heads // max(x.shape[-3], 1), -3) for x in (key, value)
+            )
         shapes = [(*shape[:-1], heads) for shape in shapes]
     try:
         *batch, heads = torch.broadcast_shapes(*shapes)
@@ -208,7 +217,7 @@ def _broadcast(
             f"{tuple(value.shape)}: all dimensions but the last two must broadcast"
             + ("" if enable_gqa else "; heads may be grouped with enable_gqa=True")
         ) from error
-    heads_k = max(key.shape[-3], value.shape[-3])
+    (heads_k,) = torch.broadcast_shapes(key.shape[-3:-2], value.shape[-3:-2])
     return (
         query.expand(*batch, heads, -1, -1),
         key.expand(*batch, heads_k, -1, -1),
@@ -227,11 +236,12 @@ def _check_arguments(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    enable_gqa: bool,
 ) -> None:
     """Check everything except dtypes and broadcasting.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument has the wrong type, or a tensor is not dense.
         ValueError: a shape, device or number does not fit, or two arguments exclude each other.
         NotImplementedError: dropout; nested tensors.
     """
@@ -243,6 +253,7 @@ def _check_arguments(
                 f"{name} is a nested tensor, which is not supported: pack the sequences for "
                 "flash_attn_varlen_jvp, or pad them and hide the padding with attn_mask"
             )
+        check_dense(name, x)
         if x.ndim < 2:
             raise ValueError(
                 f"{name} must have shape (..., seqlen, head_dim), got {tuple(x.shape)}"
@@ -261,11 +272,11 @@ def _check_arguments(
         raise ValueError(
             f"value has seqlen {value.shape[-2]} but key has {key.shape[-2]}; they must be the same"
         )
-    for name, x in (("query", query), ("value", value)):
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} has head_dim {x.shape[-1]}; supported are 1 to {MAX_HEAD_DIM}"
-            )
+    check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
+    if not isinstance(dropout_p, float | Real):
+        raise TypeError(
+            f"dropout_p must be a number, got {type(dropout_p).__name__}; supported is 0"
+        )
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; it must be a probability, 0 to 1")
     if dropout_p > 0:
@@ -278,6 +289,7 @@ def _check_arguments(
             raise TypeError(
                 f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}"
             )
+        check_dense("attn_mask", attn_mask)
         if is_causal:
             raise ValueError(
                 "attn_mask and is_causal=True exclude each other, as in torch: hide later keys in "

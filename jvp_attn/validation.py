@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from reprlib import repr
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from jvp_attn.types import AttentionOptions, Causal, Inputs, Tangents
 
-MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,6 +58,7 @@ def check_packed_attention(
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        check_dense(name, x)
         if x.dtype != torch.int32:
             raise TypeError(f"{name} has dtype {x.dtype}; it must be int32")
         if x.ndim != 1 or x.shape[0] == 0:
@@ -73,10 +75,12 @@ def check_packed_attention(
             f"{cu_seqlens_k.shape[0] - 1}; they must be as many"
         )
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
-            raise TypeError(f"{name} must be a Python int, got {type(length).__name__}")
+        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt | Integral):
+            raise TypeError(f"{name} must be an integer, got {type(length).__name__}")
         if length < 0:
             raise ValueError(f"{name} is {length}; it must not be negative")
+        if isinstance(length, int) and length >= 2**63:
+            raise ValueError(f"{name} is {length}; it must be below 2**63")
 
 
 def check_seqused_k(seqused_k: Tensor | None, q: Tensor) -> None:
@@ -90,6 +94,7 @@ def check_seqused_k(seqused_k: Tensor | None, q: Tensor) -> None:
         return
     if not isinstance(seqused_k, Tensor):
         raise TypeError(f"seqused_k must be a torch.Tensor or None, got {type(seqused_k).__name__}")
+    check_dense("seqused_k", seqused_k)
     if seqused_k.dtype != torch.int32:
         raise TypeError(f"seqused_k has dtype {seqused_k.dtype}; it must be int32")
     if seqused_k.shape != q.shape[:1]:
@@ -173,7 +178,7 @@ def check_mask(
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(mask).__name__}")
-    _check_dense("attn_mask", mask)
+    check_dense("attn_mask", mask)
     dtypes = {torch.bool, q.dtype}
     if q.dtype in (torch.float16, torch.bfloat16):
         dtypes.add(torch.float32)
@@ -203,7 +208,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...])
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        _check_dense(name, x)
+        check_dense(name, x)
         if x.ndim != len(dimensions):
             raise ValueError(
                 f"{name} must have {len(dimensions)} dimensions ({', '.join(dimensions)}), "
@@ -223,14 +228,26 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dimensions: tuple[str, ...])
             )
 
 
-def _check_dense(name: str, x: Tensor) -> None:
+def check_dense(name: str, x: Tensor) -> None:
+    """Check that a tensor has strides and no mask of its own.
+
+    Raises:
+        TypeError: it is nested, sparse, of oneDNN's layout (mkldnn), or a MaskedTensor.
+    """
     if x.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, got a nested one, layout {x.layout}: pack the "
             "sequences for flash_attn_varlen_jvp"
         )
     if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+        raise TypeError(
+            f"{name} must be a dense tensor, got layout {x.layout}: convert it by .to_dense()"
+        )
+    if isinstance(x, MaskedTensor):
+        raise TypeError(
+            f"{name} must be a dense tensor, got a MaskedTensor: pass x.get_data(), and mask keys "
+            "by attn_mask"
+        )
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -244,16 +261,11 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"k has head_dim {k.shape[-1]} but q has {q.shape[-1]}; they must be the same"
         )
     heads, heads_k = q.shape[-2], k.shape[-2]
-    if heads_k == 0 or heads == 0 or heads % heads_k:
+    if heads % heads_k if heads_k else heads:
         raise ValueError(
-            f"q has {heads} heads and k has {heads_k}: the heads of q must be a positive multiple "
-            "of those of k and v"
+            f"q has {heads} heads and k has {heads_k}: the heads of q must be a multiple of those "
+            "of k and v"
         )
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} has head_dim {x.shape[-1]}; supported are 1 to {MAX_HEAD_DIM}"
-            )
 
 
 def _shortened(values: Tensor) -> list[int | str]:
@@ -272,7 +284,7 @@ def check_tangent(name: str, tangent: Tensor | None, primal: Tensor) -> None:
         return
     if not isinstance(tangent, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tangent).__name__}")
-    _check_dense(name, tangent)
+    check_dense(name, tangent)
     if tangent.dtype != primal.dtype:
         raise TypeError(
             f"{name} has dtype {tangent.dtype} but its primal has {primal.dtype}; "
@@ -318,6 +330,17 @@ def check_tangents(inputs: Inputs, tangents: Tangents) -> None:
         check_tangent(f"the tangent of {argument}", tangent, getattr(inputs, name))
 
 
+def check_flags(**flags: bool) -> None:
+    """Check options that are switched on or off.
+
+    Raises:
+        TypeError: one is not a bool.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__} {repr(flag)}")
+
+
 def resolve_alignment(causal: bool) -> Causal:
     """The alignment of the causal mask, bottom-right as in flash-attn.
 
@@ -332,20 +355,27 @@ def resolve_alignment(causal: bool) -> Causal:
     return Causal.BOTTOM_RIGHT if causal else Causal.NO
 
 
-def resolve_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
-    """The scale to use: head_dim^−½ by default.
+def resolve_softmax_scale(
+    softmax_scale: float | None, head_dim: int, name: str = "softmax_scale"
+) -> float:
+    """The scale to use: head_dim^−½ by default. Numbers of numpy become Python's.
 
     Raises:
-        TypeError: it is not a Python number.
+        TypeError: it is not a real number.
         ValueError: it is not finite.
     """
     if softmax_scale is None:
-        return head_dim**-0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
+        return head_dim**-0.5 if head_dim else 1.0
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float | Real):
         raise TypeError(
-            f"softmax_scale must be a Python number or None, got {type(softmax_scale).__name__}; "
+            f"{name} must be a number or None, got {type(softmax_scale).__name__}; "
             "a scale that needs a derivative can be multiplied into q"
         )
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    return float(softmax_scale)
+    try:
+        scale = float(softmax_scale)
+    except OverflowError:
+        scale = math.inf
+    # torch.compile traces comparisons of a scale that varies, but not math.isfinite.
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name} must be finite, got {repr(softmax_scale)}")
+    return scale

@@ -156,7 +156,9 @@ class FlashAttentionJvp(_AttentionFunction):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             "the forward derivative of an attention tangent (jvp of jvp) is not implemented: "
-            "differentiate the tangent in reverse mode, with torch.func.grad or .backward()"
+            "differentiate the tangent in reverse mode, with torch.func.grad or .backward(), or "
+            "nest torch.func.jvp in `with jvp_attn.backend('math')`, which differentiates to any "
+            "order at quadratic memory"
         )
 
 

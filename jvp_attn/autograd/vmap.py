@@ -7,7 +7,7 @@ the shorter of the two dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,14 @@ def vmap_attention(
             "vmap over cu_seqlens_q or cu_seqlens_k is not supported: pack the sequences of all "
             "examples into one call"
         )
+    if size == 0:
+        # The results have the shapes of one example. Sums over no examples keep derivatives.
+        example = (
+            x.sum(dim, dtype=x.dtype) if isinstance(x, Tensor) and dim is not None else x
+            for x, dim in zip(arguments, in_dims, strict=True)
+        )
+        results = [None if y is None else y[None][:0] for y in function(*example)]
+        return _mapped(results)
     packed = any(arguments[i] is not None for i in cu_seqlens)
     mask_gradients = _needs_mask_gradients(signature, arguments)
     options: AttentionOptions = arguments[-1]
@@ -103,6 +111,11 @@ def vmap_attention(
             None if y is None else y.flatten(1, 2)
             for y in (_stack(ys, 1) for ys in zip(*parts, strict=True))
         ]
+    return _mapped(results)
+
+
+def _mapped(results: Sequence[Tensor | None]) -> tuple[Results, tuple[int | None, ...]]:
+    """The results of a vmap rule whose mapped dimension comes first."""
     return tuple(results), tuple(None if y is None else 0 for y in results)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jvp_attn.backends import meta
-from jvp_attn.backends.kernel_select import MAX_SEQLEN
+from jvp_attn.backends.kernel_select import why_no_sizes
 from jvp_attn.types import (
     AttentionOptions,
     Cotangents,
@@ -131,6 +131,8 @@ class CpuBackend:
         tensors: dict[str, Tensor],
     ) -> None:
         q, k, v, mask = inputs.primals
+        if reason := why_no_sizes(q, k, v):
+            raise ValueError(f"backend 'cpu' cannot compute this: {reason}; 'tiled' can")
         tensors = {"q": q, "k": k, "v": v} | tensors
         if mask is not None:
             tensors["mask"] = mask
@@ -203,13 +205,3 @@ def _accumulator(gradient: Tensor) -> Tensor:
     if gradient.dtype in (torch.float16, torch.bfloat16):
         return torch.zeros_like(gradient, dtype=torch.float32)
     return gradient
-
-
-def why_too_long(q: Tensor, k: Tensor) -> str | None:
-    """Why the sequences are too long for the kernels; None if they are not."""
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[1] > MAX_SEQLEN:
-            return (
-                f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {x.shape[1]}"
-            )
-    return None

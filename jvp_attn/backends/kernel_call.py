@@ -56,7 +56,7 @@ class KernelCall:
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: results then keep their initial values."""
         sizes = self._sizes()
-        return 0 in (sizes["batch"], sizes["seqlen_q"], sizes["seqlen_k"])
+        return 0 in (sizes["batch"], sizes["seqlen_q"], sizes["seqlen_k"], sizes["heads"])
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from jvp_attn.backends.kernel_select import (
     kernels_of,
     on_hopper,
     why_no_kernels,
+    why_no_sizes,
 )
 from jvp_attn.backends.kernel_table import KernelEntry, padded_head_dim
 from jvp_attn.backends.select import why_no_cpu_extension, why_no_device, why_no_extension
@@ -62,18 +63,20 @@ def report_problem(
         TypeError, ValueError: attention does not support such shapes.
     """
     batch, seqlen_q, heads, head_dim = shape
-    k_shape = (batch, seqlen_q if seqlen_k is None else seqlen_k, heads_k or heads, head_dim)
-    v_shape = (*k_shape[:3], head_dim_v or head_dim)
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    k_shape = (batch, seqlen_k, heads if heads_k is None else heads_k, head_dim)
+    v_shape = (*k_shape[:3], head_dim if head_dim_v is None else head_dim_v)
     q, k, v = (torch.empty(s, dtype=dtype, device="meta") for s in (shape, k_shape, v_shape))
     check_attention(q, k, v)
 
-    reason = None
+    of_sizes = reason = why_no_sizes(q, k, v)
     if is_here := capability is None:
-        reason = why_no_device() or why_no_extension()
+        reason = of_sizes or why_no_device() or why_no_extension()
         capability = (0, 0) if reason else torch.cuda.get_device_capability()
-    reason = reason or why_no_kernels(dtype, seqlen_q, k_shape[1], capability)
+    reason = reason or why_no_kernels(q, k, v, capability)
     if reason:
-        backend = "cpu" if is_here and why_no_device() and not why_no_cpu_extension() else "tiled"
+        on_cpu = is_here and not of_sizes and why_no_device() and not why_no_cpu_extension()
+        backend = "cpu" if on_cpu else "tiled"
         return [
             PrimitiveReport(primitive=name, backend=backend, kernels=(), why=reason)
             for name in PRIMITIVES

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from jvp_attn.backends.kernel_table import (
+    HEAD_DIMS,
     KERNELS,
     OF_ROWS,
     KernelEntry,
@@ -18,6 +20,8 @@ MIN_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
 # The kernels count rows and keys with 32 bits, and add two such numbers.
 MAX_SEQLEN = 2**30 - 1
+# The kernels of csrc/cpu have buffers for rows of this length too.
+MAX_HEAD_DIM = HEAD_DIMS[-1]
 
 # The steps of each primitive, one launch each. Of two plans, the first is the faster one.
 _LAUNCH_PLANS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -100,17 +104,27 @@ def _kernels_of_steps(
     return None
 
 
-def why_no_kernels(
-    dtype: torch.dtype, seqlen_q: int, seqlen_k: int, capability: tuple[int, int]
-) -> str | None:
-    """Why the kernels cannot compute a problem on a device; None if they can."""
+def why_no_kernels(q: Tensor, k: Tensor, v: Tensor, capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels cannot compute a problem on a device; None if they can."""
     if capability < MIN_CAPABILITY:
         return (
             "the kernels need compute capability {}.{} or newer, and the device has {}.{}"
         ).format(*MIN_CAPABILITY, *capability)
-    if dtype not in ELEMENT_OF_DTYPE:
-        return f"the kernels compute in float16 and bfloat16, and q has {str(dtype)[6:]}"
-    for name, seqlen in (("q", seqlen_q), ("k", seqlen_k)):
-        if seqlen > MAX_SEQLEN:
-            return f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {seqlen}"
+    if q.dtype not in ELEMENT_OF_DTYPE:
+        return f"the kernels compute in float16 and bfloat16, and q has {str(q.dtype)[6:]}"
+    return why_no_sizes(q, k, v)
+
+
+def why_no_sizes(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels, CUDA or CPU, cannot compute problems of these sizes; None if they can."""
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[1] > MAX_SEQLEN:
+            return (
+                f"the kernels take sequences up to {MAX_SEQLEN}, and that of {name} is {x.shape[1]}"
+            )
+    for name, size in (("head_dim", q.shape[3]), ("head_dim_v", v.shape[3])):
+        if size > MAX_HEAD_DIM:
+            return f"{name} {size} is above {MAX_HEAD_DIM}, the kernels' largest"
+        if size == 0:
+            return f"{name} is 0, and the kernels' smallest is 1"
     return None

@@ -93,7 +93,9 @@ def kernel_name(
 
 
 def padded_head_dim(head_dim: int, head_dim_v: int) -> int | None:
-    """The smallest head dim of the kernels that serves a problem; None where it is too large."""
+    """The smallest head dim of the kernels that serves a problem; None where there is none."""
+    if min(head_dim, head_dim_v) == 0:
+        return None
     return next((d for d in HEAD_DIMS if max(head_dim, head_dim_v) <= d), None)
 
 

@@ -51,12 +51,13 @@ def _attention(
     seqused_k: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    group = q.shape[2] // k.shape[2]
-    queries = q.transpose(1, 2) * options.softmax_scale
-    keys = k.transpose(1, 2).repeat_interleave(group, dim=1)
+    group = q.shape[2] // max(k.shape[2], 1)
+    # All factors are contiguous: torch fails in vmap over no tangents of a transposed factor.
+    queries = q.transpose(1, 2).contiguous() * options.softmax_scale
+    keys_transposed = k.permute(0, 2, 3, 1).repeat_interleave(group, dim=1)
     values = v.transpose(1, 2).repeat_interleave(group, dim=1)
 
-    scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32))
+    scores = (queries @ keys_transposed).to(torch.promote_types(q.dtype, torch.float32))
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
         return (scores.to(q.dtype) @ values).transpose(1, 2), lse, torch.zeros_like(lse)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jvp_attn.backends import cpu, cuda, meta, tiled
-from jvp_attn.backends.kernel_select import why_no_kernels
+from jvp_attn.backends.kernel_select import why_no_kernels, why_no_sizes
 from jvp_attn.backends.kernel_table import KERNELS
 from jvp_attn.types import AttentionBackend
 
@@ -86,35 +86,37 @@ def backend(name: str) -> Iterator[None]:
         _choice.backend = before
 
 
-def resolve_backend(q: Tensor, k: Tensor) -> str:
-    """The backend that computes attention of these queries and keys.
+def resolve_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The backend that computes attention of these queries, keys and values.
 
     Raises:
         ValueError: "cuda" or "cpu" is requested, but its kernels cannot compute this.
     """
     name = current_backend()
     if name == _AUTOMATIC:
-        return next((x for x, why_not in _KERNELS.items() if not why_not(q, k)), "tiled")
-    if name in _KERNELS and (reason := _KERNELS[name](q, k)):
-        raise ValueError(f"backend {name!r} cannot compute this: {reason}; 'automatic' can")
+        return next((x for x, why_not in _KERNELS.items() if not why_not(q, k, v)), "tiled")
+    if name in _KERNELS and (reason := _KERNELS[name](q, k, v)):
+        raise ValueError(
+            f"backend {name!r} cannot compute this: {reason}; 'tiled' and 'automatic' can"
+        )
     return name
 
 
-def why_not_cuda(q: Tensor, k: Tensor) -> str | None:
+def why_not_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the CUDA kernels cannot compute a problem; None if they can."""
     if q.device.type != "cuda":
         return f"q is on {q.device}, and the kernels run on CUDA devices"
     if reason := why_no_device() or why_no_extension():
         return reason
     capability = torch.cuda.get_device_capability(q.device)
-    return why_no_kernels(q.dtype, q.shape[1], k.shape[1], capability)
+    return why_no_kernels(q, k, v, capability)
 
 
-def why_not_cpu(q: Tensor, k: Tensor) -> str | None:
+def why_not_cpu(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the CPU kernels cannot compute a problem; None if they can."""
     if q.device.type != "cpu":
         return f"q is on {q.device}, and these kernels run on the CPU"
-    return why_no_cpu_extension() or cpu.why_too_long(q, k)
+    return why_no_cpu_extension() or why_no_sizes(q, k, v)
 
 
 _KERNELS = {"cuda": why_not_cuda, "cpu": why_not_cpu}

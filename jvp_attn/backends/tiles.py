@@ -20,7 +20,8 @@ from jvp_attn.types import AttentionOptions, Causal, Inputs
 
 X = TypeVar("X", Tensor, Tensor | None)  # an absent tensor stays absent
 
-# Scores in a block: on a CPU they should fit the cache; a GPU needs more parallel work.
+# Numbers in the largest matrix of a block, the scores unless head dims are large. On a CPU they
+# should fit the cache; a GPU needs more parallel work.
 _CPU_BLOCK = 2**19
 _GPU_BLOCK = 2**24
 # Matrix products with fewer rows than this are slow, however long the rows are.
@@ -119,7 +120,7 @@ class RowBlock:
         if x is None:
             return None
         x = self._part(x)
-        return x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4]).to(_compute_dtype(x))
+        return x.flatten(2, 3).flatten(0, 1).to(_compute_dtype(x))
 
     def store(self, target: Tensor | None, value: Tensor | None) -> None:
         """The inverse of `load`."""
@@ -265,15 +266,18 @@ class RowBlock:
 def head_blocks(inputs: Inputs, options: AttentionOptions) -> Iterator[HeadBlock]:
     """Divide attention so that each block of scores has about the best size for the device."""
     heads, heads_k = inputs.q.shape[2], inputs.k.shape[2]
-    group = heads // heads_k
+    group = heads // max(heads_k, 1)
+    head_dim = max(inputs.q.shape[3], inputs.v.shape[3])
     budget = _CPU_BLOCK if inputs.q.device.type == "cpu" else _GPU_BLOCK
     for batches, queries, keys in _sequences(inputs):
         seqlen_q, seqlen_k = _length(queries), _length(keys)
-        if 0 in (_length(batches), seqlen_q, seqlen_k):
+        if 0 in (_length(batches), seqlen_q, seqlen_k, heads):
             continue
-        rows_of_group = max(budget // seqlen_k, _MIN_ROWS)
+        rows_of_group = max(budget // max(seqlen_k, head_dim), _MIN_ROWS)
         rows_per_block = min(max(rows_of_group // group, 1), seqlen_q)
-        problems = max(budget // (group * rows_per_block * seqlen_k), 1)
+        rows = group * rows_per_block
+        largest_matrix = max(rows * seqlen_k, rows * head_dim, seqlen_k * head_dim)
+        problems = max(budget // largest_matrix, 1)
         # Several batches if one batch fits, else some of the heads of one batch.
         heads_per_block = min(problems, heads_k)
         batches_per_block = max(problems // heads_k, 1)

@@ -81,20 +81,20 @@ PACKED = {
 # What more than one function checks
 
 DTYPES = "supported are float16, bfloat16, float32, float64"
-POSITIVE_MULTIPLE = "the heads of q must be a positive multiple of those of k and v"
+MULTIPLE = "the heads of q must be a multiple of those of k and v"
 
 SCALES: Table = {
     "a tensor as scale": (
         {"softmax_scale": torch.tensor(0.5)},
         TypeError,
-        "softmax_scale must be a Python number or None",
+        "softmax_scale must be a number or None",
         "Tensor",
         "multiplied into q",
     ),
     "a bool as scale": (
         {"softmax_scale": True},
         TypeError,
-        "softmax_scale must be a Python number or None",
+        "softmax_scale must be a number or None",
         "bool",
     ),
     "NaN as scale": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale", "finite", "nan"),

@@ -57,8 +57,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         yield properties
 
 
-def on_gpu(dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(2, 8, 2, 64, dtype=dtype, device="cuda:0")
+def on_gpu(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> Tensor:
+    return torch.empty(2, 8, 2, head_dim, dtype=dtype, device="cuda:0")
 
 
 def attention_of_q() -> tuple[Tensor, Tensor]:
@@ -157,12 +157,12 @@ ON_CPU = torch.zeros(2, 8, 2, 64)
 )
 def test_on_a_cpu_the_default_is_the_cpu_kernels(dtype: torch.dtype) -> None:
     assert jvp_attn.available_backends() == ("tiled", "cpu", "math")
-    assert select.resolve_backend(ON_CPU.to(dtype), ON_CPU.to(dtype)) == "cpu"
+    assert select.resolve_backend(*3 * [ON_CPU.to(dtype)]) == "cpu"
 
 
 @pytest.mark.usefixtures("no_cpu_extension")
 def test_cpu_without_the_extension_raises_with_the_reason() -> None:
-    assert select.resolve_backend(ON_CPU, ON_CPU) == "tiled"
+    assert select.resolve_backend(ON_CPU, ON_CPU, ON_CPU) == "tiled"
     message = r"math \(the CPU extension is not installed \(.*jvp_attn\._cpu.*\)\)"
     with pytest.raises(ValueError, match=message), jvp_attn.backend("cpu"):
         pass
@@ -171,13 +171,15 @@ def test_cpu_without_the_extension_raises_with_the_reason() -> None:
 @needs_cpu_extension
 def test_cpu_raises_for_problems_it_cannot_compute() -> None:
     on_meta, too_long = ON_CPU.to("meta"), ON_CPU[:1, :1].expand(1, 2**30, 2, 64)
-    assert select.resolve_backend(on_meta, on_meta) == "tiled"
-    assert select.resolve_backend(ON_CPU, too_long) == "tiled"
+    assert select.resolve_backend(*3 * [on_meta]) == "tiled"
+    assert select.resolve_backend(ON_CPU, too_long, too_long) == "tiled"
     with jvp_attn.backend("cpu"):
         with pytest.raises(ValueError, match=r"backend 'cpu' cannot .* q is on meta"):
-            select.resolve_backend(on_meta, on_meta)
-        with pytest.raises(ValueError, match="that of k is 1073741824; 'automatic' can"):
-            select.resolve_backend(ON_CPU, too_long)
+            select.resolve_backend(*3 * [on_meta])
+        with pytest.raises(
+            ValueError, match="that of k is 1073741824; 'tiled' and 'automatic' can"
+        ):
+            select.resolve_backend(ON_CPU, too_long, too_long)
 
 
 # ----------------------------------------------------------------------------
@@ -203,16 +205,19 @@ def test_an_extension_of_another_version_is_not_used(extension: SimpleNamespace)
 def test_on_a_gpu_the_default_in_half_precision_is_cuda(gpu: dict[str, Any]) -> None:
     assert jvp_attn.available_backends() == ("tiled", "cuda", "math")
     for dtype in (torch.bfloat16, torch.float16):
-        assert select.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "cuda"
+        assert select.resolve_backend(*3 * [on_gpu(dtype)]) == "cuda"
     for dtype in (torch.float32, torch.float64):
-        assert select.resolve_backend(on_gpu(dtype), on_gpu(dtype)) == "tiled"
+        assert select.resolve_backend(*3 * [on_gpu(dtype)]) == "tiled"
+    wide = on_gpu(head_dim=257)
+    assert select.resolve_backend(on_gpu(), on_gpu(), wide) == "tiled"
+    assert select.resolve_backend(wide, wide, on_gpu()) == "tiled"
     gpu["capability"] = (7, 5)
-    assert select.resolve_backend(on_gpu(), on_gpu()) == "tiled"
+    assert select.resolve_backend(*3 * [on_gpu()]) == "tiled"
 
 
 @pytest.mark.usefixtures("no_extension", "gpu")
 def test_on_a_gpu_without_the_extension_the_default_is_tiled() -> None:
-    assert select.resolve_backend(on_gpu(), on_gpu()) == "tiled"
+    assert select.resolve_backend(*3 * [on_gpu()]) == "tiled"
 
 
 @pytest.mark.usefixtures("extension")
@@ -220,11 +225,13 @@ def test_cuda_raises_for_problems_it_cannot_compute(gpu: dict[str, Any]) -> None
     def reason(q: Tensor) -> str:
         raises = pytest.raises(ValueError, match="backend 'cuda' cannot compute this: ")
         with jvp_attn.backend("cuda"), raises as raised:
-            select.resolve_backend(q, q)
+            select.resolve_backend(q, q, q)
         return str(raised.value)
 
     assert "q is on cpu" in reason(torch.zeros(2, 8, 2, 64))
-    assert "and q has float32; 'automatic' can" in reason(on_gpu(torch.float32))
+    assert "and q has float32; 'tiled' and 'automatic' can" in reason(on_gpu(torch.float32))
+    assert "head_dim 512 is above 256, the kernels' largest" in reason(on_gpu(head_dim=512))
+    assert "head_dim is 0, and the kernels' smallest is 1" in reason(on_gpu(head_dim=0))
     gpu["capability"] = (7, 5)
     assert "the device has 7.5" in reason(on_gpu())
 

@@ -49,12 +49,11 @@ ARGUMENTS: Table = {
         "8",
     ),
     "key has another head_dim": ({"key": zeros(2, 4, 7, 4)}, ValueError, "key", "4", "3"),
-    "head_dim 257": (
-        {"query": zeros(2, 4, 5, 257), "key": zeros(2, 4, 7, 257)},
+    "no key heads": (
+        {"key": zeros(2, 0, 7, 3), "value": zeros(2, 0, 7, 6), "enable_gqa": True},
         ValueError,
-        "query",
-        "257",
-        "1 to 256",
+        "query has 4 heads",
+        "multiple",
     ),
     "leading dimensions that do not broadcast": (
         {"key": zeros(3, 4, 7, 3), "value": zeros(3, 4, 7, 6)},

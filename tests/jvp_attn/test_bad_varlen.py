@@ -12,8 +12,8 @@ from jvp_attn import flash_attn_varlen_jvp
 from tests.jvp_attn.bad_arguments import (
     CAUSAL,
     DTYPES,
+    MULTIPLE,
     PACKED,
-    POSITIVE_MULTIPLE,
     SCALES,
     BadCall,
     Table,
@@ -57,12 +57,13 @@ PACKING: Table = {
         {"q": zeros(8, 3, 3)},
         ValueError,
         "q has 3 heads and k has 2",
-        POSITIVE_MULTIPLE,
+        MULTIPLE,
     ),
-    "head_dim 257": (
-        {"q": zeros(8, 4, 257), "k": zeros(10, 2, 257)},
+    "no key heads": (
+        {"k": zeros(10, 0, 3), "v": zeros(10, 0, 6)},
         ValueError,
-        "q has head_dim 257; supported are 1 to 256",
+        "q has 4 heads and k has 0",
+        MULTIPLE,
     ),
     "cu_seqlens_q is a list": (
         {"cu_seqlens_q": [0, 3, 8]},
@@ -173,25 +174,25 @@ PACKING: Table = {
     "max_seqlen_q is a float": (
         {"max_seqlen_q": 5.0},
         TypeError,
-        "max_seqlen_q must be a Python int",
+        "max_seqlen_q must be an integer",
         "float",
     ),
     "max_seqlen_q is a tensor": (
         {"max_seqlen_q": torch.tensor(5)},
         TypeError,
-        "max_seqlen_q must be a Python int",
+        "max_seqlen_q must be an integer",
         "Tensor",
     ),
     "max_seqlen_k is a bool": (
         {"max_seqlen_k": True},
         TypeError,
-        "max_seqlen_k must be a Python int",
+        "max_seqlen_k must be an integer",
         "bool",
     ),
     "max_seqlen_k is None": (
         {"max_seqlen_k": None},
         TypeError,
-        "max_seqlen_k must be a Python int",
+        "max_seqlen_k must be an integer",
         "NoneType",
     ),
 }

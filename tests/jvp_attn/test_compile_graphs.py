@@ -15,7 +15,7 @@ from torch.func import jvp
 
 import jvp_attn
 from jvp_attn import flash_attn_jvp, flash_attn_varlen_jvp, replace_sdpa
-from tests.jvp_attn.attention_cases import Tensors, assert_close, energy, named, randn
+from tests.jvp_attn.attention_cases import Case, Tensors, assert_close, energy, named, randn
 from tests.jvp_attn.compile_cases import MASKED, jvp_along_q, masked
 from tests.jvp_attn.composition_autograd import leaves
 
@@ -112,6 +112,29 @@ def test_new_sequence_lengths_reuse_graphs(
             named((expected, expected_tangents, expected_gradients)),
         )
     assert len(recorder.made) == graphs
+
+
+def test_the_softmax_scale_may_vary() -> None:
+    def attention(scale: float, *x: Tensor) -> Any:
+        return jvp(lambda *x: flash_attn_jvp(*x, softmax_scale=scale, return_lse=True), x, x)
+
+    compiled = Recorder()(attention)
+    x = of_length(5)
+    for scale in (0.5, 0.25, -1.5, 2):
+        assert_close(named(compiled(scale, *x)), named(attention(scale, *x)))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"), [(512, 300), (0, 3), (3, 0)], ids=["wide", "no d", "no d_v"]
+)
+def test_any_head_dims_compile(head_dim: int, head_dim_v: int) -> None:
+    case = Case(seqlen_q=3, seqlen_k=4, head_dim=head_dim, head_dim_v=head_dim_v)
+    x, t = case.point_and_direction()
+
+    def attention(*x: Tensor) -> Any:
+        return jvp(case.ours, x, t)
+
+    assert_close(named(Recorder()(attention)(*x)), named(attention(*x)))
 
 
 # ----------------------------------------------------------------------------

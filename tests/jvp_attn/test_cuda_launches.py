@@ -115,12 +115,17 @@ def test_gradients_of_masks_are_tiled(
     "case",
     [
         bf16_case(batch=0),
+        bf16_case(heads=0, heads_k=0),
+        bf16_case(heads=0, heads_k=2),
         bf16_case(seqlen_q=0),
         bf16_case(seqlen_k=0),
         bf16_packed_case(seqlens_q=(), seqlens_k=(), beyond=3),
         bf16_packed_case(seqlens_q=(0, 0), seqlens_k=(4, 2)),
     ],
-    ids=["no batch", "no queries", "no keys", "no sequences", "sequences without queries"],
+    ids=[
+        *("no batch", "no heads", "no heads of queries", "no queries", "no keys"),
+        *("no sequences", "sequences without queries"),
+    ],
 )
 def test_an_empty_problem_is_computed_without_kernels(
     case: Case | PackedCase, cuda: CudaBackend, recorder: Recorder

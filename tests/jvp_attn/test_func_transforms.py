@@ -194,7 +194,7 @@ def test_flash_attention_apply_has_every_derivative(
     case = Case(seqlen_q=3, seqlen_k=4, head_dim=2, head_dim_v=3, softmax_scale=0.5, mask=kind)
     mask = case.primals().get("attn_mask")
     x, t = case.point_and_direction()
-    options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
+    options = AttentionOptions(0.5, backend=resolve_backend(*x[:3]))
     applied = derivative(
         lambda *x: FlashAttention.apply(*x, mask, None, None, None, options)[:2], x, t
     )
@@ -213,7 +213,7 @@ def test_flash_attention_jvp_apply_has_gradients_under_vmap() -> None:
         with_tangent="qkvm",
     )
     x, t = case.point_and_direction()
-    options = AttentionOptions(0.5, backend=resolve_backend(*x[:2]))
+    options = AttentionOptions(0.5, backend=resolve_backend(*x[:3]))
 
     def applied(*xt: Tensor) -> Tensors:
         return FlashAttentionJvp.apply(*xt[:4], None, None, None, *xt[4:], options)[:4]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from jvp_attn.backends.kernel_select import PRIMITIVES, kernels_of, why_no_kernels
 from jvp_attn.backends.kernel_table import KERNELS, OF_ROWS, padded_head_dim
@@ -71,6 +72,7 @@ def test_head_dims_are_padded_to_the_next_kernel(
 
 def test_no_kernel_supports_a_head_dim_above_256() -> None:
     assert padded_head_dim(257, 64) is None
+    assert padded_head_dim(64, 0) is None
     assert all(kernels_of(name, torch.bfloat16, 257, 64) is None for name in PRIMITIVES)
 
 
@@ -99,24 +101,46 @@ def test_kernels_of_each_primitive_in_launch_order() -> None:
     assert names_of("jvp_backward", 256) is None
 
 
+SMALL = (8, 8)
+
+
+def qkv(
+    seqlens: tuple[int, int], head_dims: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v without data."""
+    (seqlen_q, seqlen_k), (head_dim, head_dim_v) = seqlens, head_dims
+    shapes = (
+        (1, seqlen_q, 1, head_dim),
+        (1, seqlen_k, 1, head_dim),
+        (1, seqlen_k, 1, head_dim_v),
+    )
+    q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    return q, k, v
+
+
 @pytest.mark.parametrize(
-    ("dtype", "seqlen", "capability", "reason"),
+    ("seqlens", "head_dims", "dtype", "capability", "reason"),
     [
-        (
-            torch.float32,
-            8,
-            (9, 0),
-            "the kernels compute in float16 and bfloat16, and q has float32",
-        ),
-        (torch.float16, 8, (7, 5), "need compute capability 8.0 or newer, and the device has 7.5"),
-        (torch.float16, 2**30, (8, 0), "up to 1073741823, and that of q is 1073741824"),
+        (SMALL, SMALL, torch.float32, (9, 0), "compute in float16 and bfloat16, and q has float32"),
+        (SMALL, SMALL, torch.float16, (7, 5), "need compute capability 8.0 or newer"),
+        (SMALL, SMALL, torch.float16, (7, 5), "and the device has 7.5"),
+        ((2**30, 8), SMALL, torch.float16, (8, 0), "up to 1073741823, and that of q is 1073741824"),
+        ((8, 2**30), SMALL, torch.float16, (8, 0), "up to 1073741823, and that of k is 1073741824"),
+        (SMALL, (512, 8), torch.float16, (8, 0), "head_dim 512 is above 256, the kernels' largest"),
+        (SMALL, (8, 257), torch.float16, (9, 0), "head_dim_v 257 is above 256, the kernels'"),
+        (SMALL, (0, 8), torch.float16, (9, 0), "head_dim is 0, and the kernels' smallest is 1"),
+        (SMALL, (8, 0), torch.float16, (9, 0), "head_dim_v is 0, and the kernels' smallest is 1"),
     ],
 )
 def test_a_problem_without_kernels_has_a_reason(
-    dtype: torch.dtype, seqlen: int, capability: tuple[int, int], reason: str
+    seqlens: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    reason: str,
 ) -> None:
-    assert reason in (why_no_kernels(dtype, seqlen, 8, capability) or "")
-    assert why_no_kernels(torch.bfloat16, 8, 8, (8, 0)) is None
+    assert reason in (why_no_kernels(*qkv(seqlens, head_dims, dtype), capability) or "")
+    assert why_no_kernels(*qkv(SMALL, (1, 256), torch.bfloat16), (8, 0)) is None
 
 
 # ----------------------------------------------------------------------------

@@ -291,6 +291,11 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         ValueError,
         "attn_mask is a causal bias for 5 queries and 6 keys, .* 5 and 5",
     ),
+    "a changed causal bias": (
+        lambda f: f(Q, Q, Q, causal_upper_left(5, 5)[None]),
+        TypeError,
+        "attn_mask is the result of an operation on a causal bias",
+    ),
     "a causal bias and is_causal": (
         lambda f: f(Q, Q, Q, causal_upper_left(5, 5), is_causal=True),
         ValueError,

@@ -11,11 +11,15 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.func import grad, jvp
 
+import jvp_attn
 from jvp_attn import flash_attn_jvp, flash_attn_with_tangent
-from tests.jvp_attn.attention_cases import Case
+from tests.jvp_attn.attention_cases import Case, relative_error
 
 X = Case().data()
-NO_JVP_OF_JVP = "differentiate the tangent in reverse mode, with torch.func.grad or .backward()"
+NO_JVP_OF_JVP = (
+    "differentiate the tangent in reverse mode, with torch.func.grad or .backward(), or nest "
+    "torch.func.jvp in `with jvp_attn.backend('math')`"
+)
 NO_THIRD = "use `with jvp_attn.backend('math')`, which differentiates to any order"
 
 
@@ -53,6 +57,21 @@ def grad_grad_f(q: Tensor) -> Tensor:
 def test_forward_mode_through_a_tangent_raises(tangent: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(NotImplementedError, match=re.escape(NO_JVP_OF_JVP)):
         jvp(tangent, (X["q"],), (X["tq"],))
+
+
+@pytest.mark.parametrize(
+    "tangent", [jvp_f, jvp_f_along_k, tangent_by_hand, grad_jvp_f, grad_grad_f]
+)
+def test_the_backend_math_has_the_derivatives_that_the_messages_promise(
+    tangent: Callable[[Tensor], Tensor],
+) -> None:
+    """The slope of the tangent along a line, in forward mode and by finite differences."""
+    step = 1e-5
+    with jvp_attn.backend("math"):
+        (_, exact) = jvp(tangent, (X["q"],), (X["tq"],))
+        ahead, behind = (tangent(X["q"] + h * X["tq"]) for h in (step, -step))
+    assert exact.norm() > 0.1
+    assert relative_error((ahead - behind) / (2 * step), exact) < 1e-7
 
 
 @pytest.mark.parametrize("second", [grad_jvp_f, grad_grad_f])

@@ -169,6 +169,8 @@ def test_kernels_of_a_shape_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--dtype", "float32"), "and q has float32"),
         (("--capability", "7.5"), "the device has 7.5"),
         (("--seqlen-k", "1073741824"), "that of k is 1073741824"),
+        (("--head-dim-v", "257"), "head_dim_v 257 is above 256, the kernels' largest"),
+        (("--head-dim-v", "0"), "head_dim_v is 0, and the kernels' smallest is 1"),
     ],
 )
 def test_tiled_has_its_reason(
@@ -176,7 +178,7 @@ def test_tiled_has_its_reason(
 ) -> None:
     lines = printed(monkeypatch, *SHAPE, *options).splitlines()
     assert len(lines) == len(PRIMITIVES)
-    assert all("tiled, because the kernels" in line and reason in line for line in lines)
+    assert all("tiled, because " in line and reason in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +195,20 @@ def test_without_a_device_the_cpu_computes(
     assert lines[0] == f"forward           {backend}, because torch sees no CUDA device"
 
 
+@pytest.mark.usefixtures("no_extension")
+def test_tiled_computes_wide_heads_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = printed(monkeypatch, "--shape", "1,8,2,512").splitlines()
+    assert lines[0] == (
+        "forward           tiled, because head_dim 512 is above 256, the kernels' largest"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--shape", "2,4096,16"), "'2,4096,16' is not batch,seqlen,heads,head_dim"),
         ((*SHAPE, "--heads-k", "3"), "q has 16 heads and k has 3"),
+        ((*SHAPE, "--heads-k=-4"), "'-4' is no size such as 16"),
         ((*SHAPE, "--capability", "Hopper"), "'Hopper' is no compute capability such as 8.0"),
         (("--heads-k", "3"), "these options describe a problem, which also needs --shape"),
     ],
