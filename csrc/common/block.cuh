@@ -106,7 +106,7 @@ struct KeyBlock {
     // first query is `row`.
     template <int Rows>
     DEVICE void hide(Accumulator<Rows>& scores, int key, int row) const {
-        const int lane = opaque(lane_index());
+        const int lane = opaque(lane_index());  // few tiles need it: computed here, not before
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int own = key + lane / 4 + 8 * half;

@@ -53,6 +53,7 @@ struct Accumulator {
         memcpy(value[block], &words, sizeof words);
     }
 
+    // Rounded in the same way in every kernel, because scores are.
     DEVICE void scale(float factor) {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i)

@@ -54,7 +54,7 @@ DEVICE void store_pair(const GmemView& view, int row, int column, uint32_t word)
     if (column + 1 < view.columns) global_store(target + 1, static_cast<uint16_t>(word >> 16));
 }
 
-// Rounds and stores columns 8 block to 8 block + 7 of the 16 rows of a warp. If
+// Rounds and stores a lane's columns in 8 block to 8 block + 7 of the 16 rows of a warp. If
 // `target_lo` exists, it gets the part that rounding took away.
 template <class Element, int Columns>
 DEVICE void store_block(const GmemView& target, const GmemView& target_lo, int first_row,
@@ -75,7 +75,7 @@ DEVICE void store_block(const GmemView& target, const GmemView& target_lo, int f
 template <class Element, int Columns>
 DEVICE void store_rows(const GmemView& target, const GmemView& target_lo, int first_row,
                        const Accumulator<Columns>& rows) {
-    const int lane = opaque(lane_index());
+    const int lane = opaque(lane_index());  // to compute addresses here, not before a loop
 #pragma unroll
     for (int i = 0; i < rows.kBlocks; ++i)
         store_block<Element>(target, target_lo, first_row, rows, i, lane);

@@ -203,10 +203,10 @@ def exp2() -> Probe:
     return Probe("exp2", x, exact, ulps=3)
 
 
-def multiply_rn() -> Probe:
+def multiply() -> Probe:
     x = RANDOM.uniform(-1e4, 1e4, (1000, 3)).astype(np.float32)
     x[::2, 2] = x[::2, 0] * x[::2, 1]  # a fused product would leave the rounding error
-    return Probe("multiply_rn", x, x[:, 0] * x[:, 1] - x[:, 2])
+    return Probe("multiply", x, x[:, 0] * x[:, 1] - x[:, 2])
 
 
 def pack(element: str) -> Probe:
@@ -223,7 +223,7 @@ PROBES = [
     *(indices(), reverse_floats(), reverse_words(), any_thread(), shuffle()),
     *(copy_groups(), copy_nothing(), copy_async_parts()),
     *(widen_bytes(), widen_elements(), copy_elements()),
-    *(matrices(transposed=False), matrices(transposed=True), exp2(), multiply_rn()),
+    *(matrices(transposed=False), matrices(transposed=True), exp2(), multiply()),
     *(probe(element) for probe in (multiply_add, pack, unpack) for element in ("bf16", "fp16")),
 ]
 

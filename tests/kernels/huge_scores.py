@@ -107,7 +107,8 @@ def huge_inputs(
         score = PRODUCTS[kind] if problem.mask is None else Products(step=MASKS[kind].step)
         if score.step or problem.mask is None:
             q[:, row, :, :half] = 0
-        q[:, row, :, LEVEL] = max(-largest, score.level / constant / SCALE)
+        level = score.level / constant / SCALE
+        q[:, row, :, LEVEL] = min(max(level, -largest), largest)
         q[:, row, :, STEP] = score.step / SCALE
         q[:, row, :, SIGN] = min(largest, score.sign / SCALE)
     for name in ("grad_out", "grad_tout", "grad_lse", "grad_mu"):

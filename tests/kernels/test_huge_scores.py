@@ -180,7 +180,8 @@ def fault_of(actual: Tensor, exact: Tensor, rounded: Tensor) -> str:
     """What is wrong with a part of an output; empty if it is right."""
     norm = float(exact.norm())
     error, of_rounded = (float((x.double() - exact).norm()) for x in (actual, rounded))
-    rounding = 1e-5 if actual.dtype == torch.float32 else torch.finfo(actual.dtype).eps / 2
+    # A part has few rows, whose errors do not average out: two roundings may add up.
+    rounding = 1e-5 if actual.dtype == torch.float32 else torch.finfo(actual.dtype).eps
     allowed = max(2 * of_rounded, rounding * norm)
     return "" if error <= allowed else f"has an error of {error:.2e}, {allowed:.2e} allowed"
 
