@@ -9,20 +9,22 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from jvp_attn.autograd import ops
+from jvp_attn.autograd.duals import differentiable_inputs, unpack_duals
 from jvp_attn.autograd.functions import FlashAttention, FlashAttentionJvp
 from jvp_attn.backends import reference
 from jvp_attn.types import AttentionOptions, Inputs, Tangents
-from jvp_attn.validation import check_lengths, check_tangents
+from jvp_attn.validation import check_lengths
 
 
 def differentiable_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked inputs, with every derivative."""
+    _raise_in_jit_trace()
     if options.backend == "math":
         check_lengths(inputs, options)
         return reference.attention(inputs, options)
     if not torch.compiler.is_compiling():
         return _eager_attention(inputs, options)
-    primals, tangents = _unpacked(inputs)
+    primals, tangents = unpack_duals(inputs)
     has_tangent = any(t is not None for t in tangents)
     if not _can_be_captured(has_tangent):
         return _eager_attention(inputs, options)
@@ -37,6 +39,7 @@ def attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, tout, mu) of checked inputs and tangents, with every derivative."""
+    _raise_in_jit_trace()
     if options.backend == "math":
         check_lengths(inputs, options)
         return _math_attention_with_tangent(inputs, tangents, options)
@@ -58,6 +61,15 @@ def backward_may_follow(*tensors: Tensor | None) -> bool:
     )
 
 
+def _raise_in_jit_trace() -> None:
+    """Raise in torch.jit.trace, which records head_dim^−½ in float32, and options as constants."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace of attention is not supported: use torch.export.export or "
+            "torch.compile, which record it as operators"
+        )
+
+
 # ----------------------------------------------------------------------------
 # Eager mode. The compiler must not trace these functions, even if it compiles their caller
 
@@ -72,7 +84,7 @@ _eager = torch.compiler.disable(
 @_eager
 def _eager_attention(inputs: Inputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     if _tangents_may_be_unpacked(inputs):
-        primals, tangents = _unpacked(inputs)
+        primals, tangents = unpack_duals(inputs)
         if any(t is not None for t in tangents):
             out, lse, tout, mu, *_ = FlashAttentionJvp.apply(*primals, *tangents, options)
             return fwAD.make_dual(out, tout), fwAD.make_dual(lse, mu)
@@ -102,18 +114,10 @@ def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None))
 
 
-def _unpacked(inputs: Inputs) -> tuple[Inputs, Tangents]:
-    duals = {name: fwAD.unpack_dual(x) for name, x in _differentiable(inputs).items()}
-    primals = inputs._replace(**{name: dual.primal for name, dual in duals.items()})
-    tangents = Tangents(**{name: dual.tangent for name, dual in duals.items()})
-    check_tangents(primals, tangents)
-    return primals, tangents
-
-
 def _math_attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    primals = _differentiable(inputs)
+    primals = differentiable_inputs(inputs)
     directions = {name: getattr(tangents, name) for name in primals}
 
     def formula(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -126,12 +130,6 @@ def _math_attention_with_tangent(
     )
     (out, lse), (tout, mu) = outputs
     return out, lse, tout, mu
-
-
-def _differentiable(inputs: Inputs) -> dict[str, Tensor]:
-    """The inputs that may have a tangent, by name."""
-    present = {name: getattr(inputs, name) for name in Tangents._fields}
-    return {x: t for x, t in present.items() if t is not None and t.is_floating_point()}
 
 
 # ----------------------------------------------------------------------------
