@@ -9,10 +9,11 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from jvp_attn.autograd import ops
+from jvp_attn.autograd.duals import differentiable_inputs, unpack_duals
 from jvp_attn.autograd.functions import FlashAttention, FlashAttentionJvp
 from jvp_attn.backends import reference
 from jvp_attn.types import AttentionOptions, Inputs, JvpOutputs, Tangents
-from jvp_attn.validation import check_lengths, check_tangents
+from jvp_attn.validation import check_lengths
 
 MaybeTensor = Tensor | None
 
@@ -24,12 +25,13 @@ def differentiable_attention(
 
     lse_lo may be None if the options do not request it, and has no derivative.
     """
+    _raise_in_jit_trace()
     if options.backend == "math":
         check_lengths(inputs, options)
         return reference.attention(inputs, options)
     if not torch.compiler.is_compiling():
         return _eager_attention(inputs, options)
-    primals, tangents = _unpacked(inputs)
+    primals, tangents = unpack_duals(inputs)
     has_tangent = any(t is not None for t in tangents)
     if not _can_be_captured(has_tangent):
         return _eager_attention(inputs, options)
@@ -46,6 +48,7 @@ def attention_with_tangent(
 
     For lse_lo see `differentiable_attention`.
     """
+    _raise_in_jit_trace()
     if options.backend == "math":
         check_lengths(inputs, options)
         return _math_attention_with_tangent(inputs, tangents, options)
@@ -67,6 +70,15 @@ def backward_may_follow(*tensors: Tensor | None) -> bool:
     )
 
 
+def _raise_in_jit_trace() -> None:
+    """Raise in torch.jit.trace, which records head_dim^−½ in float32, and options as constants."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace of attention is not supported: use torch.export.export or "
+            "torch.compile, which record it as operators"
+        )
+
+
 # ----------------------------------------------------------------------------
 # Eager mode. The compiler must not trace these functions, even if it compiles their caller
 
@@ -83,7 +95,7 @@ def _eager_attention(
     inputs: Inputs, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, MaybeTensor]:
     if _tangents_may_be_unpacked(inputs):
-        primals, tangents = _unpacked(inputs)
+        primals, tangents = unpack_duals(inputs)
         if any(t is not None for t in tangents):
             outputs = FlashAttentionJvp.apply(*primals, *tangents, options)
             return _dual(JvpOutputs(*outputs))
@@ -113,14 +125,6 @@ def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None))
 
 
-def _unpacked(inputs: Inputs) -> tuple[Inputs, Tangents]:
-    duals = {name: fwAD.unpack_dual(x) for name, x in _differentiable(inputs).items()}
-    primals = inputs._replace(**{name: dual.primal for name, dual in duals.items()})
-    tangents = Tangents(**{name: dual.tangent for name, dual in duals.items()})
-    check_tangents(primals, tangents)
-    return primals, tangents
-
-
 def _dual(outputs: JvpOutputs) -> tuple[Tensor, Tensor, MaybeTensor]:
     out = fwAD.make_dual(outputs.out, outputs.tout)
     lse = fwAD.make_dual(outputs.lse, outputs.mu)
@@ -130,7 +134,7 @@ def _dual(outputs: JvpOutputs) -> tuple[Tensor, Tensor, MaybeTensor]:
 def _math_attention_with_tangent(
     inputs: Inputs, tangents: Tangents, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    primals = _differentiable(inputs)
+    primals = differentiable_inputs(inputs)
     directions = {name: getattr(tangents, name) for name in primals}
 
     def formula(values: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,12 +147,6 @@ def _math_attention_with_tangent(
     )
     (out, lse, lse_lo), (tout, mu, _) = outputs
     return out, lse, tout, mu, lse_lo
-
-
-def _differentiable(inputs: Inputs) -> dict[str, Tensor]:
-    """The inputs that may have a tangent, by name."""
-    present = {name: getattr(inputs, name) for name in Tangents._fields}
-    return {x: t for x, t in present.items() if t is not None and t.is_floating_point()}
 
 
 # ----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 `torch.ops.jvp_attn.*` compute with the backend that the options name. Fake and meta tensors get
 results of the right shapes. In eager mode the derivatives are those of the Functions in
 `jvp_attn.autograd.functions`; the ones registered here are for torch.compile, which does not trace
-a Function that has a jvp rule.
+a Function that has a jvp rule, and for graphs of torch.export and make_fx.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
 
+from jvp_attn.autograd.duals import unpack_duals
 from jvp_attn.autograd.signatures import BACKWARD, FORWARD, FORWARD_JVP, JVP_BACKWARD, Signature
 from jvp_attn.backends.select import get_backend, get_meta_backend
 from jvp_attn.types import (
@@ -159,7 +162,55 @@ for _name, _signature in _SIGNATURES.items():
 
 
 # ----------------------------------------------------------------------------
-# Derivatives, for torch.compile
+# Forward mode. The autograd kernels of torch.library drop tangents without an error
+
+
+# The only one: torch does not nest levels. Graphs of the compiler do not set fwAD._current_level.
+_LEVEL = 0
+
+
+class _LibraryWithTangents(torch.library.Library):
+    """A library whose autograd kernels have a rule for tangents."""
+
+    def impl(
+        self, op_name: Any, fn: Any, dispatch_key: str = "", *args: Any, **options: Any
+    ) -> None:
+        if dispatch_key == "Autograd":
+            fn = _with_tangents(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, *args, **options)
+
+
+def _with_tangents(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd kernel of an operator, which also takes dual numbers."""
+
+    def autograd_kernel(keyset: Any, *arguments: Any) -> Any:
+        if not (torch._C._is_fwd_grad_enabled() and any(map(_has_tangent, arguments))):
+            return kernel(keyset, *arguments)
+        if name != "forward":
+            raise NotImplementedError(
+                f"torch.ops.jvp_attn.{name} has no forward derivative: call flash_attn_jvp, which "
+                "has second derivatives except jvp of jvp, outside of torch.compile, torch.export "
+                "and make_fx"
+            )
+        inputs, *scalars = FORWARD.unpack(arguments)
+        options = _options(*scalars)
+        outputs = forward_jvp(*unpack_duals(inputs, level=_LEVEL), options)
+        out = fwAD.make_dual(outputs.out, outputs.tout, level=_LEVEL)
+        lse = fwAD.make_dual(outputs.lse, outputs.mu, level=_LEVEL)
+        return tuple(Outputs(out, lse, outputs.out_lo, outputs.lse_lo))
+
+    return autograd_kernel
+
+
+def _has_tangent(argument: Any) -> bool:
+    return (
+        isinstance(argument, Tensor)
+        and fwAD.unpack_dual(argument, level=_LEVEL).tangent is not None
+    )
+
+
+# ----------------------------------------------------------------------------
+# Derivatives in reverse mode, for torch.compile and torch.export
 
 
 def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
@@ -200,6 +251,7 @@ def _backward_of_backward(ctx: Any, *cotangents: Any) -> Any:
     )
 
 
+_autograd_library = _LibraryWithTangents("jvp_attn", "FRAGMENT")
 for _name, _backward, _save in (
     ("forward", _backward_of_forward, _save_for_backward),
     ("forward_jvp", _backward_of_forward_jvp, _save_for_backward),
@@ -207,5 +259,5 @@ for _name, _backward, _save in (
     ("jvp_backward", _backward_of_backward, None),
 ):
     torch.library.register_autograd(
-        f"jvp_attn::{_name}", _backward, setup_context=_save, lib=_library
+        f"jvp_attn::{_name}", _backward, setup_context=_save, lib=_autograd_library
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from jvp_attn.patching.multi_head_attention import multi_head_attention_forward
@@ -33,6 +34,9 @@ class replace_sdpa(TorchFunctionMode):
     Otherwise torch raises `torch.utils.checkpoint.CheckpointError`, or with use_reentrant=True uses
     the gradient of its own attention. `jvp_attn.checkpoint_jvp` has no such restriction.
 
+    Graphs that torch.export or torch.fx.symbolic_trace records inside the block contain this
+    package's attention. Tracing with torch.jit.trace raises.
+
     Raises:
         NotImplementedError: inside the block, from attention that bypasses
             `F.scaled_dot_product_attention`: FlexAttention, `torch.nn.attention.varlen`, operators
@@ -45,6 +49,9 @@ class replace_sdpa(TorchFunctionMode):
         """Handle a call of a torch function."""
         kwargs = kwargs or {}
         if func in _REPLACEMENTS:
+            proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
+            if proxy is not None:
+                return proxy.__torch_function__(_REPLACEMENTS[func], types, args, kwargs)
             return _REPLACEMENTS[func](*args, **kwargs)
         if func in _RECOMPUTING:
             with self:
@@ -53,6 +60,8 @@ class replace_sdpa(TorchFunctionMode):
             raise_if_attention(func)
         if not torch.compiler.is_compiling():
             guard_libraries(_is_active)
+        elif func in _TRACED_AS_METHODS and getattr(type(args[0]), func.__name__) is func:
+            return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         return func(*args, **kwargs)
 
 
@@ -81,3 +90,12 @@ _RECOMPUTING = {
     function: _without_modes(function)
     for function in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 }
+
+# torch.compile traces calls of these methods, but not of the functions that a mode gets for them. A
+# subclass may override a method, which would then run twice.
+_TRACED_AS_METHODS = (
+    torch.Tensor.dim_order,
+    torch.Tensor.resize,
+    torch.Tensor.resize_as,
+    torch.Tensor.unflatten,
+)

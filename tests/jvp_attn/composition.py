@@ -306,6 +306,38 @@ OTHER_USES = [
         ),
     ),
     OtherUse(
+        "`torch.export`, also with a jvp inside; the exported module under `func.jvp`, and "
+        "gradients through both",
+        True,
+        (
+            "jvp_attn/test_replace_sdpa_tracers.py"
+            "::test_an_exported_module_has_tangents_and_gradients",
+            "jvp_attn/test_replace_sdpa_tracers.py"
+            "::test_an_export_may_have_varying_sizes_and_a_jvp_inside",
+        ),
+    ),
+    OtherUse(
+        "`fx.symbolic_trace` under `replace_sdpa`",
+        True,
+        (
+            "jvp_attn/test_replace_sdpa_tracers.py"
+            "::test_a_symbolic_trace_contains_the_attention_of_this_package",
+        ),
+    ),
+    OtherUse(
+        "`func.jvp` of a derivative that `make_fx` recorded",
+        False,
+        (
+            "jvp_attn/test_op_tangents.py"
+            "::test_recorded_attention_has_a_tangent_and_a_recorded_derivative_raises",
+        ),
+    ),
+    OtherUse(
+        "`torch.jit.trace`",
+        False,
+        ("jvp_attn/test_replace_sdpa_tracers.py::test_jit_trace_raises",),
+    ),
+    OtherUse(
         "`torch.library.opcheck` of every operator",
         True,
         ("jvp_attn/test_ops.py::test_opcheck",),

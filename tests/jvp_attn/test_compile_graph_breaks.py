@@ -99,12 +99,14 @@ def gradient_within_a_dual_level(f: Attention, x: Tensors, t: Tensors, compiled:
 
 OUR_REASON = "attention goes through torch.func.jvp but no other"
 TORCHS_REASON = "torch.func|functorch"
+# torch 2.14 is the first that finds the tangents of a compiled function's arguments.
+DUAL_ARGUMENT = OUR_REASON if torch.__version__ < (2, 14) else "wrap a dual tensor input"
 BREAKS_THE_GRAPH = {
     **dict.fromkeys((grad_within, grad_of_jvp_within, jvp_of_grad_within), OUR_REASON),
     **dict.fromkeys((vmap_within, jacfwd_within), OUR_REASON),
     **dict.fromkeys((jvp_of_compiled, grad_of_compiled, vmap_of_compiled), TORCHS_REASON),
-    **dict.fromkeys((dual_numbers_from_outside, dual_numbers_after_plain_ones), OUR_REASON),
-    gradient_within_a_dual_level: OUR_REASON,
+    **dict.fromkeys((dual_numbers_from_outside, dual_numbers_after_plain_ones), DUAL_ARGUMENT),
+    gradient_within_a_dual_level: DUAL_ARGUMENT,
 }
 
 
