@@ -62,9 +62,9 @@ class Numbers:
     def near_the_maximum(self, shape: tuple[int, ...]) -> Tensor:
         return (0.3 + 0.69 * self.uniform(shape)) * self.signs(shape) * self._limits.max
 
-    def near_the_root_of_the_maximum(self, shape: tuple[int, ...]) -> Tensor:
-        """Products of two do not overflow, nor do sums of some thousand products."""
-        return self.normal(shape) * math.sqrt(self._limits.max) / 256
+    def near_the_fourth_root_of_the_maximum(self, shape: tuple[int, ...]) -> Tensor:
+        """Products of three of them do not overflow, nor do sums of such products."""
+        return self.normal(shape) * self._limits.max**0.25
 
     def near_the_minimum(self, shape: tuple[int, ...]) -> Tensor:
         return self.normal(shape) * self._limits.tiny * 4
@@ -81,14 +81,14 @@ class Numbers:
     def score_factor(self, shape: tuple[int, ...], ordinary: float) -> Tensor:
         """Numbers for q or k, ordinary ones with this probability."""
         kinds = (self.equal_rows, self.some_large_rows, self.some_large_rows)
-        return self._of_kind(shape, ordinary, *kinds, self.near_the_root_of_the_maximum)
+        return self._of_kind(shape, ordinary, *kinds, self.near_the_fourth_root_of_the_maximum)
 
     def value(self, shape: tuple[int, ...], ordinary: float, *, may_overflow: bool) -> Tensor:
         """Numbers for v, ordinary ones with this probability.
 
         With `may_overflow` their products with cotangents may.
         """
-        large = self.near_the_maximum if may_overflow else self.near_the_root_of_the_maximum
+        large = self.near_the_maximum if may_overflow else self.near_the_fourth_root_of_the_maximum
         return self._of_kind(shape, ordinary, self.equal_rows, self.some_large_rows, large)
 
     def direction(self, shape: tuple[int, ...], ordinary: float) -> Tensor:
@@ -96,7 +96,7 @@ class Numbers:
 
         They are multiplied with each other, and overflow in a different place in each order.
         """
-        kinds = (self.some_larger_rows, self.near_the_root_of_the_maximum)
+        kinds = (self.some_larger_rows, self.near_the_fourth_root_of_the_maximum)
         return self._of_kind(shape, ordinary, *kinds)
 
     def _of_kind(

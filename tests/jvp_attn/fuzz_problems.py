@@ -111,17 +111,16 @@ class Problem:
         compute = getattr(attention, self.derivative)
         if not self.mapped:
             return compute(x)
-        each = [compute(self.example(x, i)) for i in range(self.size)]
-        if not each:
-            sizes = {n: x[n].shape[:d] + x[n].shape[d + 1 :] for n, d in self.mapped.items()}
-            any_example = {n: x[n].new_zeros(size) for n, size in sizes.items()}
-            return {n: y[None][:0] for n, y in compute({**x, **any_example}).items()}
-        return {n: torch.stack([y[n] for y in each]) for n in each[0]}
+        each = [compute(self.example(x, i)) for i in range(max(self.size, 1))]
+        return {n: torch.stack([y[n] for y in each])[: self.size] for n in each[0]}
 
     def example(self, x: Named, i: int) -> dict[str, Tensor]:
-        """What vmap gives to one of the calls."""
-        mapped = self.mapped or {}
-        return {n: y.select(mapped[n], i) if n in mapped else y for n, y in x.items()}
+        """What vmap gives to the i-th call; zeros if it makes fewer."""
+        example = dict(x)
+        for n, dim in (self.mapped or {}).items():
+            shape = x[n].shape[:dim] + x[n].shape[dim + 1 :]
+            example[n] = x[n].select(dim, i) if i < self.size else x[n].new_zeros(shape)
+        return example
 
     def stored_tangent_overflows(self) -> bool:
         """Whether tO, which derivatives of second order save in q's dtype, exceeds its range."""

@@ -25,8 +25,8 @@ from tests.jvp_attn.fuzz_rule import judge
 
 pytestmark = pytest.mark.slow
 
-SEEDS = 3000
-EMULATED_SEEDS = 60
+SEEDS = 2000
+EMULATED_SEEDS = 40
 INVALID_SEEDS = 1000
 
 
