@@ -74,7 +74,7 @@ def cu_seqlens_beyond_the_end(x: dict[str, Tensor], rng: Random) -> None:
 GENERAL: list[Change] = [another_dtype, an_integer_dtype, another_head_dim]
 DENSE: list[Change] = [
     *(another_rank, more_values_than_keys, a_mask_of_another_shape, a_mask_of_integers),
-    *(too_many_used_keys, used_keys_of_another_batch),
+    *(too_many_used_keys, used_keys_of_another_batch, a_sparse_tensor),
 ]
 VARLEN: list[Change] = [another_rank, decreasing_cu_seqlens, cu_seqlens_beyond_the_end]
 
