@@ -167,7 +167,7 @@ def compare(name: str, ours: Tensor, exact: Tensor, maths: list[Tensor], verdict
         x, y, *zs = (z[chosen] / unit for z in (found, true, *others))
         formula_errors = max((z - y for z in zs), key=lambda x: float(x.norm()))
         math_error = float(formula_errors.norm())
-        chance = 1 + 6 / math.sqrt(min(y.unique().numel(), effective_number(formula_errors)))
+        chance = 1 + 10 / math.sqrt(min(y.unique().numel(), effective_number(formula_errors)))
         rounding = eps * float(y.norm()) * (chance if wide else 1)
         rounding += (usual + tiny) / unit * math.sqrt(y.numel())
         error, allowed = float((x - y).norm()), 2 * chance * math_error + rounding
