@@ -18,6 +18,7 @@ from jvp_attn.validation import (
     check_flags,
     check_mask,
     check_mask_tangent,
+    check_not_in_jit_trace,
     check_packed_attention,
     check_seqused_k,
     check_tangent,
@@ -156,6 +157,7 @@ def flash_attn_jvp(
     Source: FlashAttention-2 (arXiv 2307.08691) for the primal, sCM (arXiv 2410.11081)
     for the tangent.
     """
+    check_not_in_jit_trace()
     check_flags(deterministic=deterministic, return_lse=return_lse, return_lse_lo=return_lse_lo)
     outputs = attention(
         *(q, k, v, attn_mask),
@@ -304,6 +306,7 @@ def flash_attn_varlen_jvp(
 
     Source: the interface of flash-attn's flash_attn_varlen_func.
     """
+    check_not_in_jit_trace()
     check_packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_flags(deterministic=deterministic, return_lse=return_lse, return_lse_lo=return_lse_lo)
     inputs = Inputs(q[None], k[None], v[None], None, cu_seqlens_q, cu_seqlens_k)
@@ -404,6 +407,7 @@ def flash_attn_with_tangent(
         TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: forward mode through this function (a jvp of a jvp).
     """
+    check_not_in_jit_trace()
     check_attention(q, k, v)
     check_seqused_k(seqused_k, q)
     check_flags(deterministic=deterministic, return_lse=return_lse, return_lse_lo=return_lse_lo)

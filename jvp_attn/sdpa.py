@@ -14,7 +14,13 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from jvp_attn.autocast import has_autocast
 from jvp_attn.interface import attention
 from jvp_attn.types import Causal
-from jvp_attn.validation import DTYPES, check_dense, check_flags, resolve_softmax_scale
+from jvp_attn.validation import (
+    DTYPES,
+    check_dense,
+    check_flags,
+    check_not_in_jit_trace,
+    resolve_softmax_scale,
+)
 
 
 def scaled_dot_product_attention(
@@ -59,6 +65,7 @@ def scaled_dot_product_attention(
         TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: dropout_p above 0; nested tensors; a derivative of third order.
     """
+    check_not_in_jit_trace()
     _check_arguments(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     scale = resolve_softmax_scale(scale, query.shape[-1], "scale")
     causal = Causal.TOP_LEFT if is_causal else Causal.NO

@@ -355,6 +355,19 @@ def resolve_alignment(causal: bool) -> Causal:
     return Causal.BOTTOM_RIGHT if causal else Causal.NO
 
 
+def check_not_in_jit_trace() -> None:
+    """torch.jit.trace would record head_dim^−½ in float32, and options as constants.
+
+    Raises:
+        NotImplementedError: it is active.
+    """
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace of attention is not supported: use torch.export.export or "
+            "torch.compile, which record it as operators"
+        )
+
+
 def resolve_softmax_scale(
     softmax_scale: float | None, head_dim: int, name: str = "softmax_scale"
 ) -> float:

@@ -25,7 +25,6 @@ def differentiable_attention(
 
     lse_lo may be None if the options do not request it, and has no derivative.
     """
-    _raise_in_jit_trace()
     if options.backend == "math":
         check_lengths(inputs, options)
         return reference.attention(inputs, options)
@@ -48,7 +47,6 @@ def attention_with_tangent(
 
     For lse_lo see `differentiable_attention`.
     """
-    _raise_in_jit_trace()
     if options.backend == "math":
         check_lengths(inputs, options)
         return _math_attention_with_tangent(inputs, tangents, options)
@@ -68,15 +66,6 @@ def backward_may_follow(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or any(
         x.requires_grad for x in tensors if x is not None
     )
-
-
-def _raise_in_jit_trace() -> None:
-    """Raise in torch.jit.trace, which records head_dim^−½ in float32, and options as constants."""
-    if torch.jit.is_tracing():
-        raise NotImplementedError(
-            "torch.jit.trace of attention is not supported: use torch.export.export or "
-            "torch.compile, which record it as operators"
-        )
 
 
 # ----------------------------------------------------------------------------

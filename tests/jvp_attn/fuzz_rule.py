@@ -37,7 +37,7 @@ VARIANTS = [
     Variant(),
     Variant(scale_first=False, divide_first=False, seed=1),
     Variant(divide_first=False, seed=2),
-    Variant(scale_first=False, centre=True, seed=3),
+    Variant(scale_first=False, seed=3),
 ]
 
 

@@ -44,7 +44,7 @@ def by_dual_numbers(call: PrimitiveCall) -> tuple[Tensor | None, ...]:
     primals, tangents = primals_and_tangents(call)
     with fwAD.dual_level():
         duals = {name: fwAD.make_dual(primals[name], tangents[name]) for name in primals}
-        out, lse, _ = ops.forward(call.inputs._replace(**duals), call.options)
+        out, lse, *_ = ops.forward(call.inputs._replace(**duals), call.options)
         (out, tout), (lse, mu) = fwAD.unpack_dual(out), fwAD.unpack_dual(lse)
     return out, lse, tout, mu
 
