@@ -52,8 +52,9 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
         }
     }
 
-    DEVICE static void attend(const AttentionParams& p, const RowBlock<Rows>& block,
-                              RowReader& rows, KeyReader& keys) {
+    DEVICE static void attend(const AttentionParams& p, int work_tile, RowReader& rows,
+                              KeyReader& keys) {
+        const RowBlock<Rows> block = Pipeline::block_of(p, work_tile);
         const int key_end = block.key_end();
         const int unmasked_key_end = block.unmasked_key_end();
         const int warp_row = Pipeline::warp_row();
@@ -130,7 +131,9 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
             if (kKeyTangents) keys.release(tv_slot);
         }
         Pipeline::sync_warpgroup();
-        finish(p, block, block.first_row + warp_row, softmax, tangent_weights, out, tout,
+        // Computed again: to keep the block would cost registers in the loop.
+        const RowBlock<Rows> again = Pipeline::block_of(p, opaque(work_tile));
+        finish(p, again, again.first_row + warp_row, softmax, tangent_weights, out, tout,
                {q, warp_row});
     }
 

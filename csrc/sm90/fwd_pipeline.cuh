@@ -36,8 +36,8 @@ struct FwdPipeline {
     static int64_t work(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     // A kernel has two functions: load(params, block, rows, keys), with which the producer loads
-    // the tiles of a block of rows, and attend(p, block, rows, keys), with which a consumer
-    // warpgroup computes them. attend releases all tiles of keys.
+    // the tiles of a block of rows, and attend(p, work_tile, rows, keys), with which a consumer
+    // warpgroup computes them, block_of(p, work_tile). attend releases all tiles of keys.
     template <class Kernel>
     DEVICE static void run(const Params& params) {
         const SharedAddress memory = shared_memory();
@@ -65,7 +65,7 @@ struct FwdPipeline {
             RowLoader row_loader{rows, tail_barrier};
             KeyLoader key_loader{keys, tail_barrier};
             for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
-                const auto block = row_block<Rows>(p, scheduler.work_tile());
+                const auto block = block_of(p, scheduler.work_tile());
                 if (!block.is_empty()) Kernel::load(params, block, row_loader, key_loader);
             }
         } else {
@@ -73,9 +73,8 @@ struct FwdPipeline {
             RowReader row_reader{rows};
             KeyReader key_reader{keys};
             for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
-                const auto block = row_block<Rows>(p, scheduler.work_tile());
-                if (block.is_empty()) continue;
-                Kernel::attend(p, block, row_reader, key_reader);
+                if (block_of(p, scheduler.work_tile()).is_empty()) continue;
+                Kernel::attend(p, scheduler.work_tile(), row_reader, key_reader);
                 // Warps also stage their output in the tiles of rows: each warp releases them.
                 fence_proxy_async();
                 warp_barrier();
@@ -83,6 +82,10 @@ struct FwdPipeline {
                     for (int slot = 0; slot < RowTiles; ++slot) rows.release({slot, 0});
             }
         }
+    }
+
+    DEVICE static RowBlock<Rows> block_of(const AttentionParams& p, int work_tile) {
+        return row_block<Rows>(p, work_tile);
     }
 
     // The first row of this warpgroup and of this warp, within the block.

@@ -45,8 +45,9 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
         }
     }
 
-    DEVICE static void attend(const AttentionParams& p, const RowBlock<Rows>& block,
-                              RowReader& rows, KeyReader& keys) {
+    DEVICE static void attend(const AttentionParams& p, int work_tile, RowReader& rows,
+                              KeyReader& keys) {
+        const RowBlock<Rows> block = Pipeline::block_of(p, work_tile);
         const int key_end = block.key_end();
         const int unmasked_key_end = block.unmasked_key_end();
         const int row = Pipeline::warpgroup_row(), warp_row = Pipeline::warp_row();
@@ -115,7 +116,9 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
             keys.release(v_slot);
         }
         Pipeline::sync_warpgroup();
-        finish(p, block, block.first_row + warp_row, tangent_weights, tout, {q, warp_row});
+        // Computed again: to keep the block would cost registers in the loop.
+        const RowBlock<Rows> again = Pipeline::block_of(p, opaque(work_tile));
+        finish(p, again, again.first_row + warp_row, tangent_weights, tout, {q, warp_row});
     }
 
 private:
