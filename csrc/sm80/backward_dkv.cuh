@@ -292,6 +292,7 @@ private:
 
         // Turns scores into S − lse in units of log2.
         DEVICE static void subtract_lse(const Block& block, Scores& scores) {
+            static_assert(Rows <= 32, "a lane looks at one row");
             const float one_of_all = shared_load_float(block.lse + 4 * (lane_index() % Rows));
             const bool centres = warp_any(is_huge_lse(one_of_all));
 #pragma unroll
