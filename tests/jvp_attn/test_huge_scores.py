@@ -29,6 +29,7 @@ from tests.jvp_attn.attention_cases import (
     named,
     outputs_and_gradients,
     projection,
+    with_tangents,
 )
 from tests.jvp_attn.data_kinds import in_dtype
 from tests.jvp_attn.test_func_transforms import grad_of_grad, jvp_of_grad
@@ -160,9 +161,9 @@ def test_keys_of_weight_zero_do_not_change_the_precision_of_tangents(seqlen_k: i
     data["attn_mask"][:, padding] = SMALLEST
     data["tk"][:, padding] *= 1e6
     assert_at_most_twice_the_error(
-        outputs_and_gradients(case.ours, data),
-        outputs_and_gradients(case.naive, data),
-        outputs_and_gradients(case.naive, in_dtype(data, torch.float64)),
+        with_tangents(case.ours, data),
+        with_tangents(case.naive, data),
+        with_tangents(case.naive, in_dtype(data, torch.float64)),
     )
 
 
@@ -187,7 +188,7 @@ def test_packed_sequences_equal_a_batch() -> None:
 
 
 @pytest.mark.parametrize("computed_by", ["cpu", "tiled", "math", "emulated"], indirect=True)
-@pytest.mark.parametrize("value", [0.0, -1e6, 1e30, SMALLEST])
+@pytest.mark.parametrize("value", [0.0, -1e6, 2.0**100, SMALLEST])
 def test_merged_parts_equal_attention_over_all_keys(value: float) -> None:
     data = filled(value)(CASE)
     mask = data.pop("attn_mask")
@@ -210,7 +211,7 @@ def test_merged_parts_equal_attention_over_all_keys(value: float) -> None:
 
 
 @pytest.mark.parametrize("computed_by", ["cpu", "tiled", "math", "emulated"], indirect=True)
-@pytest.mark.parametrize("value", [0.0, -1e6, 1e30, SMALLEST])
+@pytest.mark.parametrize("value", [0.0, -1e6, 2.0**100, SMALLEST])
 def test_lse_and_its_low_order_part_are_the_maximum_and_the_log_of_the_sum(value: float) -> None:
     data = filled(value)(CASE)
     options: Any = {"attn_mask": data["attn_mask"], "softmax_scale": 0.5, "return_lse_lo": True}
