@@ -116,26 +116,28 @@ private:
         const GmemView target = block.rows_of(p.tout, p.head_dim_v);
         const GmemView target_lo = block.rows_of(p.tout_lo, p.head_dim_v);
         float* const mu = block.statistic(p.mu);
+        const int lane = opaque(lane_index());
         float rounded_mean[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = first_row + row_in_warp(half);
+            const int row = first_row + lane / 4 + 8 * half;
             rounded_mean[half] = tangent_weights.rounded_sum.at(half);
             const float mean = quad_sum(tangent_weights.exact_sum[half]);
-            if (lane_index() % 4 == 0 && row < block.sequence.queries)
+            if (lane % 4 == 0 && row < block.sequence.queries)
                 global_store(mu + row, tangent_weights.reference[half] + mean);
         }
 #pragma unroll
         for (int i = 0; i < tout.kBlocks; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = first_row + row_in_warp(half), column = column_of(i, 0);
+                const int row = first_row + lane / 4 + 8 * half;
+                const int column = 8 * i + lane % 4 * 2;
                 const Pair rounded = load_pair<Element>(out, row, column);
                 const Pair low = load_pair<Element>(out_lo, row, column);
                 tout.at(i, half, 0) -= rounded_mean[half] * (rounded.low + low.low);
                 tout.at(i, half, 1) -= rounded_mean[half] * (rounded.high + low.high);
             }
-            store_block<Element>(target, target_lo, first_row, tout, i, lane_index());
+            store_block<Element>(target, target_lo, first_row, tout, i, lane);
         }
     }
 };
