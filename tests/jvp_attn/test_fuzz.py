@@ -26,7 +26,7 @@ from tests.jvp_attn.fuzz_rule import judge
 pytestmark = pytest.mark.slow
 
 SEEDS = 2000
-EMULATED_SEEDS = 40
+EMULATED_SEEDS = 80
 INVALID_SEEDS = 1000
 
 
