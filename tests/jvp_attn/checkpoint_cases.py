@@ -1,4 +1,4 @@
-"""Blocks, and ways to checkpoint them, for the tests of `checkpoint_jvp`."""
+"""Blocks, and ways to checkpoint them, for the tests of activation checkpoints."""
 
 from __future__ import annotations
 

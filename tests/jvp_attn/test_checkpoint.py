@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointError,
     CheckpointPolicy,
@@ -25,18 +24,11 @@ from torch.utils.checkpoint import (
 
 from jvp_attn import flash_attn_jvp
 from tests.jvp_attn.attention_cases import Named, Tensors, assert_close, energy, named, randn
+from tests.jvp_attn.checkpoint_cases import HEADS, SHAPE, Call, kept
 from tests.jvp_attn.composition_autograd import leaves
+from tests.jvp_attn.operator_calls import OperatorCalls
 
-SHAPE = (2, 5, 8)  # (batch, seqlen, width)
-HEADS = 2
-
-# Calls a function with arguments, with or without a checkpoint.
-Call = Callable[..., Any]
 checkpointed = partial(checkpoint, use_reentrant=False)
-
-
-def kept(f: Callable[..., Any], *arguments: Any) -> Any:
-    return f(*arguments)
 
 
 class Block(nn.Module):
@@ -66,19 +58,6 @@ def block(weights: Named, x: Tensor) -> Tensor:
 def point_and_direction() -> tuple[Tensors, Named]:
     weights = {name: weight.detach().requires_grad_() for name, weight in BLOCK.named_parameters()}
     return leaves((randn(*SHAPE, seed="x"), randn(*SHAPE, seed="tx"))), weights
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators of this package that are called, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "jvp_attn":
-            self.counts[func._opname] += 1
-        return func(*args, **(kwargs or {}))
 
 
 # ----------------------------------------------------------------------------
@@ -115,9 +94,9 @@ def test_a_checkpoint_changes_nothing(derivative: Callable[[Call], Any]) -> None
 
 
 def test_attention_and_its_tangent_are_recomputed_once() -> None:
-    with Calls() as calls:
+    with OperatorCalls() as calls:
         around_the_jvp(checkpointed)
-    assert calls.counts == {"forward_jvp": 2 * 2, "jvp_backward": 2}
+    assert Counter(calls.names) == {"forward_jvp": 2 * 2, "jvp_backward": 2}
 
 
 def test_a_selective_checkpoint_keeps_attention() -> None:
@@ -128,9 +107,9 @@ def test_a_selective_checkpoint_keeps_attention() -> None:
 
     contexts = partial(create_selective_checkpoint_contexts, keep_attention)
     selective = partial(checkpointed, context_fn=contexts)
-    with Calls() as calls:
+    with OperatorCalls() as calls:
         found = around_the_jvp(selective)
-    assert calls.counts == {"forward_jvp": 2, "jvp_backward": 2}
+    assert Counter(calls.names) == {"forward_jvp": 2, "jvp_backward": 2}
     assert_close(named(found), named(around_the_jvp(kept)), tolerance=0)
 
 

@@ -16,7 +16,6 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from jvp_attn import checkpoint_jvp, replace_sdpa
@@ -34,6 +33,7 @@ from tests.jvp_attn.checkpoint_cases import (
 )
 from tests.jvp_attn.composition_autograd import leaves
 from tests.jvp_attn.composition_features import FEATURES, Feature
+from tests.jvp_attn.operator_calls import OperatorCalls
 
 pytestmark = not_before_2_13
 
@@ -170,23 +170,10 @@ def test_the_graph_can_be_used_as_often_as_it_is_retained() -> None:
 # Cost
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators of this package that are called, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "jvp_attn":
-            self.counts[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_attention_and_its_tangent_are_computed_again_once() -> None:
-    with Operators() as operators:
+    with OperatorCalls() as calls:
         of_network(checkpoint_jvp)
-    assert operators.counts == {"forward_jvp": 2 * 3, "jvp_backward": 3}
+    assert Counter(calls.names) == {"forward_jvp": 2 * 3, "jvp_backward": 3}
 
 
 @pytest.mark.parametrize("along", [by_func_jvp, by_dual_numbers])

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import jvp_attn
@@ -29,6 +28,7 @@ from tests.jvp_attn.attention_cases import (
     randn,
     small_tiles,
 )
+from tests.jvp_attn.operator_calls import OperatorCalls
 
 HEADS, SEQLEN_Q, SEQLEN_K, HEAD_DIM, HEAD_DIM_V = 2, 5, 7, 4, 6
 
@@ -210,25 +210,10 @@ def test_vmap_of_vmap_over_masks_and_their_tangents() -> None:
 # Cost
 
 
-class PrimitiveCalls(TorchDispatchMode):
-    """Counts calls of the primitives, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.namespace == "jvp_attn":
-            self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 @over_broadcasts
 def test_each_primitive_is_called_once(batch: Shape, of_mask: Shape) -> None:
     data = random_data(batch, (*of_mask, 1))
-    with PrimitiveCalls() as calls:
+    with OperatorCalls() as calls:
         outputs_and_gradients(ours, data)
     assert calls.names == ["forward_jvp", "jvp_backward"]
 
@@ -236,7 +221,7 @@ def test_each_primitive_is_called_once(batch: Shape, of_mask: Shape) -> None:
 def test_vmap_over_queries_of_a_shared_mask_calls_a_primitive_once() -> None:
     data = random_data((2, 3), (2, 1, 1))
     q, mask = randn(4, 2, 3, HEADS, 3, 4, seed="q"), data["attn_mask"][..., :3, :3]
-    with PrimitiveCalls() as calls:
+    with OperatorCalls() as calls:
         vmap(lambda q: ours(q, q, q, mask))(q)
     assert calls.names == ["forward"]
 
