@@ -199,6 +199,23 @@ DEVICE void warpgroup_fence_operand(uint32_t (&registers)[Steps][4]) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Advice to the compiler. These functions change no value.
+
+// The same address, uniform within the warp and known to the compiler to be: matrix descriptors
+// made of it are computed in uniform registers.
+DEVICE SharedAddress warp_uniform(SharedAddress address) {
+    return __shfl_sync(0xffffffff, address, 0);
+}
+
+// The same address, known only once `value` is. ptxas may move a wgmma_wait up to an earlier access
+// of a barrier, but not past one whose address depends on what is computed in between.
+DEVICE SharedAddress known_after(float value, SharedAddress address) {
+    uint32_t zero;  // the grid has one dimension
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(zero));
+    return address + (__float_as_uint(value) & zero);
+}
+
+// ---------------------------------------------------------------------------------------------
 // On the host
 
 struct DeviceFacts {

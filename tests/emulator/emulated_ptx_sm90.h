@@ -131,6 +131,13 @@ void warpgroup_fence_operand(uint32_t (&registers)[Steps][4],
 }
 
 // ---------------------------------------------------------------------------------------------
+// Advice to the compiler
+
+inline SharedAddress warp_uniform(SharedAddress address) { return address; }
+
+inline SharedAddress known_after(float, SharedAddress address) { return address; }
+
+// ---------------------------------------------------------------------------------------------
 // On the host
 
 struct DeviceFacts {
