@@ -52,7 +52,7 @@ test-attn: $(VENV)/ready-test build/cpu  ## run the default tests of jvp_attn
 	$(PYTEST) tests/jvp_attn tests/cpu tests/models $(ARGS)
 
 test-kernels: $(VENV)/ready-test build/cpu  ## run the default tests of the CUDA kernels, in the emulator
-	$(PYTEST) tests/kernels tests/emulator tests/gpu tests/compile_gate $(ARGS)
+	$(PYTEST) tests/kernels tests/emulator tests/gpu tests/compile_gate tests/cute $(ARGS)
 
 test-rcm: $(VENV)/ready-test build/cpu  ## run the default tests of rcm
 	$(PYTEST) tests/rcm tests/distributed $(ARGS)
