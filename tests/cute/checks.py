@@ -1,7 +1,6 @@
 """What is compared with CuTe: a list made from the kernel table, so that it covers every tile.
 
-Each check is a function template of this folder's headers, with the sizes that a kernel uses. With
-CuTe's names: a matrix descriptor is that of GMMA, a fragment is what a thread holds.
+Each check is a function template of this folder's headers, with the sizes that a kernel uses.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 
-# Whether the rows of a step's products are queries or keys; the other index streams by.
+# What the rows of a step's products are. Tiles of the other stream by.
 _ROWS = {
     "forward": "queries",
     "forward_jvp": "queries",

@@ -82,7 +82,7 @@ def why_not() -> str | None:
         return "CuTe is not installed: pip install nvidia-cutlass"
     if SETUP.find_toolkit() is None:
         return "the headers of CUDA are missing: no nvcc in CUDA_HOME, CUDA_PATH or PATH"
-    return None if shutil.which(CXX) else f"there is no {CXX}"
+    return None if shutil.which(CXX.split()[0]) else f"there is no {CXX}"
 
 
 def compare(

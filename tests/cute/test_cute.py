@@ -20,17 +20,14 @@ from jvp_attn.backends.kernel_table import KERNELS
 from tests.cute.checks import CHECKS, Check, checks_of
 from tests.cute.cute_build import Result, compare, why_not
 
-pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-    pytest.mark.xdist_group("cute"),  # one process compiles
-]
-
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Result]:
     return compare()
 
 
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.xdist_group("cute")  # one process compiles
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_csrc_agrees_with_cute(check: Check, results: dict[str, Result]) -> None:
     result = results[check.name]
