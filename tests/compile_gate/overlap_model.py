@@ -13,7 +13,11 @@ nor the last tiles of a block. The result is the average over several distances 
 of the warpgroups.
 
 Where the number of a barrier depends on the warpgroup, warpgroups take turns: each waits for its
-turn, and passes it to the next one once the last of its products has started.
+turn, and the next one gets it once the last product before its end has started.
+
+Nothing that a warpgroup starts holds up the instructions behind it. How many products may queue is
+not documented; if a warpgroup could be only one product ahead of the tensor cores, the predictions
+would be between 9 points higher and 14 points lower.
 """
 
 from __future__ import annotations
@@ -87,7 +91,8 @@ class _Warpgroup:
     at: int = 0
     iterations: int = 0
     work: list[float] = field(default_factory=list)  # cycles left on each unit
-    queue: deque[tuple[float, int]] = field(default_factory=deque)  # products: cycles and group
+    # Products, by cycles and group, and the ends of turns.
+    queue: deque[tuple[float, int] | None] = field(default_factory=deque)
     unfinished: Counter[int] = field(default_factory=Counter)  # products of each group
     group: int = 0  # the one that is being started
     has_turn: int = 0
@@ -114,9 +119,8 @@ class _Block:
     def run(self) -> float:
         started = None
         while True:
-            while any(self._take_step(x) for x in self.warpgroups):
+            while any(self._take_step(x) for x in self.warpgroups) or self._start_product():
                 pass
-            self._start_product()
             done = min(x.iterations for x in self.warpgroups)
             if started is None and done >= WARM_UP:
                 started = self.time, self.busy
@@ -146,7 +150,11 @@ class _Block:
             first = warpgroup.group - step.pending
             return all(group >= first for group in warpgroup.unfinished)
         if step.is_turn:
-            return self._take_turn(warpgroup) if step.waits else self._pass_turn(warpgroup)
+            if step.waits:
+                return self._take_turn(warpgroup)
+            warpgroup.queue.append(None)
+            self._end_turns(warpgroup)
+            return True
         if step.number is None or step.warpgroups == 1:
             return True
         return self._meet(warpgroup, step, step.number)
@@ -156,12 +164,12 @@ class _Block:
         warpgroup.has_turn -= had_turn
         return had_turn
 
-    def _pass_turn(self, warpgroup: _Warpgroup) -> bool:
-        if warpgroup.queue:
-            return False
-        following = self.warpgroups.index(warpgroup) + 1
-        self.warpgroups[following % len(self.warpgroups)].has_turn += 1
-        return True
+    def _end_turns(self, warpgroup: _Warpgroup) -> None:
+        """Pass turns on that have no more products to start."""
+        while warpgroup.queue and warpgroup.queue[0] is None:
+            warpgroup.queue.popleft()
+            following = self.warpgroups.index(warpgroup) + 1
+            self.warpgroups[following % len(self.warpgroups)].has_turn += 1
 
     def _meet(self, warpgroup: _Warpgroup, barrier: Barrier, number: int) -> bool:
         if warpgroup.opened is not None:  # it has arrived and waits
@@ -178,17 +186,19 @@ class _Block:
             return False
         return True
 
-    def _start_product(self) -> None:
+    def _start_product(self) -> bool:
         if self.owner:
-            return
+            return False
         for warpgroup in self.order:
-            if warpgroup.queue:
+            if warpgroup.queue and (product := warpgroup.queue.popleft()):
                 self.owner = warpgroup
-                self.left, self.group = warpgroup.queue.popleft()
+                self.left, self.group = product
+                self._end_turns(warpgroup)
                 # The others come first next time.
                 self.order.remove(warpgroup)
                 self.order.append(warpgroup)
-                return
+                return True
+        return False
 
     def _advance(self) -> None:
         """Let time go by until something ends."""

@@ -63,6 +63,12 @@ def test_turns_make_products_and_arithmetic_alternate(warpgroups: int) -> None:
     assert busy(*steps[3:], *steps[:3], warpgroups=warpgroups) == pytest.approx(1, abs=0.02)
 
 
+def test_the_end_of_a_turn_holds_nothing_up() -> None:
+    # The arithmetic starts as soon as the first of three products is ready.
+    steps = [TURNS[0], product(100), product(100), product(300), TURNS[1], Wait(2), Work(400)]
+    assert busy(*steps, Wait(0)) == pytest.approx(1)
+
+
 def test_roles_hand_over_at_named_barriers() -> None:
     # The second role multiplies what the first computes, and the first waits until it has read it.
     writes = [Barrier(2, 2, waits=True), Work(100), Barrier(1, 2, waits=False)]
