@@ -190,9 +190,11 @@ class _Block:
         if self.owner:
             return False
         for warpgroup in self.order:
-            if warpgroup.queue and (product := warpgroup.queue.popleft()):
-                self.owner = warpgroup
+            if warpgroup.queue:
+                product = warpgroup.queue.popleft()
+                assert product, "the end of a turn is passed on as soon as it comes first"
                 self.left, self.group = product
+                self.owner = warpgroup
                 self._end_turns(warpgroup)
                 # The others come first next time.
                 self.order.remove(warpgroup)
