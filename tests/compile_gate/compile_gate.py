@@ -7,8 +7,10 @@ The first form compiles each kernel of jvp_attn/backends/kernel_table.py by itse
 the objects and reports that the build (setup.py, make) left in build/objects. Both print a table of
 ptxas' report and of the machine code. They exit with 1 where a kernel breaks a limit: it spills or
 uses a stack, uses neither tensor cores nor asynchronous copies, gets a warning of ptxas, or takes
-more shared memory than a block can have. Kernels for compute capability 9.0 are checked for sm_90a.
---out writes kernel-registers-<arch>.json. Needs nvcc, nvdisasm and, for --built, cuobjdump (PyPI:
+more shared memory than a block can have. Kernels for compute capability 9.0 are checked for sm_90a;
+their loops must also follow loop_rules.py, and may not be longer than the report in
+benchmarks/results records. --out writes this report, kernel-registers-<arch>.json, to a folder.
+--phases prints the phases of each loop. Needs nvcc, nvdisasm and, for --built, cuobjdump (PyPI:
 nvidia-cuda-nvdisasm, nvidia-cuda-cuobjdump), and no GPU.
 """
 
@@ -33,10 +35,14 @@ from jvp_attn.backends.kernel_table import KERNELS, KernelEntry
 from tests.compile_gate.compiler_report import (
     Instructions,
     PtxasReport,
-    read_disassembly,
+    count_instructions,
     read_ptxas,
 )
 from tests.compile_gate.cuda_tools import ROOT, SETUP, cuda_tool, nvcc
+from tests.compile_gate.kernel_doc import REPORT, warpgroups_of
+from tests.compile_gate.loop_report import NO_LOOPS, LoopReport, read_loops
+from tests.compile_gate.loop_rules import growth_faults, loop_faults
+from tests.compile_gate.sass import Program, parse
 
 GENERATE = SimpleNamespace(**run_path(str(ROOT / "csrc" / "generate.py")))
 BUILT = ROOT / SETUP.CUDA_OBJECTS
@@ -65,6 +71,12 @@ class Compiled:
     ptxas: PtxasReport
     instructions: Instructions
     shared_bytes: int
+    loops: LoopReport = NO_LOOPS
+
+    @staticmethod
+    def of(entry: KernelEntry, ptxas: PtxasReport, program: Program, shared_bytes: int) -> Compiled:
+        loops = read_loops(program, warpgroups_of(entry)) if entry.arch == "sm90" else NO_LOOPS
+        return Compiled(ptxas, count_instructions(program), shared_bytes, loops)
 
 
 # ----------------------------------------------------------------------------
@@ -111,11 +123,11 @@ def compile_one(folder: Path, entry: KernelEntry, arch: str) -> Compiled:
     )
     ptxas = read_ptxas(report)
     # one_sm80_kernel.cuh defines a variable that is one byte larger than the shared memory.
-    return Compiled(ptxas, disassemble(cubin), shared_bytes=ptxas.global_bytes - 1)
+    return Compiled.of(entry, ptxas, disassemble(cubin), shared_bytes=ptxas.global_bytes - 1)
 
 
-def disassemble(cubin: Path) -> Instructions:
-    return read_disassembly(output_of(cuda_tool("nvdisasm"), "--print-code", cubin))
+def disassemble(cubin: Path) -> Program:
+    return parse(output_of(cuda_tool("nvdisasm"), "--print-code", cubin))
 
 
 def output_of(*command: object) -> str:
@@ -154,12 +166,9 @@ def read_build(
     entries = for_arch(entries, arch)
     shared_bytes = shared_bytes_of_build()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = partial(read_built, Path(folder), objects=objects, arch=arch)
-        for_each = pool.map(read, entries)
-        return {
-            entry.name: Compiled(*x, shared_bytes[entry.name])
-            for entry, x in zip(entries, for_each, strict=True)
-        }
+        read = partial(read_built, Path(folder), shared_bytes, objects=objects, arch=arch)
+        compiled = pool.map(read, entries)
+        return {entry.name: x for entry, x in zip(entries, compiled, strict=True)}
 
 
 def shared_bytes_of_build() -> dict[str, int]:
@@ -171,8 +180,8 @@ def shared_bytes_of_build() -> dict[str, int]:
 
 
 def read_built(
-    folder: Path, entry: KernelEntry, objects: Path, arch: str
-) -> tuple[PtxasReport, Instructions]:
+    folder: Path, shared_bytes: dict[str, int], entry: KernelEntry, objects: Path, arch: str
+) -> Compiled:
     path, log = objects / f"{entry.name}.o", objects / f"{entry.name}.o.log"
     if not (path.exists() and log.exists()):
         raise NotBuilt(f"{path} or its log is missing: run make build/cuda")
@@ -181,15 +190,22 @@ def read_built(
     cubins = list(folder.glob(f"{entry.name}.*.{arch}.cubin"))
     if len(cubins) != 1:
         raise NotBuilt(f"{path} has {len(cubins)} machine codes for {arch}, not one")
-    return read_ptxas(log.read_text(), arch), disassemble(cubins[0])
+    ptxas = read_ptxas(log.read_text(), arch)
+    return Compiled.of(entry, ptxas, disassemble(cubins[0]), shared_bytes[entry.name])
 
 
 # ----------------------------------------------------------------------------
 # Judging
 
 
-def faults(entry: KernelEntry, compiled: Compiled) -> list[str]:
-    """Every limit that a kernel breaks, as a sentence."""
+def faults(entry: KernelEntry, compiled: Compiled, recorded: int | None = None) -> list[str]:
+    """Every limit that a kernel breaks, as a sentence.
+
+    Args:
+        entry: the kernel in the table.
+        compiled: what the compiler made of it.
+        recorded: how many instructions its loops had before; None if that is not known.
+    """
     ptxas, found = compiled.ptxas, compiled.instructions
     faults = [f"ptxas warns: {warning}" for warning in ptxas.warnings]
     for what, size in (
@@ -210,20 +226,41 @@ def faults(entry: KernelEntry, compiled: Compiled) -> list[str]:
     limit = MAX_SHARED_BYTES[entry.arch]
     if compiled.shared_bytes > limit:
         faults.append(f"{compiled.shared_bytes} bytes of shared memory, a block can have {limit}")
+    faults += loop_faults(entry, compiled.loops)
+    faults += growth_faults(compiled.loops, recorded)
     return [f"{entry.name}: {fault}" for fault in faults]
 
 
-def all_faults(compiled: dict[str, Compiled]) -> list[str]:
-    """The faults of all the kernels."""
-    return [fault for name, x in compiled.items() for fault in faults(KERNELS[name], x)]
+def all_faults(compiled: dict[str, Compiled], recorded: dict[str, int] | None = None) -> list[str]:
+    """The faults of all the kernels; `recorded` has the instructions of their loops by name."""
+    recorded = recorded or {}
+    return [
+        fault
+        for name, x in compiled.items()
+        for fault in faults(KERNELS[name], x, recorded.get(name))
+    ]
+
+
+def recorded_instructions(arch: str, report: Path = REPORT) -> dict[str, int]:
+    """The instructions of each kernel's loops in the recorded report of this compiler version.
+
+    Another version may well need more or fewer: then there are none to compare with.
+    """
+    path = report.with_name(f"kernel-registers-{arch}.json")
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text("utf-8"))
+    if found["nvcc"] != SETUP.find_toolkit().version:
+        return {}
+    return {name: x["loop_instructions"] for name, x in found["kernels"].items()}
 
 
 # ----------------------------------------------------------------------------
 # Reporting
 
 
-def row(compiled: Compiled) -> dict[str, int]:
-    """The numbers of a kernel in the table and the JSON file."""
+def row(compiled: Compiled) -> dict[str, int | None]:
+    """The numbers of a kernel in the table and the JSON file; None if there is none."""
     ptxas, count = compiled.ptxas, compiled.instructions
     return {
         "registers": ptxas.registers,
@@ -232,6 +269,7 @@ def row(compiled: Compiled) -> dict[str, int]:
         "stack": ptxas.stack,
         "shared_bytes": compiled.shared_bytes,
         **{"instructions" if name == "total" else name: n for name, n in asdict(count).items()},
+        **compiled.loops.numbers(),
     }
 
 
@@ -242,9 +280,13 @@ def as_table(compiled: dict[str, Compiled]) -> str:
     width = max(map(len, rows))
     lines = [" ".join([f"{'kernel':{width}}", *columns])]
     for name, values in rows.items():
-        cells = [f"{values[column]:{len(column)}}" for column in columns]
+        cells = [f"{_cell(values[column]):>{len(column)}}" for column in columns]
         lines.append(" ".join([f"{name:{width}}", *cells]))
     return "\n".join(lines)
+
+
+def _cell(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def as_json(compiled: dict[str, Compiled], arch: str) -> str:
@@ -258,6 +300,15 @@ def as_json(compiled: dict[str, Compiled], arch: str) -> str:
     )
 
 
+def as_phases(compiled: dict[str, Compiled]) -> str:
+    """The phases of each loop over tiles, a line each."""
+    return "\n".join(
+        "\n".join([f"{name}, the loop at {role.address:#x}:", *role.phases])
+        for name, x in compiled.items()
+        for role in x.loops.roles
+    )
+
+
 def main() -> None:
     """Compile or read the build, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -265,6 +316,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="*", help="only those whose name matches: forward*")
     parser.add_argument("--built", action="store_true", help="read build/objects; compile nothing")
     parser.add_argument("--out", type=Path, help="write kernel-registers-<arch>.json there")
+    parser.add_argument("--phases", action="store_true", help="print the phases of each loop")
     options = parser.parse_args()
 
     entries = [entry for entry in KERNELS.values() if fnmatchcase(entry.name, options.kernels)]
@@ -274,12 +326,15 @@ def main() -> None:
     if not compiled:
         sys.exit(f"no kernel that matches {options.kernels} is for {options.arch}")
     print(as_table(compiled))
+    if options.phases:
+        print(as_phases(compiled))
+    recorded = recorded_instructions(options.arch)
     if options.out:
         path = options.out / f"kernel-registers-{options.arch}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(as_json(compiled, options.arch))
         print(f"wrote {path}")
-    if found := all_faults(compiled):
+    if found := all_faults(compiled, recorded):
         sys.exit("\n".join(found))
 
 

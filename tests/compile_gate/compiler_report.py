@@ -1,10 +1,12 @@
-"""Parses what ptxas and nvdisasm print about one compiled kernel."""
+"""Parses the report of ptxas on one compiled kernel, and counts its instructions."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from dataclasses import dataclass
+
+from tests.compile_gate.sass import Program
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,6 @@ class Instructions:
     hgmma: int = 0  # tensor core products of a warpgroup
     utmaldg: int = 0  # TMA loads
     usetmaxreg: int = 0  # register reallocations of warpgroups
-    # The same in the innermost loops with products of warpgroups, summed.
-    loop_total: int = 0
-    loop_hgmma: int = 0
-    loop_mufu: int = 0
 
 
 # The report for each GPU starts with this line.
@@ -50,14 +48,6 @@ _GLOBAL = re.compile(r"(\d+) bytes gmem")
 _WARNING = re.compile(
     r"^ptxas\b(?:.*\bwarning\s*: (?=\S)|\s*info\s*: (?=\(C\d+\)))(.*)$", re.MULTILINE
 )
-
-# nvdisasm prints an instruction as "/*01d0*/  @!P0 BRA `(.L_x_0) ;".
-_LINE = re.compile(
-    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
-    r"(?P<name>[A-Z]\w*)(?P<operands>.*)$",
-    re.MULTILINE,
-)
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 def read_ptxas(text: str, arch: str | None = None) -> PtxasReport:
@@ -90,18 +80,10 @@ def read_ptxas(text: str, arch: str | None = None) -> PtxasReport:
     )
 
 
-def read_disassembly(text: str) -> Instructions:
-    """Count the instructions in the output of `nvdisasm --print-code`.
-
-    Raises:
-        ValueError: the output has no instruction.
-    """
-    names, loops = _names_and_loops(text)
-    count = Counter(names)
+def count_instructions(program: Program) -> Instructions:
+    """Count the instructions of a kernel."""
+    count = Counter(instruction.name for instruction in program.instructions)
     del count["NOP"]  # fills the last line of the instruction cache
-    if not count:
-        raise ValueError(f"there is no instruction in the disassembly:\n{text[:2000]}")
-    in_loops = Counter(name for start, end in _innermost(loops) for name in names[start:end])
     return Instructions(
         total=count.total(),
         hmma=count["HMMA"],
@@ -111,35 +93,4 @@ def read_disassembly(text: str) -> Instructions:
         hgmma=count["HGMMA"],
         utmaldg=count["UTMALDG"],
         usetmaxreg=count["USETMAXREG"],
-        loop_total=in_loops.total(),
-        loop_hgmma=in_loops["HGMMA"],
-        loop_mufu=in_loops["MUFU"],
     )
-
-
-def _names_and_loops(text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """All instructions, and the start and end of each loop with products of warpgroups."""
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    loops, last_exit = [], -1
-    for line in _LINE.finditer(text):
-        if line["label"]:
-            labels[line["label"]] = len(names)
-            continue
-        names.append(line["name"])
-        if line["name"] == "EXIT" and not line["predicate"]:
-            last_exit = len(names)
-        target = _TARGET.search(line["operands"])
-        start = labels.get(target[1], len(names)) if target else len(names)
-        # A branch back across an exit comes from rarely run code and is no loop.
-        if line["name"] == "BRA" and start > last_exit and "HGMMA" in names[start:]:
-            loops.append((start, len(names)))
-    return names, loops
-
-
-def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [
-        (start, end)
-        for start, end in loops
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
-    ]

@@ -18,14 +18,17 @@ from tests.compile_gate.compile_gate import (
     NotBuilt,
     all_faults,
     as_json,
+    as_phases,
     as_table,
     compile_all,
     faults,
     read_build,
     read_built,
+    recorded_instructions,
     row,
 )
 from tests.compile_gate.compiler_report import Instructions, PtxasReport
+from tests.compile_gate.loop_report import LoopReport, RoleReport
 
 GATE = "tests.compile_gate.compile_gate"
 
@@ -39,6 +42,8 @@ GOOD = Compiled(REGISTERS, Instructions(7800, hmma=256, ldgsts=40, mufu=32), 655
 GOOD_HOPPER = Compiled(
     REGISTERS, Instructions(4700, hgmma=55, utmaldg=16, usetmaxreg=2, mufu=60), 65536
 )
+ROLE = RoleReport(0x3000, 100, 19, 44, 42, exposed=(), turns=True, phases=("4 x HGMMA", "a wait"))
+LOOPS = LoopReport((ROLE,), busy=0.876)
 
 
 # ----------------------------------------------------------------------------
@@ -108,20 +113,56 @@ def test_a_block_may_use_all_of_its_shared_memory() -> None:
     assert faults(HOPPER, regressed(GOOD_HOPPER, shared_bytes=MAX_SHARED_BYTES["sm90"])) == []
 
 
+def test_faults_of_loops_name_the_kernel() -> None:
+    kernel = replace(GOOD_HOPPER, loops=replace(LOOPS, hazards=("a hazard",)))
+    assert faults(HOPPER, kernel) == [f"{HOPPER.name}: a hazard"]
+    (fault,) = all_faults({HOPPER.name: replace(kernel, loops=LOOPS)}, {HOPPER.name: 90})
+    assert fault.startswith(f"{HOPPER.name}: an iteration takes 100 instructions")
+
+
 def test_the_preprocess_kernel_multiplies_no_matrices() -> None:
     assert faults(PREPROCESS, regressed(hmma=0, ldgsts=0)) == []
 
 
 def test_table_and_json_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETUP.__dict__, "find_toolkit", lambda: SETUP.Toolkit(Path(), "13.0.88"))
-    compiled = {TANGENT.name: GOOD, PREPROCESS.name: regressed(registers=40)}
-    head, *lines = (line.split() for line in as_table(compiled).splitlines())
+    compiled = {
+        TANGENT.name: GOOD,
+        PREPROCESS.name: regressed(registers=40),
+        HOPPER.name: replace(GOOD_HOPPER, loops=LOOPS),
+    }
+    first, *lines = as_table(compiled).splitlines()
+    head = first.split()
     written = json.loads(as_json(compiled, "sm_80"))
     assert (written["arch"], written["nvcc"]) == ("sm_80", "13.0.88")
     assert written["kernels"] == {
-        name: dict(zip(head[1:], map(int, numbers), strict=True)) for name, *numbers in lines
+        name: dict(zip(head[1:], map(json.loads, numbers), strict=True))
+        for name, *numbers in (x.replace(" -", " null").split() for x in lines)
     }
     assert written["kernels"][TANGENT.name]["shared_bytes"] == 65536
+    assert written["kernels"][HOPPER.name]["loop_instructions"] == 100
+    assert written["kernels"][HOPPER.name]["busy_percent"] == 88
+    assert written["kernels"][PREPROCESS.name]["busy_percent"] is None
+
+
+def test_the_phases_of_each_loop_are_printed() -> None:
+    compiled = {TANGENT.name: GOOD, HOPPER.name: replace(GOOD_HOPPER, loops=LOOPS)}
+    assert as_phases(compiled).splitlines() == [
+        *(f"{HOPPER.name}, the loop at 0x3000:", "4 x HGMMA", "a wait"),
+    ]
+
+
+def test_loops_are_compared_with_the_report_of_the_same_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report = tmp_path / "kernel-registers-sm_90a.json"
+    monkeypatch.setitem(SETUP.__dict__, "find_toolkit", lambda: SETUP.Toolkit(Path(), "13.0.88"))
+    assert recorded_instructions("sm_90a", report) == {}
+    compiled = {HOPPER.name: replace(GOOD_HOPPER, loops=LOOPS), TANGENT.name: GOOD}
+    report.write_text(as_json(compiled, "sm_90a"))
+    assert recorded_instructions("sm_90a", report) == {HOPPER.name: 100, TANGENT.name: 0}
+    monkeypatch.setitem(SETUP.__dict__, "find_toolkit", lambda: SETUP.Toolkit(Path(), "13.1.0"))
+    assert recorded_instructions("sm_90a", report) == {}
 
 
 # ----------------------------------------------------------------------------
@@ -138,13 +179,13 @@ def test_no_kernel_has_a_fault(arch: str) -> None:
         print(error)
         compiled = compile_all(KERNELS.values(), arch)
     print(as_table(compiled))
-    assert all_faults(compiled) == []
+    assert all_faults(compiled, recorded_instructions(arch)) == []
 
 
 @needs_nvcc
 def test_a_kernel_that_was_not_built_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotBuilt, match=r"forward_jvp_bf16_d128\.o or its log is missing"):
-        read_built(tmp_path, TANGENT, tmp_path, "sm_80")
+        read_built(tmp_path, {}, TANGENT, tmp_path, "sm_80")
 
 
 @needs_nvcc

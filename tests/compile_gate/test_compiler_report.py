@@ -1,4 +1,4 @@
-"""The compile gate parses the output of ptxas and nvdisasm; the samples here are shortened."""
+"""The compile gate reads the report of ptxas and counts instructions; the samples are shortened."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 from tests.compile_gate.compiler_report import (
     Instructions,
     PtxasReport,
-    read_disassembly,
+    count_instructions,
     read_ptxas,
 )
+from tests.compile_gate.sass import parse
 
 CLEAN = """\
 ptxas info    : 4097 bytes gmem
@@ -48,26 +49,6 @@ DISASSEMBLY = """\
         /*10210*/                  LDL.LU R7, [R1+0x10] ;
         /*10220*/                  EXIT ;
         /*10230*/                  NOP;
-"""
-
-LOOPS = """\
-        /*0000*/                   MUFU.EX2 R6, R6 ;
-.L_x_0:
-        /*0010*/                   HGMMA.64x80x16.F32.BF16 R24, gdesc[UR24], !UPT ;
-.L_x_1:
-        /*0020*/                   HGMMA.64x80x16.F32.BF16 R24, gdesc[UR24], R24, gsb0 ;
-        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR13], R82 ;
-        /*0040*/              @!P0 BRA `(.L_x_3) ;
-.L_x_2:
-        /*0050*/                   MUFU.EX2 R6, R6 ;
-        /*0060*/               @P1 BRA `(.L_x_1) ;
-        /*0070*/              @!P2 EXIT ;
-        /*0080*/                   BRA `(.L_x_0) ;
-        /*0090*/                   EXIT ;
-.L_x_3:
-        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR13], R82 ;
-        /*00b0*/              @!P0 BRA `(.L_x_3) ;
-        /*00c0*/                   BRA `(.L_x_2) ;
 """
 
 
@@ -113,17 +94,6 @@ def test_a_function_that_is_called_is_not_inlined() -> None:
 
 
 def test_instructions_are_counted_whatever_their_predicates() -> None:
-    assert read_disassembly(DISASSEMBLY) == Instructions(
+    assert count_instructions(parse(DISASSEMBLY)) == Instructions(
         total=10, hmma=1, ldgsts=1, mufu=1, local=2
     )
-
-
-def test_the_innermost_loop_with_products_of_warpgroups_is_counted_by_itself() -> None:
-    found = read_disassembly(LOOPS)
-    assert (found.total, found.hgmma, found.mufu) == (13, 2, 2)
-    assert (found.loop_total, found.loop_hgmma, found.loop_mufu) == (5, 1, 1)
-
-
-def test_a_disassembly_must_have_instructions() -> None:
-    with pytest.raises(ValueError, match="no instruction"):
-        read_disassembly("\t.target\tsm_80\n")

@@ -12,6 +12,7 @@ from tests.compile_gate.kernel_doc import (
     PAGE,
     REPORT,
     SCHEDULES,
+    prediction,
     shared_memory_cycles,
     tensor_core_cycles,
     with_table,
@@ -33,6 +34,14 @@ def test_the_reports_have_every_kernel(arch: str) -> None:
 
 def test_every_step_has_a_schedule() -> None:
     assert SCHEDULES.keys() == {kernel.step for kernel in HOPPER}
+
+
+def test_no_prediction_is_above_the_roofline() -> None:
+    kernel = KERNELS["forward_jvp_bf16_d128_sm90"]
+    assert shared_memory_cycles(kernel) < tensor_core_cycles(kernel)
+    assert (prediction(kernel, 97), prediction(kernel, None)) == ("97 %", "not predicted")
+    kernel = KERNELS["jvp_backward_dkv_bf16_d64_sm90"]  # 2688 cycles of shared memory for 2304
+    assert (prediction(kernel, 97), prediction(kernel, 80)) == ("86 %", "80 %")
 
 
 def test_shared_scores_are_multiplied_by_whole_panels() -> None:
