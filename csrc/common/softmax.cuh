@@ -200,7 +200,8 @@ struct OnlineSoftmax {
 
 // P∘(T − c), rounded, with a reference c for each row. A common offset of T along a row cancels in
 // tO, but it would increase the rounding error of P∘T, so it is subtracted first: c is the mean of
-// T over the visible keys of the first tile that has any.
+// T, weighted by P, in the first tile whose weights are not all 0. If all earlier weights vanish
+// beside those of a tile, so do the sums, and c is set anew.
 //
 // Each row has two sums. tO is centred with the sum of the rounded values, which cancels part of
 // their rounding error; mu uses the sum of the exact values.
@@ -210,27 +211,25 @@ struct TangentWeights {
     RowSums rounded_sum;          // of the rounded P∘(T − c)
     float exact_sum[2] = {0, 0};  // of P∘(T − c) in this thread's columns
 
-    // Sets c from the first tile with visible keys. `scores` are -inf for hidden keys; `tangents`
-    // lack the softmax scale.
+    // Sets c of the rows that have none. `tangents` lack the softmax scale.
     template <int Keys>
-    DEVICE void set_reference(const Accumulator<Keys>& scores, const Accumulator<Keys>& tangents,
+    DEVICE void set_reference(const Accumulator<Keys>& weights, const Accumulator<Keys>& tangents,
                               float scale) {
         if (!warp_any(!known[0] || !known[1])) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float total = 0, count = 0;
+            float total = 0, weight = 0;
 #pragma unroll
-            for (int i = 0; i < scores.kBlocks; ++i)
+            for (int i = 0; i < weights.kBlocks; ++i)
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
-                    const bool visible = scores.at(i, half, side) != -kInfinity;
-                    total += visible ? tangents.at(i, half, side) : 0;
-                    count += visible ? 1 : 0;
+                    total += masked_product(weights.at(i, half, side), tangents.at(i, half, side));
+                    weight += weights.at(i, half, side);
                 }
             total = quad_sum(total);
-            count = quad_sum(count);
-            if (!known[half] && count > 0) {
-                reference[half] = total / count * scale;
+            weight = quad_sum(weight);
+            if (!known[half] && weight > 0) {
+                reference[half] = total / weight * scale;
                 known[half] = true;
             }
         }
@@ -243,6 +242,7 @@ struct TangentWeights {
             rounded_sum.value[2 * half] *= factor[half];
             rounded_sum.value[2 * half + 1] *= factor[half];
             exact_sum[half] *= factor[half];
+            if (factor[half] == 0) known[half] = false;
         }
     }
 

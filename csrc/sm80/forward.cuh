@@ -85,7 +85,6 @@ struct Forward {
             } else {
                 scores.scale(scale);
             }
-            if (has_t) tangent_weights.set_reference(scores, tangents, scale);
 
             // P = exp(S − max); P, rounded
             float rescaling[2];
@@ -99,6 +98,7 @@ struct Forward {
                 tangent_weights.rescale(rescaling);
             }
             // P∘(T − c), rounded
+            if (has_t) tangent_weights.set_reference(scores, tangents, scale);
             if (kJvp) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();

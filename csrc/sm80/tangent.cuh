@@ -60,6 +60,9 @@ struct TangentOnly {
 
         const RowLse lse(p, block, block.first_row + row);
         TangentWeights tangent_weights;
+        // The weights of a row that sees no key are all 0: it needs no reference.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) tangent_weights.known[half] = lse.sees_no_key(half);
         Accumulator<HeadDim> tout;
 
         if (key_end > 0) {
@@ -85,7 +88,6 @@ struct TangentOnly {
             } else {
                 scores.scale(scale);
             }
-            if (has_t) tangent_weights.set_reference(scores, tangents, scale);
 
             // P = exp(S − lse); P and P∘(T − c), rounded
             Packed<Element, Keys> weights, weighted;
@@ -94,6 +96,7 @@ struct TangentOnly {
             });
             scores.exp2();
             round_weights(weights, scores);
+            if (has_t) tangent_weights.set_reference(scores, tangents, scale);
             if (has_t) tangent_weights.update(weighted, scores, tangents, scale);
 
             copy_async_wait<0>();

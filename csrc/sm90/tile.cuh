@@ -8,7 +8,17 @@
 #include "common/fragment.cuh"
 #include "sm90/ptx.cuh"
 
+// csrc/generate.py defines it as 0 if the kernel table says so.
+#ifndef JVP_ATTN_PARTIAL_SWIZZLE_ATOMS
+#define JVP_ATTN_PARTIAL_SWIZZLE_ATOMS 1
+#endif
+
 namespace jvp_attn::sm90 {
+
+// Whether a product may use a part of a swizzle atom, the 64 columns of a panel, of a right factor
+// whose rows are contracted. PTX allows it; CUTLASS builds no such product. Without it head dim 96
+// (64 columns and 32) has no kernels, and 8 columns beside 64 take a product of their own.
+constexpr bool kPartialSwizzleAtoms = JVP_ATTN_PARTIAL_SWIZZLE_ATOMS;
 
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
@@ -102,20 +112,32 @@ DEVICE void multiply_transposed(Accumulator<N>& c, const Tile<M, D>& a, int row,
 // c += A B.
 template <class Element, int K, int D>
 DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<K, D>& b) {
+    static_assert(kPartialSwizzleAtoms || D % kPanelColumns == 0);
 #pragma unroll
     for (int step = 0; step < K / 16; ++step)
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step), true);
 }
 
-// c = Aᵀ B, where A has 64 columns and B has 72: 64 of tile b, and 8 of tile b_beyond, which is
-// behind b in memory.
+// c = Aᵀ B, where A has 64 columns and B has 72: 64 of tile b, and 8 of `ones`, which is behind b
+// in memory and holds nothing but ones.
 template <class Element, int K>
 DEVICE void multiply_left_transposed(Accumulator<72>& c, const Tile<K, 64>& a, const Tile<K, 64>& b,
-                                     const Tile<K, 64>& b_beyond) {
+                                     const Tile<K, 64>& ones) {
 #pragma unroll
-    for (int step = 0; step < K / 16; ++step)
-        wgmma<Element, Major::result, Major::result>(
-            c.value, a.rows(step), b.rows(step, b_beyond.base - b.base), step > 0);
+    for (int step = 0; step < K / 16; ++step) {
+        if constexpr (kPartialSwizzleAtoms) {
+            wgmma<Element, Major::result, Major::result>(
+                c.value, a.rows(step), b.rows(step, ones.base - b.base), step > 0);
+        } else {
+            auto& columns = reinterpret_cast<float (&)[8][4]>(c.value);
+            auto& sums = reinterpret_cast<float (&)[1][4]>(c.value[8]);
+            wgmma<Element, Major::result, Major::result>(columns, a.rows(step), b.rows(step),
+                                                         step > 0);
+            // Ones are ones in either order: 8 rows of them are a whole atom.
+            wgmma<Element, Major::result, Major::contraction>(sums, a.rows(step),
+                                                              ones.columns(0, 0), step > 0);
+        }
+    }
 }
 
 }  // namespace jvp_attn::sm90

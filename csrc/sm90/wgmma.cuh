@@ -10,7 +10,8 @@
 #include "sm90/ptx.cuh"
 
 // The registers of an accumulator of N columns in the instruction ...
-#define JVP_ATTN_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define JVP_ATTN_REGISTERS_8 "%0, %1, %2, %3"
+#define JVP_ATTN_REGISTERS_16 JVP_ATTN_REGISTERS_8 ", %4, %5, %6, %7"
 #define JVP_ATTN_REGISTERS_32 JVP_ATTN_REGISTERS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define JVP_ATTN_REGISTERS_48 JVP_ATTN_REGISTERS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JVP_ATTN_REGISTERS_64 JVP_ATTN_REGISTERS_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -35,6 +36,7 @@
 #define JVP_ATTN_OUTPUTS(BLOCK)                                                            \
     "+f"(accumulator[BLOCK][0]), "+f"(accumulator[BLOCK][1]), "+f"(accumulator[BLOCK][2]), \
         "+f"(accumulator[BLOCK][3])
+#define JVP_ATTN_OUTPUTS_8 JVP_ATTN_OUTPUTS(0)
 #define JVP_ATTN_OUTPUTS_16 JVP_ATTN_OUTPUTS(0), JVP_ATTN_OUTPUTS(1)
 #define JVP_ATTN_OUTPUTS_32 JVP_ATTN_OUTPUTS_16, JVP_ATTN_OUTPUTS(2), JVP_ATTN_OUTPUTS(3)
 #define JVP_ATTN_OUTPUTS_48 JVP_ATTN_OUTPUTS_32, JVP_ATTN_OUTPUTS(4), JVP_ATTN_OUTPUTS(5)
@@ -97,6 +99,7 @@
 
 namespace jvp_attn {
 
+JVP_ATTN_WGMMA(8, 4, 5, 6, 7, 8, 9, 10)
 JVP_ATTN_WGMMA(48, 24, 25, 26, 27, 28, 29, 30)
 JVP_ATTN_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
 JVP_ATTN_WGMMA(72, 36, 37, 38, 39, 40, 41, 42)

@@ -12,6 +12,7 @@ from jvp_attn.backends.kernel_table import (
     KernelEntry,
     kernel_name,
     padded_head_dim,
+    sm90_head_dim,
 )
 
 ELEMENT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -66,7 +67,8 @@ def on_hopper(kernel: KernelEntry, *, q_tangent_only: bool = False) -> KernelEnt
     step = kernel.step
     if q_tangent_only:
         step = _Q_TANGENT_ONLY.get(step, step)
-    name = kernel_name(step, kernel.element, kernel.head_dim, kernel.masked, "sm90")
+    head_dim = sm90_head_dim(kernel.head_dim)
+    name = kernel_name(step, kernel.element, head_dim, kernel.masked, "sm90")
     return KERNELS.get(name, kernel)
 
 
@@ -81,7 +83,8 @@ def backward_atomic_dq(
     Args:
         dtype, head_dim, head_dim_v: as in `kernels_of`.
     """
-    element, padded = ELEMENT_OF_DTYPE[dtype], padded_head_dim(head_dim, head_dim_v)
+    element = ELEMENT_OF_DTYPE[dtype]
+    padded = sm90_head_dim(padded_head_dim(head_dim, head_dim_v))
     return _kernels_of_steps(_BACKWARD_ATOMIC_DQ, element, padded, arch="sm90")
 
 

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 ELEMENTS = ("bf16", "fp16")
 
+# Whether products of the sm90 kernels may use a part of a swizzle atom, which is 64 columns wide
+# (csrc/sm90/tile.cuh; csrc/generate.py tells the compiler). With False, head dims 65 to 96 take the
+# sm90 kernels for 128, and `backward` is slower. The first tests of tests/gpu/conformance_sm90.py
+# show on a GPU whether False is necessary.
+PARTIAL_SWIZZLE_ATOMS = True
+
 # The steps that the primitives consist of. Each has a class template, in
 # csrc/<arch>/<header>.cuh, a flag for that (whether tangents are computed too; "-" where it has no
 # such choice), and for each head dim a tile: the rows x keys that a block of threads works on at a
@@ -102,6 +108,13 @@ def padded_head_dim(head_dim: int, head_dim_v: int) -> int | None:
 HEAD_DIMS = (64, 96, 128, 256)
 
 
+def sm90_head_dim(head_dim: int | None) -> int | None:
+    """The head dim of the sm90 kernels that serve what sm80 kernels of a head dim serve."""
+    if head_dim is None or PARTIAL_SWIZZLE_ATOMS:
+        return head_dim
+    return -(-head_dim // 64) * 64
+
+
 def _kernel_of_rows(step: str, element: str) -> KernelEntry:
     return KernelEntry(
         name=kernel_name(step, element),
@@ -118,7 +131,7 @@ def _kernel_of_rows(step: str, element: str) -> KernelEntry:
 def _kernels_of(row: list[str], element: str, arch: str) -> Iterator[KernelEntry]:
     step, header, template, flag, masked, *tiles = row
     for head_dim, tile in zip(HEAD_DIMS, tiles, strict=True):
-        if tile == "-":
+        if tile == "-" or (arch == "sm90" and head_dim != sm90_head_dim(head_dim)):
             continue
         rows, keys = tile.split("x")
         flags = [x for x in (flag, masked) if x != "-"]

@@ -56,6 +56,18 @@ struct ShareRegisters : Threads<384> {
     }
 };
 
+// Advice to the compiler, which changes no address. For each thread: an address of its warp and one
+// of its own, from the start of shared memory on.
+struct Advice : Threads<64> {
+    DEVICE static void run(const Params& params) {
+        const SharedAddress start = shared_memory();
+        const float x = global_load(input<float>(params) + thread_index());
+        uint32_t* const row = output<uint32_t>(params) + 2 * thread_index();
+        global_store(row, warp_uniform(start + warp_index() * 1024) - start);
+        global_store(row + 1, known_after(x, start + thread_index() * 4) - start);
+    }
+};
+
 // ---------------------------------------------------------------------------------------------
 // Barriers. The output is 64 float32 in reverse.
 
@@ -188,16 +200,21 @@ struct StoreMatrices : Threads<32> {
     }
 };
 
-// A B (64 x N, float32) in two steps of 16. A is in q, B in v: 64 x 32 and N x 32 if the columns
-// are the summed index, 32 x 64 and 32 x N if the rows are.
-template <class Element, int N, Major kMajorA, Major kMajorB, bool kFromRegisters>
+// A B (64 x N, float32) in steps of 16. A is in q, B in v: 64 x kDepth and N x kDepth if the
+// columns are the summed index, kDepth x 64 and kDepth x N if the rows are. Each panel of B is kGap
+// bytes behind the one before.
+template <class Element, int N, Major kMajorA, Major kMajorB, bool kFromRegisters, int kDepth = 32,
+          int kGap = 0>
 struct Product : Threads<128> {
-    static constexpr int kDepth = 32;
+    static constexpr int kSteps = kDepth / 16;
     static constexpr int kRowBox = kMajorA == Major::contraction ? 64 : kDepth;
     static constexpr int kKeyBox = kMajorB == Major::contraction ? N : kDepth;
     using Left = Tile<kRowBox, kMajorA == Major::contraction ? kDepth : 64>;
     using Right = Tile<kKeyBox, kMajorB == Major::contraction ? kDepth : N>;
-    static constexpr int kSharedBytes = Left::kBytes + Right::kBytes + 8;
+    static constexpr int kToNextPanel = Right::kPanelBytes + kGap;
+    static constexpr int kRightBytes = (Right::kPanels - 1) * kToNextPanel + Right::kPanelBytes;
+    static constexpr int kSharedBytes = Left::kBytes + kRightBytes + 8;
+    static_assert(kSharedBytes <= kMaxSharedBytes);
 
     DEVICE static void run(const Params& params) {
         const Left left{shared_memory()};
@@ -208,7 +225,7 @@ struct Product : Threads<128> {
         Packed<Element, kDepth> rows;
         if constexpr (kFromRegisters) {
             const int row = warp_index() * 16 + lane_index() % 16;
-            for (int step = 0; step < 2; ++step) {
+            for (int step = 0; step < kSteps; ++step) {
                 const Words4 words = load_matrices(left.chunk(row, 2 * step + lane_index() / 16));
                 for (int i = 0; i < 4; ++i) rows.word[step][i] = words.word[i];
             }
@@ -217,9 +234,9 @@ struct Product : Threads<128> {
         warpgroup_fence_operand(product.value);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
-            const uint64_t b =
-                kMajorB == Major::contraction ? right.columns(0, step) : right.rows(step);
+        for (int step = 0; step < kSteps; ++step) {
+            const uint64_t b = kMajorB == Major::contraction ? right.columns(0, step)
+                                                             : right.rows(step, kToNextPanel);
             if constexpr (kFromRegisters) {
                 wgmma<Element, kMajorB>(product.value, rows.word[step], b, step > 0);
             } else {
@@ -242,7 +259,7 @@ struct Product : Threads<128> {
 
 private:
     DEVICE static void load(const Params& params, const Left& left, const Right& right) {
-        const SharedAddress full = right.base + Right::kBytes;
+        const SharedAddress full = right.base + kRightBytes;
         if (thread_index() == 0) {
             mbarrier_init(full, 1);
             fence_mbarrier_init();
@@ -251,7 +268,7 @@ private:
                 tma_load_4d(left.base + panel * Left::kPanelBytes, params.maps.q, full,
                             panel * kPanelColumns, 0, 0, 0);
             for (int panel = 0; panel < Right::kPanels; ++panel)
-                tma_load_4d(right.base + panel * Right::kPanelBytes, params.maps.v, full,
+                tma_load_4d(right.base + panel * kToNextPanel, params.maps.v, full,
                             panel * kPanelColumns, 0, 0, 0);
         }
         block_barrier();

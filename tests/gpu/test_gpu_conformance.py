@@ -60,19 +60,19 @@ class InstructionSet:
 
 
 INSTRUCTION_SETS = {
-    "sm80": InstructionSet(
-        "conformance.cu",
-        conformance.PROBES,
-        ["tests/gpu/conformance_kernels.cuh", "tests/emulator/probes/instructions.h"],
-        ["csrc/common/ptx.cuh"],
-        "sm_80",
-    ),
     "sm90": InstructionSet(
         "conformance_sm90.cu",
         conformance_sm90.PROBES,
         ["tests/gpu/conformance_kernels_sm90.cuh"],
         ["csrc/sm90/ptx.cuh", "csrc/sm90/wgmma.cuh"],
         "sm_90a",
+    ),
+    "sm80": InstructionSet(
+        "conformance.cu",
+        conformance.PROBES,
+        ["tests/gpu/conformance_kernels.cuh", "tests/emulator/probes/instructions.h"],
+        ["csrc/common/ptx.cuh"],
+        "sm_80",
     ),
 }
 

@@ -53,7 +53,7 @@ class Numbers:
 
     def with_large_rows(self, shape: tuple[int, ...], factor: float) -> Tensor:
         x = self.normal(shape) if self._rng.random() < 0.5 else self.integers(shape)
-        rows = self.uniform((*shape[:-1], 1)) < 0.2
+        rows = self.uniform((*shape[:-1], 1)[: len(shape)]) < 0.2
         return self.clamped(torch.where(rows, x * factor, x))
 
     def large(self, shape: tuple[int, ...]) -> Tensor:

@@ -20,8 +20,6 @@ class Variant:
     Attributes:
         scale_first: whether q is scaled, or the scores are.
         divide_first: whether P is normalised before P V, or the product afterwards.
-        centre: whether the tangents of a row's scores are shifted by their mean first. That changes
-            no derivative, because softmax is invariant, and is accurate where they are all large.
         seed: of a permutation of the head dims, which changes the order of sums, and of rounding
             errors of the weights and of the derivative of their sum; None is none.
         row_sum_error: relative error of that derivative, which delta is a part of.
@@ -29,7 +27,6 @@ class Variant:
 
     scale_first: bool = True
     divide_first: bool = True
-    centre: bool = False
     seed: int | None = None
     row_sum_error: float = 0.0
 
@@ -73,12 +70,6 @@ def attention(
     # Rows that see no key are computed without a mask, and replaced afterwards.
     scores = scores.masked_fill(~visible & alive, -torch.inf)
     maximum = scores.detach().amax(-1, keepdim=True)
-    centre: Tensor | float = 0
-    if variant.centre:
-        # 0, with the derivative of the scores.
-        move = (scores - scores.detach()).masked_fill(~visible, 0)
-        centre = move.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp(min=1)
-        scores = scores.detach() + (move - centre)
     weights = _weights(scores, maximum, variant.seed)
     total = weights.sum(-1, keepdim=True)
     if variant.divide_first:
@@ -86,7 +77,7 @@ def attention(
     else:
         out = weights @ v
         out = out / _with_rounded_derivative(total.expand_as(out), variant)
-    lse = maximum + _with_rounded_derivative(total, variant).log() + centre
+    lse = maximum + _with_rounded_derivative(total, variant).log()
     lse_lo = (maximum - lse.detach() + total.detach().log()).masked_fill(~alive, 0)
     out = out[..., order_v.argsort()].masked_fill(~alive, 0)
     return out, lse.masked_fill(~alive, -torch.inf).squeeze(-1), lse_lo.squeeze(-1)

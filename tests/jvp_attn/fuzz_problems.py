@@ -146,8 +146,10 @@ class Problem:
     ) -> tuple[Tensor, ...]:
         parts = []
         for part in _split(x, options["ends"]):
-            # The gradients of q by the parts are rounded before they are added.
-            part["q"] = part["q"].to(self.dtype).to(part["q"].dtype)
+            # Gradients of what parts share are rounded in each before they are added.
+            for n in ("q", "attn_mask"):
+                if n in part and part[n] is x[n] and part[n].is_floating_point():
+                    part[n] = part[n].to(self.data[n].dtype).to(part[n].dtype)
             out, lse, lse_lo = _dense_formula_with_lo(part, options, variant)
             parts.append((out.to(self.dtype), lse, lse_lo))
         return merge_attention(parts)[:2]

@@ -11,11 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from jvp_attn.backends import kernel_table
 from jvp_attn.backends.cuda import CudaBackend
 from jvp_attn.backends.kernel_report import report_problem
-from jvp_attn.backends.kernel_table import KERNELS
+from jvp_attn.backends.kernel_table import KERNELS, sm90_head_dim
 from jvp_attn.types import AttentionOptions, Inputs, Tangents
-from tests.jvp_attn.attention_cases import Case
+from tests.jvp_attn.attention_cases import (
+    Case,
+    assert_exact_to_two_roundings,
+    outputs_and_gradients,
+    part,
+    projection,
+    with_tangents,
+    without_tangents,
+)
+from tests.jvp_attn.data_kinds import in_dtype, offset
+from tests.jvp_attn.emulated_backend import emulated_backend
 from tests.jvp_attn.kernel_recorder import Recorder
 from tests.jvp_attn.packed_cases import PackedCase
 from tests.jvp_attn.primitive_calls import PrimitiveCall, call_of
@@ -55,7 +66,9 @@ def launched(
 
 
 @pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-@pytest.mark.parametrize(("head_dim", "padded"), [(8, 64), (64, 64), (72, 96), (128, 128)])
+@pytest.mark.parametrize(
+    ("head_dim", "padded"), [(8, 64), (64, 64), (72, sm90_head_dim(96)), (128, 128)]
+)
 def test_hopper_runs_its_own_kernels(
     head_dim: int, padded: int, dtype: torch.dtype, element: str
 ) -> None:
@@ -264,6 +277,50 @@ def test_accumulators_of_each_packed_sequence_are_padded_to_whole_tiles() -> Non
     call = call_of(PackedCase((130, 0, 70), (9, 5, 7), beyond=3, **dims))
     call = replace(call, options=replace(call.options, deterministic=False))
     assert strides_of_accumulators(call) == {"dq_accum": (0, 512 * 72), "ds_row_sums": (0, 512)}
+
+
+# ----------------------------------------------------------------------------
+# Without products of parts of swizzle atoms
+
+
+@pytest.fixture
+def whole_swizzle_atoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_table, "PARTIAL_SWIZZLE_ATOMS", False)
+
+
+@pytest.mark.usefixtures("whole_swizzle_atoms")
+@pytest.mark.parametrize(("head_dim", "padded"), [(64, 64), (72, 128), (96, 128), (104, 128)])
+def test_whole_swizzle_atoms_have_multiples_of_64_columns(head_dim: int, padded: int) -> None:
+    x = tensor((2, 8, 4, head_dim))
+    for tangents, step in (("qkv", "forward_jvp"), ("q", "forward_jvp_q")):
+        assert launched(q=x, k=x, v=x, tangents=tangents) == [f"{step}_bf16_d{padded}_sm90"]
+
+
+@pytest.mark.usefixtures("whole_swizzle_atoms")
+def test_whole_swizzle_atoms_in_the_backward() -> None:
+    assert launched_backward(backward_call(96)) == ONE_PASS
+    assert launched_backward(backward_call(96, deterministic=True)) == TWO_KERNELS
+    of_96 = [name.replace("d128", "d96") for name in GENERAL_KERNELS]
+    assert launched_backward(backward_call(96), (8, 0)) == of_96
+    assert reported("backward", 96, (9, 0)) == TWO_KERNELS
+
+
+@pytest.mark.usefixtures("whole_swizzle_atoms")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_whole_swizzle_atoms_serve_head_dim_96(packed: bool) -> None:
+    dims = {"head_dim": 96, "head_dim_v": 72, "heads": 2}
+    case: Case | PackedCase = Case(1, 70, 150, heads_k=1, causal=True, **dims)
+    if packed:
+        case = PackedCase((70, 0, 33, 5), (80, 10, 0, 20), beyond=3, heads_k=2, **dims)
+    data = in_dtype(offset(case.data()), torch.bfloat16)
+    through = projection(dtype=torch.bfloat16)
+    with emulated_backend((9, 0)):
+        for names, evaluate in ((data, with_tangents), ("qkv", without_tangents)):
+            found, exact = (
+                outputs_and_gradients(f, part(x, names), evaluate=evaluate, through=through)
+                for f, x in ((case.ours, data), (case.naive, in_dtype(data, torch.float64)))
+            )
+            assert_exact_to_two_roundings(found, exact)
 
 
 # ----------------------------------------------------------------------------

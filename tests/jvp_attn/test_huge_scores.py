@@ -26,6 +26,7 @@ from tests.jvp_attn.attention_cases import (
     Case,
     Named,
     assert_close,
+    assert_exact_to_two_roundings,
     named,
     outputs_and_gradients,
     projection,
@@ -165,6 +166,21 @@ def test_keys_of_weight_zero_do_not_change_the_precision_of_tangents(seqlen_k: i
         with_tangents(case.naive, data),
         with_tangents(case.naive, in_dtype(data, torch.float64)),
     )
+
+
+@pytest.mark.parametrize("computed_by", ["emulated"], indirect=True)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("padded", [slice(0, None, 2), slice(80), slice(40, None)], ids=str)
+def test_keys_of_weight_zero_do_not_change_the_precision_of_the_cuda_kernels(
+    head_dim: int, padded: slice
+) -> None:
+    """Every other key, all keys of the first tile, or all but those."""
+    case = replace(CASE, batch=1, seqlen_k=150, head_dim=head_dim, head_dim_v=head_dim)
+    data = rounded(dict(case.data(), attn_mask=torch.zeros(37, 150)), torch.bfloat16)
+    data["attn_mask"][:, padded] = SMALLEST
+    data["tk"][:, padded] *= 1e6
+    exact = with_tangents(case.naive, in_dtype(data, torch.float64))
+    assert_exact_to_two_roundings(with_tangents(case.ours, data), exact)
 
 
 # ----------------------------------------------------------------------------

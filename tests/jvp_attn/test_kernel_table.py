@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,21 @@ def test_every_kernel_exists_in_both_dtypes_and_on_sm80_with_and_without_mask() 
 def test_tile_sizes_are_multiples_of_16() -> None:
     for kernel in KERNELS.values():
         assert kernel.tile is None or all(size % 16 == 0 for size in kernel.tile), kernel.name
+
+
+def test_without_partial_swizzle_atoms_sm90_has_no_kernels_of_head_dim_96(tmp_path: Path) -> None:
+    table = (ROOT / "jvp_attn" / "backends" / "kernel_table.py").read_text()
+    constant = "PARTIAL_SWIZZLE_ATOMS = "
+    assert table.count(constant) == 1
+    kernels = {}
+    for partial in (True, False):
+        path = tmp_path / f"{partial}.py"
+        path.write_text(re.sub(rf"^{constant}\w+$", f"{constant}{partial}", table, flags=re.M))
+        kernels[partial] = run_path(str(path))["KERNELS"]
+    missing = kernels[True].keys() - kernels[False].keys()
+    assert kernels[True].keys() > kernels[False].keys()
+    assert {n for n in missing if "_d96_sm90" in n} == missing
+    assert not any("_d96_sm90" in n for n in kernels[False])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +175,14 @@ def test_each_kernel_has_a_source_and_is_listed(tmp_path: Path) -> None:
         assert f'#include "{launch}"' in text
     listed = (tmp_path / "all_kernels.cpp").read_text()
     assert all(f"extern const Kernel {name};" in listed for name in KERNELS)
+
+
+def test_without_partial_swizzle_atoms_sources_say_so(tmp_path: Path) -> None:
+    definition = "#define JVP_ATTN_PARTIAL_SWIZZLE_ATOMS 0"
+    for partial in (True, False):
+        sources = generate_py.generate(tmp_path, FEW, partial_swizzle_atoms=partial)
+        found = [definition in path.read_text() for path in sources if path.suffix == ".cu"]
+        assert found == [not partial] * len(FEW)
 
 
 def test_unchanged_sources_are_not_rewritten(tmp_path: Path) -> None:
