@@ -8,7 +8,17 @@
 #include "common/fragment.cuh"
 #include "sm90/ptx.cuh"
 
+// csrc/generate.py defines it as 0 if the kernel table says so.
+#ifndef JVP_ATTN_PARTIAL_SWIZZLE_ATOMS
+#define JVP_ATTN_PARTIAL_SWIZZLE_ATOMS 1
+#endif
+
 namespace jvp_attn::sm90 {
+
+// Whether a product may use a part of a swizzle atom, the 64 columns of a panel, of a right factor
+// whose rows are contracted. PTX allows it; CUTLASS builds no such product. Without it head dim 96
+// (64 columns and 32) has no kernels, and 8 columns beside 64 take a product of their own.
+constexpr bool kPartialSwizzleAtoms = JVP_ATTN_PARTIAL_SWIZZLE_ATOMS;
 
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
@@ -105,6 +115,18 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
 #pragma unroll
     for (int step = 0; step < K / 16; ++step)
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step), true);
+}
+
+// c += A B, where B has 72 columns: 64 of tile b, and 8 of `ones`, which is behind b in memory and
+// holds nothing but ones.
+template <class Element, int K>
+DEVICE void multiply(Accumulator<72>& c, const Packed<Element, K>& a, const Tile<K, 64>& b,
+                     const Tile<K, 64>& ones) {
+    static_assert(kPartialSwizzleAtoms);
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step)
+        wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step, ones.base - b.base),
+                                      true);
 }
 
 // c = Aᵀ B, where A has 64 columns and B has 72: 64 of tile b, and 8 of tile b_beyond, which is
