@@ -80,21 +80,51 @@ private:
             return rows.lse.centres;
         }
 
-        // Rounds weights∘x and adds its row sums, exact and rounded, to those in shared memory.
-        DEVICE void multiply_weights(Weights& product, const Scores& weights, const Scores& x,
-                                     SmemSlot row_sums) const {
-            RowPair sum = load_smem(row_sums);
+        // Turns x = dtO Vᵀ into Bc∘Tc, which may be infinite or NaN where the weight is 0. One loop
+        // for both results: its registers become free one after the other.
+        DEVICE void multiply_weights_and_tangents(Weights& dt, Scores& x, const Scores& weights,
+                                                  const Scores& tangents) const {
+            const float scale = p.softmax_scale;
+            const RowPair beta = load_smem(SmemSlot::cotangents);
+            const RowPair mu = load_smem(SmemSlot::softmax);
+            RowPair sum = load_smem(SmemSlot::dt_sums);
 #pragma unroll
             for (int i = 0; i < x.kBlocks; ++i)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float low = weights.at(i, half, 0) * x.at(i, half, 0);
-                    const float high = weights.at(i, half, 1) * x.at(i, half, 1);
-                    product.set(i, half, low, high);
-                    sum.first[half] += low + high;
-                    sum.second[half] += product.low(i, half) + product.high(i, half);
+                    float product[2];
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        float& bc = x.at(i, half, side);
+                        bc -= beta.first[half];
+                        product[side] = masked_product(weights.at(i, half, side), bc);
+                        bc *= tangents.at(i, half, side) * scale - mu.second[half];
+                    }
+                    dt.set(i, half, product[0], product[1]);
+                    sum.first[half] += product[0] + product[1];
+                    sum.second[half] += dt.low(i, half) + dt.high(i, half);
                 }
-            store_smem(row_sums, sum);
+            store_smem(SmemSlot::dt_sums, sum);
+        }
+
+        // dS = P∘X, rounded, and its row sums.
+        DEVICE void multiply_weights(Weights& ds, const Scores& weights, const Scores& x) const {
+            const RowPair delta = load_smem(SmemSlot::cotangents);
+            RowPair sum = load_smem(SmemSlot::ds_sums);
+#pragma unroll
+            for (int i = 0; i < x.kBlocks; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float product[2];
+#pragma unroll
+                    for (int side = 0; side < 2; ++side)
+                        product[side] = masked_product(weights.at(i, half, side),
+                                                       x.at(i, half, side) - delta.second[half]);
+                    ds.set(i, half, product[0], product[1]);
+                    sum.first[half] += product[0] + product[1];
+                    sum.second[half] += ds.low(i, half) + ds.high(i, half);
+                }
+            store_smem(SmemSlot::ds_sums, sum);
         }
 
         // Turns scores into weights; those of hidden keys are 0.
@@ -115,7 +145,6 @@ private:
                         bool centres, int work_tile) {
             const RowTile q = row_tile(0), dout = row_tile(1);
             const RowTile tq = row_tile(2), dtout = row_tile(3);
-            const float scale = p.softmax_scale;
 
             // issue S = Q Kᵀ, then T = tQ Kᵀ + Q tKᵀ
             Scores weights, tangents, x;
@@ -137,20 +166,9 @@ private:
             wgmma_group([&] { multiply_transposed<Element>(x, dtout, row(), tile(v), false); }, x);
             // wait for T and dtO Vᵀ
             wgmma_wait_for<0>(tangents, x);
-            // Bc = dtO Vᵀ − beta and dT = P∘Bc
+            // dT = P∘Bc and Bc∘Tc
             Weights ds, dt;
-            x.subtract_from_rows(load_smem(SmemSlot::cotangents).first);
-            x.zero_unweighted(weights);
-            multiply_weights(dt, weights, x, SmemSlot::dt_sums);
-            // Bc∘Tc
-            const RowPair rows = load_smem(SmemSlot::softmax);
-#pragma unroll
-            for (int i = 0; i < x.kBlocks; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float centred = tangents.value[i][e] * scale - rows.second[e / 2];
-                    x.value[i][e] = weights.value[i][e] == 0 ? 0 : x.value[i][e] * centred;
-                }
+            multiply_weights_and_tangents(dt, x, weights, tangents);
             // issue X = Bc∘Tc + dO Vᵀ + dtO tVᵀ
             const auto issue_x = [&] {
                 multiply_transposed<Element>(x, dout, row(), tile(v), true);
@@ -169,9 +187,7 @@ private:
             release(tv);
 
             // X − delta and dS = P∘X, while wgmma computes the products with dT
-            x.subtract_from_rows(load_smem(SmemSlot::cotangents).second);
-            x.zero_unweighted(weights);
-            multiply_weights(ds, weights, x, SmemSlot::ds_sums);
+            multiply_weights(ds, weights, x);
             // dQ += dS K
             wgmma_group([&] { multiply<Element>(grad_q, ds, tile(k)); }, ds);
             wgmma_wait_for<0>(grad_q, ds, grad_tq, dt);
