@@ -25,7 +25,8 @@ struct BackwardDq
     using typename Pipeline::Consumer, typename Pipeline::Memory, typename Pipeline::Scores;
     using typename Pipeline::Weights;
     using GradQ = Accumulator<kSumsByProduct ? HeadDim + 8 : HeadDim>;
-    static_assert(Pipeline::kSlots >= 5, "two tiles of keys, and K of the tile before");
+    static_assert(Pipeline::kSlots >= 5,
+                  "K and V of this tile and the next, K of the previous one");
 
     DEVICE static void run(const Params& params) {
         const Memory memory;

@@ -26,8 +26,9 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 constexpr int kSwizzleBytes = 1024;  // the layout repeats after 8 rows; panels start at multiples
 
-// How wgmma addresses a factor: `leading` and `stride` are distances in bytes, 1 << 62 selects the
-// 128-byte swizzle. (PTX: matrix descriptor)
+// How wgmma addresses a factor: `leading` and `stride` are distances in bytes, less than 2^18 and
+// so any in the shared memory of a block; 1 << 62 selects the 128-byte swizzle. (PTX: matrix
+// descriptor)
 DEVICE uint64_t matrix_descriptor(SharedAddress start, int leading, int stride) {
     return static_cast<uint64_t>((start & 0x3ffff) >> 4) |
            static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
@@ -118,11 +119,10 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
 }
 
 // c += A B, where B has 72 columns: 64 of tile b, and 8 of `ones`, which is behind b in memory and
-// holds nothing but ones.
+// holds nothing but ones. Uses a part of a swizzle atom.
 template <class Element, int K>
 DEVICE void multiply(Accumulator<72>& c, const Packed<Element, K>& a, const Tile<K, 64>& b,
                      const Tile<K, 64>& ones) {
-    static_assert(kPartialSwizzleAtoms);
 #pragma unroll
     for (int step = 0; step < K / 16; ++step)
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step, ones.base - b.base),
