@@ -136,7 +136,7 @@ private:
         DEVICE bool store_row_stats(const RowBlock<Rows>& block) const {
             const int first_row = block.first_row + this->warp_row();
             const RowStatistics<false> rows(p, block, first_row);
-            RowPair softmax, cotangents;
+            RowPair softmax, cotangents = {};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 softmax.first[half] = rows.lse.subtrahend[half];
