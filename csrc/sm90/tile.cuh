@@ -26,8 +26,9 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 constexpr int kSwizzleBytes = 1024;  // the layout repeats after 8 rows; panels start at multiples
 
-// How wgmma addresses a factor: `leading` and `stride` are distances in bytes, 1 << 62 selects the
-// 128-byte swizzle. (PTX: matrix descriptor)
+// How wgmma addresses a factor: `leading` and `stride` are distances in bytes, less than 2^18 and
+// so any in the shared memory of a block; 1 << 62 selects the 128-byte swizzle. (PTX: matrix
+// descriptor)
 DEVICE uint64_t matrix_descriptor(SharedAddress start, int leading, int stride) {
     return static_cast<uint64_t>((start & 0x3ffff) >> 4) |
            static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
@@ -118,26 +119,40 @@ DEVICE void multiply(Accumulator<D>& c, const Packed<Element, K>& a, const Tile<
         wgmma<Element, Major::result>(c.value, a.word[step], b.rows(step), true);
 }
 
-// c = Aᵀ B, where A has 64 columns and B has 72: 64 of tile b, and 8 of `ones`, which is behind b
-// in memory and holds nothing but ones.
+// One step of c = A B, plus c if `accumulate`, where B has 72 columns: 64 of tile b, and 8 of
+// `ones`, which is behind b in memory and holds nothing but ones. `a` is registers, or a descriptor
+// with its major.
+template <class Element, Major... kMajorA, class A, int K>
+DEVICE void multiply_step_with_ones(Accumulator<72>& c, const A& a, const Tile<K, 64>& b, int step,
+                                    const Tile<K, 64>& ones, bool accumulate) {
+    if constexpr (kPartialSwizzleAtoms) {
+        wgmma<Element, kMajorA..., Major::result>(c.value, a, b.rows(step, ones.base - b.base),
+                                                  accumulate);
+    } else {
+        auto& columns = reinterpret_cast<float (&)[8][4]>(c.value);
+        auto& sums = reinterpret_cast<float (&)[1][4]>(c.value[8]);
+        wgmma<Element, kMajorA..., Major::result>(columns, a, b.rows(step), accumulate);
+        // Ones are ones in either order: 8 rows of them are a whole atom.
+        wgmma<Element, kMajorA..., Major::contraction>(sums, a, ones.columns(0, 0), accumulate);
+    }
+}
+
+// c += A [B ones], where B is tile b of 64 columns.
+template <class Element, int K>
+DEVICE void multiply(Accumulator<72>& c, const Packed<Element, K>& a, const Tile<K, 64>& b,
+                     const Tile<K, 64>& ones) {
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step)
+        multiply_step_with_ones<Element>(c, a.word[step], b, step, ones, true);
+}
+
+// c = Aᵀ [B ones], where A is 64 columns of a tile and B is tile b of 64 columns.
 template <class Element, int K>
 DEVICE void multiply_left_transposed(Accumulator<72>& c, const Tile<K, 64>& a, const Tile<K, 64>& b,
                                      const Tile<K, 64>& ones) {
 #pragma unroll
-    for (int step = 0; step < K / 16; ++step) {
-        if constexpr (kPartialSwizzleAtoms) {
-            wgmma<Element, Major::result, Major::result>(
-                c.value, a.rows(step), b.rows(step, ones.base - b.base), step > 0);
-        } else {
-            auto& columns = reinterpret_cast<float (&)[8][4]>(c.value);
-            auto& sums = reinterpret_cast<float (&)[1][4]>(c.value[8]);
-            wgmma<Element, Major::result, Major::result>(columns, a.rows(step), b.rows(step),
-                                                         step > 0);
-            // Ones are ones in either order: 8 rows of them are a whole atom.
-            wgmma<Element, Major::result, Major::contraction>(sums, a.rows(step),
-                                                              ones.columns(0, 0), step > 0);
-        }
-    }
+    for (int step = 0; step < K / 16; ++step)
+        multiply_step_with_ones<Element, Major::result>(c, a.rows(step), b, step, ones, step > 0);
 }
 
 }  // namespace jvp_attn::sm90

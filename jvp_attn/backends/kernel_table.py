@@ -47,9 +47,9 @@ forward_jvp       forward_jvp       ForwardJvp      true   -       128x128  128x
 forward_jvp_q     forward_jvp       ForwardJvp      false  -       128x128  128x112  128x80   -
 tangent_only      tangent           TangentOnly     -      -       -        -        -        128x48
 backward          backward          Backward        -      -       -        64x128   64x128   -
-backward_dq       backward_dq       BackwardDq      false  -       128x128  128x128  128x128  -
+backward_dq       backward_dq       BackwardDq      -      -       128x128  128x96   128x96   -
 backward_dkv      backward_dkv      BackwardDkv     -      -       96x128   64x128   64x128   -
-jvp_backward_dq   backward_dq       BackwardDq      true   -       128x80   128x64   128x48   -
+jvp_backward_dq   jvp_backward_dq   JvpBackwardDq   -      -       128x80   128x64   128x48   -
 jvp_backward_dkv  jvp_backward_dkv  JvpBackwardDkv  -      -       96x64    64x64    64x64    -
 """
 

@@ -13,11 +13,11 @@ from tests.kernels import harness
 from tests.kernels.cases import Case, axes_of, covering, family_of
 from tests.kernels.kernel_case import kernel_test
 
-STEPS = ("backward",)  # those whose kernels differ
+DIFFERENT = {("backward", 128), ("backward_dq", 64)}
 KERNELS_OF_WHOLE_ATOMS = [
     name
     for name, kernel in KERNELS.items()
-    if kernel.arch == "sm90" and kernel.step in STEPS and kernel.head_dim != 96
+    if kernel.arch == "sm90" and (kernel.step, kernel.head_dim) in DIFFERENT
 ]
 CASES = [
     case
