@@ -64,6 +64,9 @@ def _checks_of(kernel: KernelEntry) -> Iterator[Check]:
         yield from _sm90(rows, streamed, kernel.head_dim)
         if kernel.step == "backward":
             yield from _left_transposed(rows, streamed, kernel.head_dim)
+        if (kernel.step, kernel.head_dim) == ("backward_dq", 64):
+            yield from _two_tiles(streamed)
+            yield Check("sm90", "multiply_two_tiles", (streamed,))
 
 
 def _sm80(rows: int, streamed: int, head_dim: int) -> Iterator[Check]:
@@ -87,13 +90,18 @@ def _sm90(rows: int, streamed: int, head_dim: int) -> Iterator[Check]:
 
 
 def _left_transposed(keys: int, queries: int, head_dim: int) -> Iterator[Check]:
-    """dQ = dS K of backward, with a column of ones behind the columns of K."""
+    """dQ = dS K of backward, with columns of ones beside those of K."""
     for what in ("addresses", "rows", "staging"):
         yield Check("sm90", what, (keys, queries))
+    yield from _two_tiles(keys)
+    yield Check("sm90", "multiply_left_transposed", (keys, head_dim))
+
+
+def _two_tiles(keys: int) -> Iterator[Check]:
+    """Ones in a tile of their own, which is not next to K."""
     for tiles_apart in (1, 12):
         yield Check("sm90", "two_tiles", (keys, tiles_apart))
     yield Check("sm90", "accumulator", (72,))
-    yield Check("sm90", "multiply_left_transposed", (keys, head_dim))
 
 
 CHECKS = checks_of(KERNELS.values())

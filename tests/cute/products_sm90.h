@@ -119,6 +119,38 @@ void compare_multiply(Comparison& comparison) {
     compare_product<Columns>(comparison, c, expected, "A B in (thread, register)");
 }
 
+// 64 columns of a tile, from `first` on, and 8 of another. Beyond the tile's columns are those that
+// `fill` writes.
+inline Matrix beside(const Matrix& x, int first, const Matrix& other) {
+    Matrix both(x.rows, 72);
+    for (int row = 0; row < x.rows; ++row)
+        for (int column = 0; column < 72; ++column)
+            both(row, column) = column >= 64                 ? other(row, column - 64)
+                                : first + column < x.columns ? x(row, first + column)
+                                                             : 1000.f;
+    return both;
+}
+
+// c + A B, where A is in registers, and B is a tile and 8 columns of one that is not next to it.
+template <int Keys>
+void compare_multiply_two_tiles(Comparison& comparison) {
+    const sm90::Tile<Keys, 64> b{1024}, beyond{b.base + 3 * b.kBytes};
+    const Matrix left = random_matrix(64, Keys);
+    const Matrix right = random_matrix(Keys, 64), further = random_matrix(Keys, 64);
+    fill(b, right);
+    fill(beyond, further);
+    Matrix expected = random_matrix(64, 72);
+    auto c = accumulators_of<72>(expected);
+    std::vector<Packed<Bf16, Keys>> a(kWarpgroupThreads);
+    as_warpgroup([&](int thread) {
+        a[thread] = packed_rows<Keys>(left);
+        sm90::multiply<Bf16>(c[thread], a[thread], b, beyond);
+    });
+    perform_wgmmas<72>(comparison);
+    add_product(expected, left, beside(right, 0, further));
+    compare_product<72>(comparison, c, expected, "A B in (thread, register)");
+}
+
 // Aᵀ B, where B is a panel of a tile, and 8 columns of another tile that is not next to it.
 template <int Keys, int Columns>
 void compare_multiply_left_transposed(Comparison& comparison) {
@@ -135,15 +167,8 @@ void compare_multiply_left_transposed(Comparison& comparison) {
             sm90::multiply_left_transposed<Bf16>(c[thread], a, b.panel(panel), beyond);
         });
         perform_wgmmas<72>(comparison);
-        Matrix both(Keys, 72);
-        for (int row = 0; row < Keys; ++row)
-            for (int column = 0; column < 72; ++column) {
-                const int of_b = 64 * panel + column;
-                both(row, column) = column >= 64     ? further(row, column - 64)
-                                    : of_b < Columns ? right(row, of_b)
-                                                     : 1000.f;
-            }
-        compare_product<72>(comparison, c, product(left.transposed(), both),
+        compare_product<72>(comparison, c,
+                            product(left.transposed(), beside(right, 64 * panel, further)),
                             "AᵀB in (thread, register)");
     }
 }

@@ -44,6 +44,7 @@ ADDRESSES = sm90("addresses", 128, 128)
 SCORES = sm90("multiply_transposed", 64, 64, 128)
 VALUES = sm90("multiply", 64, 128)
 TWO_TILES = sm90("two_tiles", 128, 12)
+VALUES_AND_SUMS = sm90("multiply_two_tiles", 128)
 LEFT_TRANSPOSED = sm90("multiply_left_transposed", 128, 128)
 ACCUMULATOR = sm90("accumulator", 64)
 PACKED = sm90("packed", 64)
@@ -70,7 +71,7 @@ BREAKS = [
     Break("step_of_columns", TILE, "step % 4 * 32", "step % 4 * 64", (COLUMNS, SCORES)),
     Break("step_of_rows", TILE, "(step * 16 *", "(step * 8 *", (ROWS, VALUES)),
     Break(
-        "second_tile", TILE, "b_beyond.base - b.base", "b_beyond.base - a.base", (LEFT_TRANSPOSED,)
+        "second_tile", TILE, "ones.base - b.base", "ones.base", (LEFT_TRANSPOSED, VALUES_AND_SUMS)
     ),
     # Tiles in shared memory
     Break("panel_bytes", TILE, "= Rows * kPanelRow", "= (Rows + 8) * kPanelRow", (ADDRESSES, ROWS)),
