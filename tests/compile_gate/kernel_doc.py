@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ TABLE = re.compile(
 
 HOPPER = [x for x in KERNELS.values() if x.arch == "sm90" and x.element == "bf16"]
 PANEL_COLUMNS = 64
-SHARED_COLUMNS = PANEL_COLUMNS + 8
+SUM_COLUMNS = 8  # of ones beside a right operand: a product with them is the row sums
+SHARED_COLUMNS = PANEL_COLUMNS + SUM_COLUMNS
 BYTES_PER_CYCLE = 128  # of shared memory
 MULTIPLY_ADDS_PER_CYCLE = 2048  # of 2-byte elements, per multiprocessor
 
@@ -39,6 +41,7 @@ class Schedule:
         shared: products whose left operand, rounded scores, passes from all warpgroups to all
             through shared memory. Each has 64 rows and 64 columns of the result, and 8 columns
             of row sums.
+        summed: the head dims at which `results` have 8 columns of row sums too.
     """
 
     scores: int
@@ -47,6 +50,7 @@ class Schedule:
     kept: int = 0
     exchanged: int = 0
     shared: int = 0
+    summed: Collection[int] = ()
 
 
 SCHEDULES = {
@@ -55,7 +59,7 @@ SCHEDULES = {
     "forward_jvp_q": Schedule(2, 2, 2),
     "tangent_only": Schedule(3, 2, 4),
     "backward": Schedule(2, 2, 2, shared=1),
-    "backward_dq": Schedule(2, 1, 2, kept=4),
+    "backward_dq": Schedule(2, 1, 2, kept=2, summed=(64,)),
     "backward_dkv": Schedule(2, 2, 2),
     "jvp_backward_dq": Schedule(6, 3, 4, kept=8),
     "jvp_backward_dkv": Schedule(6, 6, 4, exchanged=2),
@@ -66,6 +70,8 @@ def tensor_core_cycles(kernel: KernelEntry) -> int:
     """Cycles of all products of a tile."""
     (rows, keys), schedule = tile_of(kernel), SCHEDULES[kernel.step]
     multiply_adds = (schedule.scores + schedule.results) * rows * keys * head_dim_of(kernel)
+    if kernel.head_dim in schedule.summed:
+        multiply_adds += schedule.results * rows * keys * SUM_COLUMNS
     multiply_adds += schedule.shared * warpgroups_of(kernel) * 64 * keys * SHARED_COLUMNS
     return multiply_adds // MULTIPLY_ADDS_PER_CYCLE
 
@@ -80,6 +86,8 @@ def shared_memory_cycles(kernel: KernelEntry) -> int:
     warpgroups = warpgroups_of(kernel)
     left, right = stays * row_bytes, warpgroups * streams * row_bytes
     moved = schedule.scores * (left + right) + schedule.results * right
+    if kernel.head_dim in schedule.summed:
+        moved += schedule.results * warpgroups * streams * 2 * SUM_COLUMNS
     moved += schedule.streamed * streams * in_panels
     moved += schedule.kept * 16 * 128 * warpgroups
     moved += schedule.exchanged * 2 * 4 * rows * keys

@@ -55,6 +55,15 @@ def test_shared_scores_are_multiplied_by_whole_panels() -> None:
     assert shared_memory_cycles(kernel) == moved * 1024 // 128
 
 
+def test_row_sums_are_columns_of_a_product() -> None:
+    kernel = KERNELS["backward_dq_bf16_d64_sm90"]
+    assert tensor_core_cycles(kernel) == 128 * 128 * (3 * 64 + 8) // 2048
+    # Two warpgroups: 16 KiB of rows and twice 16 KiB of keys for two products; twice 16 KiB of keys
+    # and 2 KiB of ones for dQ; 2 tiles are loaded; 32 bytes a thread.
+    moved = 2 * (16 + 32) + 2 * (16 + 2) + 2 * 16 + 8
+    assert shared_memory_cycles(kernel) == moved * 1024 // 128
+
+
 @pytest.mark.parametrize(
     ("name", "products", "tile", "moved"),
     [
