@@ -173,6 +173,14 @@ DEVICE float fast_exp2(float x) {
     return y;
 }
 
+// a / b within 2 ulp, where |b| is 2^-126 to 2^126. A loop may lack the registers of an exact
+// division, which has a slow path. (PTX: div.approx)
+DEVICE float fast_divide(float a, float b) {
+    float y;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 // The product, rounded to float32. The compiler never fuses it with an addition.
 DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
 

@@ -123,11 +123,28 @@ struct OnlineSoftmax {
     float max[2] = {-kInfinity, -kInfinity};  // of S so far
     float sum[2] = {0, 0};                    // of the weights in this thread's columns
 
+    // A weight is 2^(score · factor − subtrahend).
+    struct Exponents {
+        float factor;
+        float subtrahend[2];
+
+        DEVICE float weight(float score, int half) const {
+            return fast_exp2(fmaf(score, factor, -subtrahend[half]));
+        }
+    };
+
     // Turns scores into weights relative to the maximum so far, where S = scale · scores and the
     // scale is positive. `rescaling` becomes the factor of each row that brings earlier weights to
     // the new maximum.
     template <int Keys>
     DEVICE void update(Accumulator<Keys>& scores, float scale, float (&rescaling)[2]) {
+        exponentiate(scores, update_max(scores, scale, rescaling), rescaling);
+    }
+
+    // The first half of `update`: returns the exponents that turn scores into weights. It changes
+    // the scores where they are huge.
+    template <int Keys>
+    DEVICE Exponents update_max(Accumulator<Keys>& scores, float scale, float (&rescaling)[2]) {
         float subtrahend[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -157,16 +174,22 @@ struct OnlineSoftmax {
             }
             factor = kLog2E;
         }
+        return {factor, {subtrahend[0] * kLog2E, subtrahend[1] * kLog2E}};
+    }
+
+    // The second half of `update`.
+    template <int Keys>
+    DEVICE void exponentiate(Accumulator<Keys>& scores, const Exponents& exponents,
+                             const float (&rescaling)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float log2_subtrahend = subtrahend[half] * kLog2E;
             sum[half] *= rescaling[half];
 #pragma unroll
             for (int i = 0; i < scores.kBlocks; ++i)
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     float& score = scores.at(i, half, side);
-                    score = fast_exp2(fmaf(score, factor, -log2_subtrahend));
+                    score = exponents.weight(score, half);
                     sum[half] += score;
                 }
         }

@@ -67,14 +67,12 @@ private:
                 // wait for S
                 wgmma_wait_for<1>(weights);
 
-                const CausalMask causal_mask{block.sequence, block.first_row + this->warp_row()};
-                const int unmasked_key_end = block.unmasked_key_end();
+                const CausalMask causal_mask(block.sequence, block.first_row + this->warp_row());
                 int first_key = last;
 #pragma unroll 1
                 while (true) {
                     // P = exp(S − lse), while wgmma computes X, and dQ of the previous keys
-                    exponentiate(weights, causal_mask, first_key,
-                                 first_key + Keys > unmasked_key_end, centres);
+                    exponentiate(weights, causal_mask, first_key, centres);
                     // wait for dQ and X
                     wgmma_wait_for<0>(grad_q, ds, x);
                     this->release(v);
@@ -97,9 +95,9 @@ private:
                         wgmma_commit();
                         issue_x(x, v);
                     };
-                    Turn::await();
+                    if (Pipeline::kTurns) Turn::await();
                     wgmma_group(issue, weights, grad_q, ds, x);
-                    Turn::pass();
+                    if (Pipeline::kTurns) Turn::pass();
                     // wait for S
                     wgmma_wait_for<2>(weights);
                 }
@@ -149,13 +147,14 @@ private:
 
         // Turns scores into weights; those of hidden keys are 0.
         DEVICE void exponentiate(Scores& scores, const CausalMask& causal_mask, int first_key,
-                                 bool hides_keys, bool centres) const {
+                                 bool centres) const {
             const RowPair rows = this->load_smem(SmemSlot::softmax);
             subtract_lse(scores, p.softmax_scale, rows.first, centres,
                          [&](int half) { return rows.second[half]; });
             scores.exp2();
             // Behind the exponentials: ptxas moves no wgmma_wait that follows past this branch.
-            if (hides_keys) causal_mask.apply(scores, first_key, 0);
+            if (causal_mask.hides_keys_before(first_key + Keys))
+                causal_mask.apply(scores, first_key, 0);
         }
 
         // Rounds weights∘x and adds its row sums to `sums`.

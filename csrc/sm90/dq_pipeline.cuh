@@ -34,7 +34,7 @@ struct DqPipeline {
     static constexpr int kConsumerThreads = kWarpgroups * kWarpgroupThreads;
     static constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
     static constexpr int kRowBox = Rows, kKeyBox = Keys;
-    static constexpr bool kTurns = !kJvp;
+    static constexpr bool kTurns = !kJvp && takes_turns(true);
     using Turn = Turns<kWarpgroups>;
 
     // Each slot holds one tile: Q, dO, tQ and dtO; K, tK, V and tV in as many slots as fit.
@@ -198,7 +198,7 @@ public:
 template <class Element, int Keys, int Rows>
 DEVICE void balance_row_sums(Packed<Element, Keys>& x, const RowBlock<Rows>& block, int first_row,
                              const float (&totals)[2], const RowVector& cotangent) {
-    const CausalMask causal_mask{block.sequence, first_row};
+    const CausalMask causal_mask(block.sequence, first_row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int visible = min(causal_mask.end(half), Keys);

@@ -2,9 +2,10 @@
 //
 //     S = s Q Kᵀ      P = exp(S − lse)      O = P V
 //
-// Tiles: Q is Rows x HeadDim, K and V are Keys x HeadDim; a warpgroup computes 64 rows. While a
-// warpgroup computes the exponentials of a tile of keys, wgmma computes the scores of the next tile
-// (FlashAttention-3, arXiv 2407.08608, section 3.2).
+// Tiles: Q is Rows x HeadDim, K and V are Keys x HeadDim; a warpgroup computes 64 rows. A warpgroup
+// issues S of a tile of keys together with the product with V of the previous tile, and computes
+// the exponentials of S while wgmma computes that product (FlashAttention-3, arXiv 2407.08608,
+// section 3.2). Except at head dim 256 the warpgroups also take turns.
 #pragma once
 
 #include "sm90/epilogue.cuh"
@@ -13,12 +14,22 @@
 
 namespace jvp_attn::sm90 {
 
+// Whether waits for products stay behind the exponentials that overlap with these. nvcc
+// -DJVP_ATTN_WAITS_BEHIND_EXPONENTIALS=0 lets ptxas move them, to compare both on a GPU.
+#ifndef JVP_ATTN_WAITS_BEHIND_EXPONENTIALS
+#define JVP_ATTN_WAITS_BEHIND_EXPONENTIALS 1
+#endif
+constexpr bool kWaitsBehindExponentials = JVP_ATTN_WAITS_BEHIND_EXPONENTIALS;
+
 template <class Element, int HeadDim, int Rows, int Keys>
 struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
     using Pipeline = FwdPipeline<HeadDim, Rows, Keys, 1>;
     using typename Pipeline::KeyLoader, typename Pipeline::KeyReader, typename Pipeline::KeySlot;
     using typename Pipeline::KeyTile, typename Pipeline::RowLoader, typename Pipeline::RowReader;
-    using typename Pipeline::RowTile;
+    using typename Pipeline::RowTile, typename Pipeline::Turn;
+
+    // At head dim 256 products take four times as long as exponentials: turns can gain nothing.
+    static constexpr bool kTurns = takes_turns(HeadDim <= 128);
 
     DEVICE static void run(const Params& params) { Pipeline::template run<Forward>(params); }
 
@@ -44,9 +55,8 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
                               KeyReader& keys) {
         const RowBlock<Rows> block = Pipeline::block_of(p, work_tile);
         const int key_end = block.key_end();
-        const int unmasked_key_end = block.unmasked_key_end();
         const int warp_row = Pipeline::warp_row();
-        const CausalMask causal_mask{block.sequence, block.first_row + warp_row};
+        const CausalMask causal_mask(block.sequence, block.first_row + warp_row);
         const float scale = p.softmax_scale;
 
         // wait for Q
@@ -64,7 +74,7 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
             wgmma_wait_for<0>(scores);
             keys.release(k_slot);
             // P of the first tile
-            if (Keys > unmasked_key_end) causal_mask.apply(scores, 0, -kInfinity);
+            if (causal_mask.hides_keys_before(Keys)) causal_mask.apply(scores, 0, -kInfinity);
             softmax.update(scores, scale, rescaling);
             round_weights(weights, scores);
         }
@@ -77,16 +87,21 @@ struct Forward : FwdPipeline<HeadDim, Rows, Keys, 1> {
             const KeyTile v = keys.next();
             // issue S = Q Kᵀ of this tile, and O += P V of the previous tile
             Accumulator<Keys> scores;
+            if (kTurns) Turn::await();
             issue_scores(scores, q, k);
             issue_output(out, weights, v);
+            if (kTurns) Turn::pass();
             // wait for S
             wgmma_wait_for<1>(scores);
-            keys.release(k_slot);
+            if (!kWaitsBehindExponentials) keys.release(k_slot);
 
             // mask S; P = exp(S − max), while wgmma computes O
-            if (first_key + Keys > unmasked_key_end)
+            if (causal_mask.hides_keys_before(first_key + Keys))
                 causal_mask.apply(scores, first_key, -kInfinity);
             softmax.update(scores, scale, rescaling);
+            // K is released only here: otherwise ptxas moves the next wait before the exponentials
+            if (kWaitsBehindExponentials)
+                keys.release_after(softmax.sum[0] + softmax.sum[1], k_slot);
             // wait for O
             wgmma_wait_for<0>(out, weights);
             keys.release(v_slot);

@@ -4,9 +4,10 @@
 //     O = P V        tO = (P∘T) V − mu O + P tV
 //
 // Tiles: Q and tQ are Rows x HeadDim; K, tK, V and tV are Keys x HeadDim; a warpgroup computes 64
-// rows. O, tO, S and T fill its registers: P and P∘T replace S and T in place once both are
-// computed. P is computed while wgmma computes T. While one warpgroup computes P∘T, wgmma works for
-// the other warpgroup.
+// rows. O, tO, S and T fill its registers: P and P∘T replace S and T once both are computed.
+//
+// Two warpgroups take turns. In its turn a warpgroup issues the products with V and tV of one tile,
+// then S and T of the next. It computes P and P∘T while wgmma works for the other.
 #pragma once
 
 #include "sm90/epilogue.cuh"
@@ -21,13 +22,15 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
     using Pipeline = FwdPipeline<HeadDim, Rows, Keys, 2>;
     using typename Pipeline::KeyLoader, typename Pipeline::KeyReader, typename Pipeline::KeySlot;
     using typename Pipeline::KeyTile, typename Pipeline::RowLoader, typename Pipeline::RowReader;
-    using typename Pipeline::RowTile;
+    using typename Pipeline::RowTile, typename Pipeline::Turn;
 
     static std::string why_not(const AttentionParams& p) {
         if (!kKeyTangents && (p.tk.data || p.tv.data))
             return "keys or values have tangents, which it does not read; forward_jvp does";
         return Pipeline::why_not(p);
     }
+
+    static constexpr bool kTurns = takes_turns(true);
 
     DEVICE static void run(const Params& params) { Pipeline::template run<ForwardJvp>(params); }
 
@@ -56,9 +59,8 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
                               KeyReader& keys) {
         const RowBlock<Rows> block = Pipeline::block_of(p, work_tile);
         const int key_end = block.key_end();
-        const int unmasked_key_end = block.unmasked_key_end();
         const int warp_row = Pipeline::warp_row();
-        const CausalMask causal_mask{block.sequence, block.first_row + warp_row};
+        const CausalMask causal_mask(block.sequence, block.first_row + warp_row);
         const float scale = p.softmax_scale;
 
         // wait for Q and tQ
@@ -66,40 +68,18 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
         const RowTile tq = rows.next();
         OnlineSoftmax softmax;
         TangentWeights tangent_weights;
-        if (key_end > 0) {
-            // The reference c: T of the first tile, computed before the loop, where registers are
-            // free. The loop reads the same tile again.
-            KeyReader ahead = keys;
-            const KeyTile k = ahead.next();
-            KeyTile tk;
-            if (kKeyTangents) tk = ahead.next();
-            Accumulator<Keys> tangents;
-            issue_tangents(tangents, q, tq, k, tk);
-            wgmma_wait_for<0>(tangents);
-            causal_mask.apply(tangents, 0, 0);
-            tangent_weights.set_reference(tangents, causal_mask, scale);
-        }
         Accumulator<HeadDim> out, tout;
-#pragma unroll 1
-        for (int first_key = 0; first_key < key_end; first_key += Keys) {
-            // wait for K and tK
-            const KeySlot k_slot = keys.at;
-            const KeyTile k = keys.next();
-            const KeySlot tk_slot = keys.at;
-            KeyTile tk;
-            if (kKeyTangents) tk = keys.next();
-            // issue S = Q Kᵀ, and T = tQ Kᵀ + Q tKᵀ
-            Accumulator<Keys> scores, tangents;
-            issue_scores(scores, q, k);
-            issue_tangents(tangents, q, tq, k, tk);
+        Packed<Element, Keys> weights, weighted;
+        // P and P∘(T − c) of a tile whose S and T are in flight; releases K and tK
+        const auto compute_weights = [&](Accumulator<Keys>& scores, Accumulator<Keys>& tangents,
+                                         int first_key, KeySlot k_slot, KeySlot tk_slot) {
             // wait for S
             wgmma_wait_for<1>(scores);
-
-            // mask S; P = exp(S − max), while wgmma computes T
-            if (first_key + Keys > unmasked_key_end)
+            // mask S; its maximum, while wgmma computes T
+            if (causal_mask.hides_keys_before(first_key + Keys))
                 causal_mask.apply(scores, first_key, -kInfinity);
             float rescaling[2];
-            softmax.update(scores, scale, rescaling);
+            const auto exponents = softmax.update_max(scores, scale, rescaling);
             // rescale O, tO and the sums of P∘T to the new maximum
             out.scale_rows(rescaling);
             tout.scale_rows(rescaling);
@@ -109,23 +89,69 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
             keys.release(k_slot);
             if (kKeyTangents) keys.release(tk_slot);
 
-            // P∘(T − c), rounded; P, rounded
-            Packed<Element, Keys> weights, weighted;
+            // c of rows whose earlier weights, if any, are 0 beside those of this tile
+            bool unset[2] = {rescaling[0] == 0, rescaling[1] == 0};
+            tangent_weights.set_reference(
+                unset, scores, [&](float score, int half) { return exponents.weight(score, half); },
+                tangents, scale);
+            // P = exp(S − max); P∘(T − c), rounded; P, rounded
+            softmax.exponentiate(scores, exponents, rescaling);
             tangent_weights.update(weighted, scores, tangents, scale);
             round_weights(weights, scores);
-            // wait for V and tV
+        };
+        if (key_end > 0) {
+            // wait for K and tK of the first tile
+            const KeySlot k_slot = keys.at;
+            const KeyTile k = keys.next();
+            const KeySlot tk_slot = keys.at;
+            KeyTile tk;
+            if (kKeyTangents) tk = keys.next();
+            // issue its S = Q Kᵀ, and T = tQ Kᵀ + Q tKᵀ
+            if (kTurns) Turn::await();
+            Accumulator<Keys> scores, tangents;
+            issue_scores(scores, q, k);
+            issue_tangents(tangents, q, tq, k, tk);
+            if (kTurns) Turn::pass();
+            compute_weights(scores, tangents, 0, k_slot, tk_slot);
+        }
+#pragma unroll 1
+        for (int first_key = Keys; first_key < key_end; first_key += Keys) {
+            // wait for V and tV of the previous tile
             const KeySlot v_slot = keys.at;
             const KeyTile v = keys.next();
             const KeySlot tv_slot = keys.at;
             KeyTile tv;
             if (kKeyTangents) tv = keys.next();
-            // O += P V, and tO += P tV + P∘(T − c) V
-            const auto issue = [&] {
-                multiply<Element>(out, weights, v);
-                if (kKeyTangents) multiply<Element>(tout, weights, tv);
-                multiply<Element>(tout, weighted, v);
-            };
-            wgmma_group(issue, out, tout, weights, weighted);
+            // issue O += P V, and tO += P tV + P∘(T − c) V of the previous tile
+            if (kTurns) Turn::await();
+            issue_outputs(out, tout, weights, weighted, v, tv);
+            // wait for K of this tile; issue S = Q Kᵀ
+            const KeySlot k_slot = keys.at;
+            const KeyTile k = keys.next();
+            Accumulator<Keys> scores, tangents;
+            issue_scores(scores, q, k);
+            // wait for O and tO, whose weights are in the registers of T, while wgmma computes S
+            wgmma_wait_for<1>(out, tout, weights, weighted);
+            keys.release(v_slot);
+            if (kKeyTangents) keys.release(tv_slot);
+            // wait for tK; issue T = tQ Kᵀ + Q tKᵀ
+            const KeySlot tk_slot = keys.at;
+            KeyTile tk;
+            if (kKeyTangents) tk = keys.next();
+            issue_tangents(tangents, q, tq, k, tk);
+            if (kTurns) Turn::pass();
+            compute_weights(scores, tangents, first_key, k_slot, tk_slot);
+        }
+        if (key_end > 0) {
+            // O and tO of the last tile
+            const KeySlot v_slot = keys.at;
+            const KeyTile v = keys.next();
+            const KeySlot tv_slot = keys.at;
+            KeyTile tv;
+            if (kKeyTangents) tv = keys.next();
+            if (kTurns) Turn::await();
+            issue_outputs(out, tout, weights, weighted, v, tv);
+            if (kTurns) Turn::pass();
             wgmma_wait_for<0>(out, tout, weights, weighted);
             keys.release(v_slot);
             if (kKeyTangents) keys.release(tv_slot);
@@ -155,6 +181,19 @@ private:
                 multiply_transposed<Element>(tangents, q, Pipeline::warpgroup_row(), tk, true);
         };
         wgmma_group(issue, tangents);
+    }
+
+    // O += P V, and tO += P tV + P∘(T − c) V
+    DEVICE static void issue_outputs(Accumulator<HeadDim>& out, Accumulator<HeadDim>& tout,
+                                     Packed<Element, Keys>& weights,
+                                     Packed<Element, Keys>& weighted, const KeyTile& v,
+                                     const KeyTile& tv) {
+        const auto issue = [&] {
+            multiply<Element>(out, weights, v);
+            if (kKeyTangents) multiply<Element>(tout, weights, tv);
+            multiply<Element>(tout, weighted, v);
+        };
+        wgmma_group(issue, out, tout, weights, weighted);
     }
 
     // Normalises and centres; stores lse, lse_lo, mu, O, tO, out_lo and tout_lo.

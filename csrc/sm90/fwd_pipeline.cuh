@@ -7,6 +7,7 @@
 
 #include "sm90/pipeline.cuh"
 #include "sm90/scheduler.cuh"
+#include "sm90/turns.cuh"
 
 namespace jvp_attn::sm90 {
 
@@ -31,13 +32,16 @@ struct FwdPipeline {
     using RowReader = Reader<RowTile, RowTiles>;
     using KeyReader = Reader<KeyTile, kSlots>;
     using KeySlot = PipelineState<kSlots>;
+    // Barriers 1 to kWarpgroups are those of sync_warpgroup.
+    using Turn = Turns<kWarpgroups, kWarpgroups + 1>;
 
     static std::string why_not(const AttentionParams& p) { return sm90::why_not(p, HeadDim); }
     static int64_t work(const AttentionParams& p) { return RowBlock<Rows>::count(p); }
 
     // A kernel has two functions: load(params, block, rows, keys), with which the producer loads
     // the tiles of a block of rows, and attend(p, work_tile, rows, keys), with which a consumer
-    // warpgroup computes them, block_of(p, work_tile). attend releases all tiles of keys.
+    // warpgroup computes them, block_of(p, work_tile). attend releases all tiles of keys. If
+    // kTurns, attend takes turns, as many in each warpgroup.
     template <class Kernel>
     DEVICE static void run(const Params& params) {
         const SharedAddress memory = shared_memory();
@@ -70,6 +74,7 @@ struct FwdPipeline {
             }
         } else {
             warpgroup_reg_alloc<kWarpgroups == 2 ? 240 : 160>();
+            if (Kernel::kTurns) Turn::begin();
             RowReader row_reader{rows};
             KeyReader key_reader{keys};
             for (TileScheduler scheduler(params); scheduler; scheduler.next()) {
@@ -81,6 +86,7 @@ struct FwdPipeline {
                 if (lane_index() == 0)
                     for (int slot = 0; slot < RowTiles; ++slot) rows.release({slot, 0});
             }
+            if (Kernel::kTurns) Turn::end();
         }
     }
 

@@ -41,8 +41,7 @@ private:
             const int last = Pipeline::last_tile(block);
             if (last >= 0) {
                 this->wait_rows();
-                const CausalMask causal_mask{block.sequence, block.first_row + warp_row()};
-                const int unmasked_key_end = block.unmasked_key_end();
+                const CausalMask causal_mask(block.sequence, block.first_row + warp_row());
                 KeySlot k, tk;
                 int first_key = last;
 #pragma unroll 1
@@ -50,8 +49,7 @@ private:
                     // wait for K and tK
                     k = next();
                     tk = next();
-                    add(grad_q, grad_tq, k, tk, causal_mask, first_key, unmasked_key_end, centres,
-                        work_tile);
+                    add(grad_q, grad_tq, k, tk, causal_mask, first_key, centres, work_tile);
                     if (first_key == 0) break;
                     first_key -= Keys;
                     release(k);
@@ -129,20 +127,20 @@ private:
 
         // Turns scores into weights; those of hidden keys are 0.
         DEVICE void exponentiate(Scores& scores, const CausalMask& causal_mask, int first_key,
-                                 bool hides_keys, bool centres, int work_tile) const {
+                                 bool centres, int work_tile) const {
             const RowPair rows = load_smem(SmemSlot::softmax);
             subtract_lse(scores, p.softmax_scale, rows.first, centres, [&](int half) {
                 const auto block = row_block<Rows>(p, opaque(work_tile));
                 return load_lse_lo(p, block, block.first_row + warp_row() + row_in_warp(half));
             });
-            if (hides_keys) causal_mask.apply(scores, first_key, -kInfinity);
+            if (causal_mask.hides_keys_before(first_key + Keys))
+                causal_mask.apply(scores, first_key, -kInfinity);
             scores.exp2();
         }
 
         // Adds a tile of keys to dQ and dtQ. V and tV are the next tiles of the ring.
         DEVICE void add(Gradient& grad_q, Gradient& grad_tq, const KeySlot& k, const KeySlot& tk,
-                        const CausalMask& causal_mask, int first_key, int unmasked_key_end,
-                        bool centres, int work_tile) {
+                        const CausalMask& causal_mask, int first_key, bool centres, int work_tile) {
             const RowTile q = row_tile(0), dout = row_tile(1);
             const RowTile tq = row_tile(2), dtout = row_tile(3);
 
@@ -157,8 +155,7 @@ private:
             wgmma_group(issue_scores, weights, tangents);
             // wait for S; P = exp(S − lse), while wgmma computes T
             wgmma_wait_for<1>(weights);
-            exponentiate(weights, causal_mask, first_key, first_key + Keys > unmasked_key_end,
-                         centres, work_tile);
+            exponentiate(weights, causal_mask, first_key, centres, work_tile);
 
             // wait for V and tV
             const KeySlot v = next(), tv = next();

@@ -60,6 +60,11 @@ struct Ring {
         if (thread_index() % kWarpgroupThreads == 0) release(at);
     }
 
+    // The same, not before `value` is known: ptxas moves no wgmma_wait that follows past it.
+    DEVICE void release_by_warpgroup_after(float value, const State& at) const {
+        if (thread_index() % kWarpgroupThreads == 0) mbarrier_arrive(known_after(value, empty(at)));
+    }
+
 private:
     DEVICE SharedAddress empty(const State& at) const { return barriers + 16 * at.slot + 8; }
 };
@@ -161,12 +166,16 @@ struct Reader {
     // Waits for the next tile.
     DEVICE Tile next() {
         ring.wait_full(at);
-        const Tile tile{ring.slot(at)};
+        const Tile tile{warp_uniform(ring.slot(at))};
         at.advance();
         return tile;
     }
 
     DEVICE void release(const PipelineState<Slots>& slot) const { ring.release_by_warpgroup(slot); }
+
+    DEVICE void release_after(float value, const PipelineState<Slots>& slot) const {
+        ring.release_by_warpgroup_after(value, slot);
+    }
 };
 
 }  // namespace jvp_attn::sm90

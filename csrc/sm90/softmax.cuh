@@ -15,14 +15,20 @@ namespace jvp_attn::sm90 {
 
 // Hides the keys that a query does not see, by causality or because they are beyond the last key.
 struct CausalMask {
-    const SeqlenInfo& sequence;
-    int first_query;
+    // Two numbers and no more, because loops that rarely use them keep them in registers.
+    int first_end;  // causality hides the keys from here on from the warp's first query
+    int keys;
 
-    // The number of keys that a query of this thread sees. It is recomputed where it is needed:
-    // to keep it would cost registers in loops that rarely use it.
+    DEVICE CausalMask(const SeqlenInfo& sequence, int first_query)
+        : first_end(first_query + 1 + sequence.diagonal), keys(sequence.keys) {}
+
+    // The number of keys that a query of this thread sees; of no meaning beyond the last query.
     DEVICE int end(int half) const {
-        return sequence.visible_keys(first_query + opaque(lane_index()) / 4 + 8 * half);
+        return min(max(first_end + opaque(lane_index()) / 4 + 8 * half, 0), keys);
     }
+
+    // Whether a query of the warp does not see all keys before this one.
+    DEVICE bool hides_keys_before(int key) const { return key > min(first_end, keys); }
 
     // Replaces the values of hidden keys in a tile whose first key is `first_key`.
     template <int Keys>
@@ -41,26 +47,39 @@ struct CausalMask {
 };
 
 // P∘(T − c), rounded, with a reference c and two sums for each row: TangentWeights of
-// common/softmax.cuh with two differences. c comes from the first tile of keys, and the rounded
-// values are summed without mma, which cannot run next to wgmma.
+// common/softmax.cuh, but the rounded values are summed without mma, which cannot run next to
+// wgmma. c is the mean of T, weighted by P, over the first tile in which the row has a weight that
+// is not 0; the kernels say which rows have none yet.
 struct TangentWeights {
     float reference[2] = {0, 0};
     float rounded_sum[2] = {0, 0};  // of the rounded P∘(T − c) in this thread's columns
     float exact_sum[2] = {0, 0};    // of P∘(T − c)
 
-    // Sets c to the mean of the first tile's tangents, which are 0 for hidden keys and lack the
+    // Sets c of the rows that are `unset` and have weights in this tile; then they are not unset
+    // any more. weight(score, half) is the weight of a key: a loop that has no registers to keep
+    // weights across this branch computes them here and again behind it. `tangents` lack the
     // softmax scale.
-    template <int Keys>
-    DEVICE void set_reference(const Accumulator<Keys>& tangents, const CausalMask& causal_mask,
+    template <int Keys, class Weight>
+    DEVICE void set_reference(bool (&unset)[2], const Accumulator<Keys>& scores,
+                              const Weight& weight, const Accumulator<Keys>& tangents,
                               float scale) {
+        if (!warp_any(unset[0] || unset[1])) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float total = 0;
+            float total = 0, weighted = 0;
 #pragma unroll
             for (int i = 0; i < tangents.kBlocks; ++i)
-                total += tangents.at(i, half, 0) + tangents.at(i, half, 1);
-            const int visible = min(causal_mask.end(half), Keys);
-            reference[half] = quad_sum(total) / max(visible, 1) * scale;
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const float w = weight(scores.at(i, half, side), half);
+                    total += w;
+                    weighted += masked_product(w, tangents.at(i, half, side));
+                }
+            total = quad_sum(total);
+            weighted = quad_sum(weighted);
+            const bool sets = unset[half] && total > 0;
+            reference[half] = sets ? fast_divide(weighted, total) * scale : reference[half];
+            unset[half] = unset[half] && !sets;
         }
     }
 

@@ -5,7 +5,7 @@
 //
 // Tiles: Q and tQ are Rows x HeadDim; K, tK, V and tV are Keys x HeadDim; a warpgroup computes 64
 // rows. There is one accumulator of HeadDim columns instead of two, so that head_dim 256 fits. P is
-// computed while wgmma computes T.
+// computed while wgmma computes T, and P∘T while it computes P tV.
 #pragma once
 
 #include "sm90/epilogue.cuh"
@@ -20,6 +20,8 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
     using typename Pipeline::KeyLoader, typename Pipeline::KeyReader, typename Pipeline::KeySlot;
     using typename Pipeline::KeyTile, typename Pipeline::RowLoader, typename Pipeline::RowReader;
     using typename Pipeline::RowTile;
+
+    static constexpr bool kTurns = false;  // two warpgroups keep the tensor cores busy without
 
     DEVICE static void run(const Params& params) { Pipeline::template run<TangentOnly>(params); }
 
@@ -49,9 +51,8 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
                               KeyReader& keys) {
         const RowBlock<Rows> block = Pipeline::block_of(p, work_tile);
         const int key_end = block.key_end();
-        const int unmasked_key_end = block.unmasked_key_end();
         const int row = Pipeline::warpgroup_row(), warp_row = Pipeline::warp_row();
-        const CausalMask causal_mask{block.sequence, block.first_row + warp_row};
+        const CausalMask causal_mask(block.sequence, block.first_row + warp_row);
         const float scale = p.softmax_scale;
         const RowLse lse(p, block, block.first_row + warp_row);
 
@@ -59,17 +60,7 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
         const RowTile q = rows.next();
         const RowTile tq = rows.next();
         TangentWeights tangent_weights;
-        if (key_end > 0) {
-            // The reference c: T of the first tile, computed before the loop, where registers are
-            // free. The loop reads the same tile again.
-            KeyReader ahead = keys;
-            const KeyTile k = ahead.next(), tk = ahead.next();
-            Accumulator<Keys> tangents;
-            issue_tangents(tangents, q, tq, row, k, tk);
-            wgmma_wait_for<0>(tangents);
-            causal_mask.apply(tangents, 0, 0);
-            tangent_weights.set_reference(tangents, causal_mask, scale);
-        }
+        bool unset[2] = {true, true};
         Accumulator<HeadDim> tout;
 #pragma unroll 1
         for (int first_key = 0; first_key < key_end; first_key += Keys) {
@@ -85,8 +76,8 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
             // wait for S
             wgmma_wait_for<1>(scores);
 
-            // mask S; P = exp(S − lse), while wgmma computes T
-            if (first_key + Keys > unmasked_key_end)
+            // mask S; P = exp(S − lse), while wgmma computes T; P, rounded
+            if (causal_mask.hides_keys_before(first_key + Keys))
                 causal_mask.apply(scores, first_key, -kInfinity);
             subtract_lse(scores, scale, lse.subtrahend, lse.centres, [&](int half) {
                 return load_lse_lo(p, block, block.first_row + warp_row + row_in_warp(half));
@@ -104,6 +95,9 @@ struct TangentOnly : FwdPipeline<HeadDim, Rows, Keys, 2> {
             keys.release(k_slot);
             keys.release(tk_slot);
 
+            // c of rows that had no weight so far
+            tangent_weights.set_reference(
+                unset, scores, [](float weight, int) { return weight; }, tangents, scale);
             // P∘(T − c), rounded, while wgmma computes P tV
             Packed<Element, Keys> weighted;
             tangent_weights.update(weighted, scores, tangents, scale);

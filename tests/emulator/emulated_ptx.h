@@ -133,6 +133,8 @@ inline float fast_exp2(float x, emulator::Place where = emulator::Place::current
     return y < std::numeric_limits<float>::min() ? 0 : y;
 }
 
+inline float fast_divide(float a, float b) { return a / b; }
+
 // Compiled with -ffp-contract=off.
 inline float multiply_rn(float a, float b) { return a * b; }
 

@@ -133,7 +133,8 @@ void warpgroup_fence_operand(uint32_t (&registers)[Steps][4],
 // ---------------------------------------------------------------------------------------------
 // Advice to the compiler
 
-inline SharedAddress warp_uniform(SharedAddress address) { return address; }
+SharedAddress warp_uniform(SharedAddress address,
+                           emulator::Place where = emulator::Place::current());
 
 inline SharedAddress known_after(float, SharedAddress address) { return address; }
 

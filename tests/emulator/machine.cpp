@@ -97,7 +97,10 @@ void Machine::end_thread() {
     thread.copies.check_finished(current.thread);
     warpgroup_of(current.thread).registers(current.thread).check_finished();
     thread.ended = true;
-    if (++ended_threads_ == launch_.threads) mbarriers.check_finished();
+    if (++ended_threads_ == launch_.threads) {
+        mbarriers.check_finished();
+        named_barriers.check_finished();
+    }
     run_another();
 }
 

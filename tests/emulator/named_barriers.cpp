@@ -23,6 +23,7 @@ bool NamedBarrier::arrive(const Actor& actor, int threads, HappensBefore& order)
         fail(actor, "the warp has already arrived at " + name + ", which still waits for others");
 
     threads_ = threads;
+    last_ = actor;
     arrived_ += kWarpThreads;
     warps_ |= uint32_t{1} << warp;
     for (int lane = 0; lane < kWarpThreads; ++lane)
@@ -36,6 +37,10 @@ bool NamedBarrier::arrive(const Actor& actor, int threads, HappensBefore& order)
     return true;
 }
 
+void NamedBarrier::check_finished() const {
+    if (arrived_ > 0) fail(last_, "the block ends with " + state());
+}
+
 std::string NamedBarrier::state() const {
     return "barrier " + std::to_string(number_) + ", at which " + std::to_string(arrived_) +
            " of " + std::to_string(threads_) + " threads have arrived";
@@ -43,6 +48,10 @@ std::string NamedBarrier::state() const {
 
 void NamedBarriers::start_block() {
     for (int i = 0; i < std::ssize(barriers_); ++i) barriers_[i].start_block(i);
+}
+
+void NamedBarriers::check_finished() const {
+    for (const NamedBarrier& barrier : barriers_) barrier.check_finished();
 }
 
 NamedBarrier& NamedBarriers::at(const Actor& actor, int number) {

@@ -20,6 +20,8 @@ public:
     uint32_t generation() const { return generation_; }
     // The clocks of the threads that arrived in complete generations.
     const VectorClocks& released() const { return released_; }
+    // An error if the block ends when only some of the threads have arrived.
+    void check_finished() const;
     std::string state() const override;
 
 private:
@@ -28,6 +30,7 @@ private:
     int arrived_ = 0;
     uint32_t warps_ = 0;  // that have arrived, a bit each
     uint32_t generation_ = 0;
+    Actor last_ = {};  // of those that have arrived
     VectorClocks gathered_, released_;
 };
 
@@ -35,6 +38,7 @@ class NamedBarriers {
 public:
     void start_block();
     NamedBarrier& at(const Actor& actor, int number);
+    void check_finished() const;
 
 private:
     std::array<NamedBarrier, 16> barriers_;

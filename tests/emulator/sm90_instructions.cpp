@@ -53,6 +53,21 @@ void arrive_at_barrier_of_warp(std::span<void* const> arguments) {
     if (barrier.arrive(first.actor, first.threads, machine.order)) machine.wake(barrier);
 }
 
+struct UniformAddress {
+    Actor actor;
+    SharedAddress address;
+};
+
+void check_uniform_address_of_warp(std::span<void* const> arguments) {
+    const auto& first = of_thread<UniformAddress>(arguments, 0);
+    for (void* argument : arguments)
+        if (const auto& x = *static_cast<UniformAddress*>(argument); x.address != first.address)
+            fail(x.actor,
+                 "the address must be the same for all of the warp, but it differs from "
+                 "that of thread " +
+                     std::to_string(first.actor.thread));
+}
+
 struct StoreMatrices {
     std::byte* row;  // lane 8i + j: row j of matrix i, 8 elements
     const Words4* x;
@@ -86,6 +101,7 @@ constexpr Collective kRegAlloc = {"warpgroup_reg_alloc", false, request_register
 constexpr Collective kRegDealloc = {"warpgroup_reg_dealloc", false, request_registers_of_warp};
 constexpr Collective kBarrierSync = {"named_barrier_sync", false, arrive_at_barrier_of_warp};
 constexpr Collective kBarrierArrive = {"named_barrier_arrive", false, arrive_at_barrier_of_warp};
+constexpr Collective kWarpUniform = {"warp_uniform", false, check_uniform_address_of_warp};
 constexpr Collective kStoreMatrices = {"store_matrices", false, store_matrices_of_warp};
 constexpr Collective kWgmma = {"wgmma", false, start_wgmma_of_warp};
 constexpr Collective kWgmmaFence = {"wgmma_fence", false, do_nothing};
@@ -191,6 +207,12 @@ void wgmma_fence(Place where) {
 void wgmma_commit(Place where) {
     int thread = current.thread;
     machine.execute(kWgmmaCommit, &thread, where);
+}
+
+SharedAddress warp_uniform(SharedAddress address, Place where) {
+    UniformAddress x = {self("warp_uniform", where), address};
+    machine.execute(kWarpUniform, &x, where);
+    return address;
 }
 
 std::string current_device(DeviceFacts& facts) {

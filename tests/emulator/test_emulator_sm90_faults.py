@@ -10,7 +10,10 @@ from tests.emulator.probe_kernels import load, run_tile_products, small_integers
 BATCH, KEYS = 2, 320
 
 SHARED = r"shared_memory\(\) \+ \d+"
-HERE = r"\((tests/emulator/probes/tile_products\.h|csrc/common/fragment\.cuh):\d+\)"
+HERE = (
+    r"\((tests/emulator/probes/tile_products\.h|csrc/common/fragment\.cuh|csrc/sm90/turns\.cuh)"
+    r":\d+\)"
+)
 THREADS = r"threads? [\d, -]+"
 LAST_WORD = rf"{SHARED}, which thread \d+'s \w+ {HERE} (wrote|read) with no"
 NOT_WAITED = rf"{LAST_WORD} wait for it between"
@@ -36,6 +39,24 @@ REPORTS = {
     "named_barrier_counts_differ": (
         "named_barrier_sync",
         r"barrier [12] with (128|256) threads, but other warps with (128|256)",
+    ),
+    # Either the next turn has not been taken yet, or it is taken at once and one is left over.
+    "turn_passed_twice": (
+        "named_barrier_arrive",
+        r"the warp has already arrived at barrier 4, which still waits for others|"
+        r"the block ends with barrier 4, at which 128 of 256 threads have arrived",
+    ),
+    "turn_passed_to_itself": (
+        "named_barrier_sync",
+        "the warp has already arrived at barrier 3, which still waits for others",
+    ),
+    "turn_left_over": (
+        "named_barrier_arrive",
+        "the block ends with barrier 3, at which 128 of 256 threads have arrived",
+    ),
+    "address_differs_between_lanes": (
+        "warp_uniform",
+        r"the address must be the same for all of the warp, but it differs from that of thread \d+",
     ),
     "missing_barrier_after_init": (
         r"mbarrier_(wait|arrive_expect)",
@@ -122,6 +143,11 @@ REPORTS = {
     ),
 }
 DEADLOCKS = {
+    "turn_never_passed": (
+        rf"waiting at named_barrier_sync {HERE} for barrier [34], at which 128 of 256 threads have "
+        "arrived: threads 128-255.* for barrier [34], at which 128 of 256 threads have arrived: "
+        "threads 256-383"
+    ),
     "named_barrier_of_too_many": (
         rf"waiting at named_barrier_sync {HERE} for barrier 1, at which 128 of 160 threads have "
         "arrived: threads 128-255"

@@ -18,6 +18,7 @@ JVP_ATTN_KERNEL(multiply_add_bf16, MultiplyAdd<Bf16>)
 JVP_ATTN_KERNEL(multiply_add_fp16, MultiplyAdd<Fp16>)
 JVP_ATTN_KERNEL(exp2, FastExp2)
 JVP_ATTN_KERNEL(multiply, MultiplyRn)
+JVP_ATTN_KERNEL(divide, FastDivide)
 JVP_ATTN_KERNEL(pack_bf16, Pack<Bf16>)
 JVP_ATTN_KERNEL(pack_fp16, Pack<Fp16>)
 JVP_ATTN_KERNEL(unpack_bf16, Unpack<Bf16>)
@@ -42,6 +43,7 @@ const std::vector<jvp_attn::Kernel>& jvp_attn::all_kernels() {
         multiply_add_fp16,
         exp2,
         multiply,
+        divide,
         pack_bf16,
         pack_fp16,
         unpack_bf16,

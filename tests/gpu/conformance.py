@@ -209,6 +209,15 @@ def multiply() -> Probe:
     return Probe("multiply", x, x[:, 0] * x[:, 1] - x[:, 2])
 
 
+def divide() -> Probe:
+    x = np.exp2(RANDOM.uniform(-60, 60, (10000, 2))) * RANDOM.choice([-1, 1], (10000, 2))
+    x = x.astype(np.float32)
+    x[:2] = [[1, 2**126], [2**-100, 2**-126]]
+    exact = (x[:, 0].astype(float) / x[:, 1]).astype(np.float32)
+    # The instruction is within 2 ulp, and both that it is compared with are rounded.
+    return Probe("divide", x, exact, ulps=3)
+
+
 def pack(element: str) -> Probe:
     x = floats_to_round(element)
     return Probe(f"pack_{element}", x, bits_of(x, element))
@@ -223,7 +232,7 @@ PROBES = [
     *(indices(), reverse_floats(), reverse_words(), any_thread(), shuffle()),
     *(copy_groups(), copy_nothing(), copy_async_parts()),
     *(widen_bytes(), widen_elements(), copy_elements()),
-    *(matrices(transposed=False), matrices(transposed=True), exp2(), multiply()),
+    *(matrices(transposed=False), matrices(transposed=True), exp2(), multiply(), divide()),
     *(probe(element) for probe in (multiply_add, pack, unpack) for element in ("bf16", "fp16")),
 ]
 

@@ -116,4 +116,14 @@ struct MultiplyRn : OneWarp {
     }
 };
 
+// From seqlen_q x 2 float32 to seqlen_q: a / b.
+struct FastDivide : OneWarp {
+    DEVICE static void run(const AttentionParams& p) {
+        for (int i = opaque(thread_index()); i < p.seqlen_q; i += kThreads) {
+            const float* const x = input<float>(p) + 2 * i;
+            global_store(output<float>(p) + i, fast_divide(global_load(x), global_load(x + 1)));
+        }
+    }
+};
+
 }  // namespace jvp_attn

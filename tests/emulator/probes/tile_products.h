@@ -5,6 +5,8 @@
 // They multiply with V twice, with the left operand in registers and in shared memory. Each thread
 // also sums the first elements of some keys, as a reader through the generic proxy.
 //
+// The warpgroups take turns, except in kernels with other faults, of which turns hide some.
+//
 // Warps add their parts of the first 8 columns of the product to mu, lane by lane, and threads add
 // their sums of keys to delta.
 //
@@ -16,6 +18,7 @@
 
 #include "sm90/launch.cuh"
 #include "sm90/tile.cuh"
+#include "sm90/turns.cuh"
 
 namespace jvp_attn::sm90 {
 
@@ -26,6 +29,11 @@ enum class Fault {
     missing_named_barrier,
     named_barrier_of_too_many,
     named_barrier_counts_differ,
+    turn_passed_twice,
+    turn_never_passed,
+    turn_passed_to_itself,
+    turn_left_over,
+    address_differs_between_lanes,
     missing_barrier_after_init,
     missing_init_fence,
     no_mbarrier,
@@ -71,6 +79,12 @@ struct TileProducts {
     static constexpr int kThreads = 3 * kWarpgroupThreads;
     static constexpr int kRowBox = kRows, kKeyBox = kKeys;
     static constexpr int kSlots = 2;
+    static constexpr int kFirstTurnBarrier = 3;
+    using Turn = Turns<2, kFirstTurnBarrier>;
+    static constexpr bool kTurns = kFault == Fault::none || kFault == Fault::turn_passed_twice ||
+                                   kFault == Fault::turn_never_passed ||
+                                   kFault == Fault::turn_passed_to_itself ||
+                                   kFault == Fault::turn_left_over;
 
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<kKeys, kHeadDim>;
@@ -98,7 +112,9 @@ struct TileProducts {
             if (warp_index() == 0 && elect_one()) load(params);
         } else {
             request_registers();
+            if (kTurns) Turn::begin();
             multiply(params.attention);
+            if (kTurns && !has(Fault::turn_left_over)) Turn::end();
         }
     }
 
@@ -107,6 +123,11 @@ private:
 
     DEVICE static QTile q_tile() { return {shared_memory()}; }
     DEVICE static WeightTile weight_tile() { return {shared_memory() + QTile::kBytes}; }
+    DEVICE static KTile k_tile_of_warp(int slot) {
+        SharedAddress base = k_tile(slot).base;
+        if (has(Fault::address_differs_between_lanes) && lane_index() == 5) base += kSwizzleBytes;
+        return {warp_uniform(base)};
+    }
     DEVICE static KTile k_tile(int slot) {
         return {shared_memory() + QTile::kBytes + WeightTile::kBytes + slot * kSlotBytes};
     }
@@ -169,6 +190,7 @@ private:
                           has(Fault::constant_phase) ? 0 : round ^ has(Fault::wrong_phase));
 
             if (has(Fault::warp_without_wgmma) && thread >= 96) return;
+            if (kTurns) Turn::await();
             Accumulator<kKeys> scores;
             start_scores(scores, row, slot);
             if (!has(Fault::missing_wgmma_commit)) wgmma_commit();
@@ -188,6 +210,7 @@ private:
             start_sums(from_registers, from_shared, weights, row, slot);
             wgmma_commit();
             if (has(Fault::add_in_flight)) add_up(p, from_registers, key_sum);
+            if (kTurns) pass_turn(tile);
             if (has(Fault::accumulator_changed)) from_shared.value[3][1] += 1;
             if (has(Fault::operand_changed)) weights.word[1][2] = 0;
             if (has(Fault::released_too_early)) release(slot);
@@ -234,8 +257,18 @@ private:
             if (has(Fault::misaligned_descriptor)) q += kPanelRowBytes >> 4;
             if (has(Fault::other_swizzle)) q ^= uint64_t{3} << 62;
             wgmma<Bf16, Major::contraction, Major::contraction>(
-                scores.value, q, k_tile(slot).columns(0, step), step > 0);
+                scores.value, q, k_tile_of_warp(slot).columns(0, step), step > 0);
         }
+    }
+
+    // Warpgroup 1 makes the faults, after its second tile.
+    DEVICE static void pass_turn(int tile) {
+        const bool faulty = tile == 1 && warpgroup_index() == 1;
+        if (has(Fault::turn_never_passed) && faulty) return;
+        if (has(Fault::turn_passed_to_itself) && faulty)
+            return named_barrier_arrive(kFirstTurnBarrier, 2 * kWarpgroupThreads);
+        Turn::pass();
+        if (has(Fault::turn_passed_twice) && faulty) Turn::pass();
     }
 
     // Stores the weights in shared memory, as an operand.
