@@ -27,18 +27,23 @@ class ExpectedPhases:
 
 EXPECTED_PHASES = {
     # S of the next tile and O of this one are issued together; P is computed between the waits for
-    # both. Only the two factors that rescale O may be computed elsewhere.
-    "forward": ExpectedPhases(exposed=2),
-    # The other warpgroups multiply while one computes P: the registers are full of S and T.
-    "forward_jvp": ExpectedPhases(),
-    "forward_jvp_q": ExpectedPhases(),
-    # P is computed while the products for T are under way.
-    "tangent_only": ExpectedPhases(exposed=0),
+    # both.
+    "forward": ExpectedPhases(
+        exposed=0, turns=(64, 96, 128), busy_percent={64: 95, 96: 95, 128: 95, 256: 95}
+    ),
+    # The other warpgroup multiplies while one computes P: the registers are full of S and T.
+    "forward_jvp": ExpectedPhases(turns=(64, 96, 128), busy_percent={64: 90, 96: 90, 128: 90}),
+    "forward_jvp_q": ExpectedPhases(turns=(64, 96, 128), busy_percent={64: 85, 96: 90, 128: 90}),
+    # P is computed while the products for T or P tV are under way.
+    "tangent_only": ExpectedPhases(exposed=0, busy_percent={256: 90}),
     # P is computed while the products for dP are under way.
     "backward": ExpectedPhases(exposed=0),
     "backward_dkv": ExpectedPhases(exposed=0),
+    # P is computed while the products for dP of this tile and dQ of the tile before are under way.
+    "backward_dq": ExpectedPhases(
+        exposed=0, turns=(64, 96, 128), busy_percent={64: 90, 96: 90, 128: 90}
+    ),
     # The products for dP start as soon as their slot is full, after some of the exponentials.
-    "backward_dq": ExpectedPhases(),
     "jvp_backward_dq": ExpectedPhases(),
     # The other role multiplies while the warpgroup of the values computes P.
     "jvp_backward_dkv": ExpectedPhases(),
