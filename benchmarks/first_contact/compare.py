@@ -1,0 +1,148 @@
+"""Stage compare: the kernels as they are against kernels that are built with other macros.
+
+A comparison is a macro and its other value, such as "JVP_ATTN_TURNS=0". The bfloat16 kernels of the
+operations are compiled with it into an extension of their own. Both extensions are timed in turn,
+in one process, and their results must agree.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from contenders import OPERATIONS, Attention, ours
+
+import jvp_attn
+from benchmarks.first_contact.build import ROOT, run_setup
+from benchmarks.first_contact.case import Case, Result, Wrong
+from benchmarks.first_contact.settings import Settings
+from benchmarks.first_contact.speed import HEAD_DIMS, problem_of, timed
+from benchmarks.first_contact.target import HOPPER, Target, target_of
+from jvp_attn.backends import meta, select
+from jvp_attn.backends.cuda import CudaBackend
+from jvp_attn.backends.kernel_table import KERNELS, kernel_name
+from tests.emulator import emulator, emulator_build
+
+# The operations that a macro affects.
+COMPARISONS = {
+    "JVP_ATTN_TURNS=0": ("forward", "forward+tangent"),
+    "JVP_ATTN_PARTIAL_SWIZZLE_ATOMS=0": tuple(OPERATIONS),
+}
+SIZE = 8192
+
+STEPS = {
+    "forward": ("forward",),
+    "forward+tangent": ("forward_jvp",),
+    "backward": ("forward", "preprocess", "backward_dq", "backward_dkv"),
+    "backward of both": ("forward_jvp", "preprocess", "jvp_backward_dq", "jvp_backward_dkv"),
+}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """For each comparison the build, then every operation and head dim."""
+    target = target_of(settings)
+    for macro in settings.comparisons or COMPARISONS:
+        operations = COMPARISONS.get(macro, tuple(OPERATIONS))
+        load = cache(partial(variant, target, macro, operations))
+        yield Case(f"{macro}, build", partial(_kernels_of, load))
+        for operation in operations:
+            for head_dim in HEAD_DIMS:
+                run = partial(compare, target, macro, load, operation, head_dim)
+                yield Case(f"{macro}, {operation}, d{head_dim}", run, {"seed": 0})
+
+
+def compare(
+    target: Target, macro: str, load: Callable[[], ModuleType], operation: str, head_dim: int
+) -> Result:
+    """Time both builds; their results agree."""
+    both = {"jvp_attn": _as_built(target), macro: _attention(target, macro, load())}
+    problem = problem_of(target, operation, head_dim, SIZE)
+    primals = problem.inputs(target.device).primals
+    with torch.no_grad():
+        a, b = (attention(*primals, False).double() for attention in both.values())
+    row = timed(target, problem, {name: (x, (operation,)) for name, x in both.items()})
+    if macro in row["missing"] or not (a - b).norm() <= 0.01 * a.norm():
+        raise Wrong(row["missing"].get(macro, "the results differ"), row)
+    return row
+
+
+# ----------------------------------------------------------------------------
+# The other build
+
+
+def variant(target: Target, macro: str, operations: tuple[str, ...]) -> ModuleType:
+    """The extension module with the macro.
+
+    Raises:
+        ValueError: no kernel reads it.
+    """
+    name = macro.partition("=")[0]
+    if not any(re.search(rf"\b{name}\b", x.read_text()) for x in (ROOT / "csrc").rglob("*.*")):
+        raise ValueError(f"no file in csrc/ reads the macro {name}")
+    names = sorted({kernel for operation in operations for kernel in kernels_of(operation)})
+    folder = re.sub(r"\W", "_", macro)
+    if not target.is_gpu:
+        flags = emulator_build.Variant(folder, (f"-D{macro}",))
+        return emulator.import_file(emulator_build.build_kernels(flags, names.__contains__))
+    return emulator.import_file(build(ROOT / "build" / "variants" / folder, macro, names))
+
+
+def kernels_of(operation: str) -> set[str]:
+    """The bfloat16 kernels that it launches on a Hopper GPU, for the head dims that are timed."""
+    names = set()
+    for step in STEPS[operation]:
+        for head_dim in HEAD_DIMS:
+            own = kernel_name(step, "bf16", head_dim, arch="sm90")
+            names.add(own if own in KERNELS else kernel_name(step, "bf16"))
+    return names
+
+
+def build(folder: Path, macro: str, names: list[str]) -> Path:
+    """Build an extension of these kernels in a copy of the sources."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in ("csrc", "jvp_attn"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so"))
+    for file in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, folder)
+    with (folder / "jvp_attn" / "backends" / "kernel_table.py").open("a") as table:
+        table.write(f"KERNELS = {{name: KERNELS[name] for name in {names}}}\n")
+    flags = {"JVP_ATTN_CPU": "0", "JVP_ATTN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    flags["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -D{macro}".strip()
+    run_setup("build_ext", "--inplace", folder=folder, **flags)
+    [module] = (folder / "jvp_attn").glob("_C.*.so")
+    return module
+
+
+def _kernels_of(load: Callable[[], ModuleType]) -> Result:
+    return {"kernels": sorted(load().kernels())}
+
+
+# ----------------------------------------------------------------------------
+# Attention with either build
+
+
+def _as_built(target: Target) -> Attention:
+    return ours if target.is_gpu else _attention(target, "as built", target.extension())
+
+
+def _attention(target: Target, name: str, extension: ModuleType) -> Attention:
+    """Attention by the kernels of an extension module, as a backend of this process."""
+
+    def stream_of(device: torch.device) -> nullcontext[int]:
+        return nullcontext(torch.cuda.current_stream().cuda_stream if target.is_gpu else 0)
+
+    backend = CudaBackend(extension, stream_of, lambda device: HOPPER)
+    select._BACKENDS[name] = select._Backend(lambda: backend, meta)
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        with jvp_attn.backend(name):
+            return jvp_attn.flash_attn_jvp(q, k, v, causal=causal)
+
+    return attention
