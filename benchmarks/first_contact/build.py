@@ -76,7 +76,7 @@ class _Probes:
 
     def start(self) -> None:
         if not self._files:
-            pool = ThreadPoolExecutor(len(PROBE_SOURCES))
+            pool = ThreadPoolExecutor(1)  # the extension needs the other cores
             self._files = [pool.submit(self._build, source) for source in PROBE_SOURCES]
 
     def result(self) -> Result:

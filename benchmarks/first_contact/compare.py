@@ -25,8 +25,8 @@ from benchmarks.first_contact.case import Case, Result, Wrong
 from benchmarks.first_contact.settings import Settings
 from benchmarks.first_contact.speed import HEAD_DIMS, problem_of, timed
 from benchmarks.first_contact.target import HOPPER, Target, target_of
-from jvp_attn.backends import meta, select
-from jvp_attn.backends.cuda import CudaBackend
+from jvp_attn.backends import select
+from jvp_attn.backends.cuda import CudaBackend, MetaCudaBackend
 from jvp_attn.backends.kernel_table import KERNELS, kernel_name
 from tests.emulator import emulator, emulator_build
 
@@ -139,7 +139,7 @@ def _attention(target: Target, name: str, extension: ModuleType) -> Attention:
         return nullcontext(torch.cuda.current_stream().cuda_stream if target.is_gpu else 0)
 
     backend = CudaBackend(extension, stream_of, lambda device: HOPPER)
-    select._BACKENDS[name] = select._Backend(lambda: backend, meta)
+    select._BACKENDS[name] = select._Backend(lambda: backend, MetaCudaBackend())
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         with jvp_attn.backend(name):

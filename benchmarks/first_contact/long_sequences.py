@@ -61,8 +61,8 @@ def problems(target: Target) -> dict[str, Problem]:
     found["8200 x 8100, d72, causal"] = replace(odd, head_dim=72, head_dim_v=72)
     found["8192, d256, full, outputs"] = replace(base, head_dim=256, head_dim_v=256)
     for q, k in ((16384, 512), (512, 16384), (16384, 16384)):
-        lengths = {"seqlen_q": target.scaled(q), "seqlen_k": target.scaled(k)}
-        found[f"{q} x {k}, d128, full"] = replace(base, **lengths)
+        sizes = {"seqlen_q": target.scaled(q), "seqlen_k": target.scaled(k)}
+        found[f"{q} x {k}, d128, full"] = replace(base, heads=4, heads_k=2, **sizes)
     return found
 
 

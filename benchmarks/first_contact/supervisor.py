@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.first_contact import journal
 from benchmarks.first_contact.journal import Journal
@@ -86,7 +85,7 @@ class Supervisor:
         return outcome
 
     def _run_process(self, deadline: float) -> tuple[bool, str | None]:
-        """Whether another process should go on with further cases, and what went wrong."""
+        """Whether cases may be left for another process, and what went wrong."""
         with self._log.open("ab") as log:
             begin = log.tell()
             process = subprocess.Popen(
@@ -102,8 +101,8 @@ class Supervisor:
         if overrun is not None:
             kind, error = overrun
             error += _end(process)
-            written_off = self._write_off(kind, error, self._output(begin))
-            return written_off and kind == journal.HUNG, error
+            self._write_off(kind, error, self._output(begin))
+            return kind == journal.HUNG, error
         status, output = process.returncode, self._output(begin)
         if status == 0:
             return False, None
@@ -112,32 +111,29 @@ class Supervisor:
         if status == SANITIZER_ERRORS:
             return False, f"compute-sanitizer found errors:\n{_sanitizer_report(output)}"
         error = f"ended with {_signal_name(status)}"
-        return self._write_off(journal.CRASHED, error, output), f"{error}\n{_tail(output)}"
+        self._write_off(journal.CRASHED, error, output)
+        return True, f"{error}\n{_tail(output)}"
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> tuple[str, str] | None:
         """Wait for the end; if a limit passes before, say which: a status of a case, and why."""
-        since, last, limit = time.monotonic(), -1, START_SECONDS
+        since, last, limit = time.monotonic(), self._journal.size(), START_SECONDS
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
             if now > deadline:
                 return journal.STOPPED, f"stopped at the stage's limit of {self._limit:g} s"
             if (size := self._journal.size()) != last:  # a case has begun or ended
-                since, last = now, size
-                has_case = self._journal.open_case(self._stage.name) is not None
-                limit = self._stage.case_limit if has_case else START_SECONDS
+                since, last, limit = now, size, self._stage.case_limit
             if now - since > limit:
                 return journal.HUNG, f"no end after {limit:g} s"
         return None
 
-    def _write_off(self, status: str, error: str, output: str) -> bool:
-        """Close the case during which a process ended. Returns whether there was one."""
+    def _write_off(self, status: str, error: str, output: str) -> None:
+        """Close the case during which a process ended, if there is one."""
         case = self._journal.open_case(self._stage.name)
-        if case is None:
-            return False
-        facts: dict[str, Any] = {"status": status, "error": error, "output": _tail(output)}
-        self._journal.write(**{**case, **facts, "seconds": None})
-        return True
+        if case is not None:
+            facts = {"status": status, "error": error, "output": _tail(output), "seconds": None}
+            self._journal.write(**{**case, **facts})
 
     def _output(self, begin: int) -> str:
         with self._log.open("rb") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from benchmarks.first_contact.case import Case, LeftOut, Result, Wrong
 from benchmarks.first_contact.settings import Settings
@@ -26,6 +28,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         "exits": partial(os._exit, 3),
         "hangs": partial(time.sleep, 1e6),
         "loses the device": lose_device,
+        "crashes at exit": partial(at_exit, os.kill, os.getpid(), signal.SIGSEGV),
+        "hangs at exit": partial(at_exit, time.sleep, 1e6),
         "passes at last": lambda: None,
     }.items():
         yield Case(name, partial(noted, settings, name, run), {"seed": 7}, group=group_of(name))
@@ -44,6 +48,10 @@ def group_of(name: str) -> str | None:
 
 def fail(error: Exception) -> None:
     raise error
+
+
+def at_exit(*call: Any) -> None:
+    atexit.register(*call)
 
 
 def lose_device() -> None:

@@ -93,10 +93,10 @@ def test_a_crash_costs_one_case(run: Run) -> None:
 
 
 def test_a_hang_costs_one_case_and_its_place_is_known(run: Run) -> None:
-    outcome, records = run("passes*", "hangs", case_limit=1)
+    outcome, records = run("passes*", "hangs", case_limit=3)
     assert (outcome.error, outcome.processes) == (None, 2)
     assert statuses(records) == {"passes": "passed", "hangs": "hung", "passes at last": "passed"}
-    assert records["hangs"]["error"] == "no end after 1 s"
+    assert records["hangs"]["error"] == "no end after 3 s"
     assert "odd_cases.py" in records["hangs"]["output"]
     assert records["hangs"]["inputs"] == {"seed": 7}
 
@@ -109,6 +109,13 @@ def test_a_lost_device_costs_a_process(run: Run) -> None:
     assert records["passes at last"]["status"] == "passed"
 
 
+@pytest.mark.parametrize("how", ["crashes at exit", "hangs at exit"])
+def test_a_process_that_does_not_end_well_costs_nothing(run: Run, how: str) -> None:
+    outcome, records = run(how, case_limit=3)
+    assert (outcome.error, outcome.processes) == (None, 2)
+    assert statuses(records) == {how: "passed"}
+
+
 def test_the_group_of_a_crash_is_left_out(run: Run) -> None:
     _, records = run("crashes", "is of the group of a crash")
     assert statuses(records) == {"crashes": "crashed", "is of the group of a crash": "left out"}
@@ -119,8 +126,8 @@ def test_the_group_of_a_crash_is_left_out(run: Run) -> None:
 
 
 def test_a_stage_stops_at_its_limit_and_keeps_what_it_has(run: Run) -> None:
-    outcome, records = run("passes*", "hangs", limit=4)
-    assert outcome.error == "stopped at the stage's limit of 4 s"
+    outcome, records = run("passes*", "hangs", limit=8)
+    assert outcome.error == "stopped at the stage's limit of 8 s"
     assert statuses(records) == {"passes": "passed", "hangs": "stopped"}
 
 
@@ -155,7 +162,9 @@ def test_errors_that_a_sanitizer_finds_fail_the_stage(run: Run) -> None:
         "print('========= Invalid __global__ write of size 4'); sys.exit(99)"
     )
     outcome, records = run("passes", sanitizer=(sys.executable, "-c", finds))
+    assert outcome.processes == 1
     assert outcome.error is not None
+    assert outcome.error.startswith("compute-sanitizer found errors:")
     assert "Invalid __global__ write of size 4" in outcome.error
     assert statuses(records) == {"passes": "passed"}
 
