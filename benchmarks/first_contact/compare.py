@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -21,22 +24,16 @@ from contenders import OPERATIONS, Attention, ours
 
 import jvp_attn
 from benchmarks.first_contact.build import ROOT, run_setup
-from benchmarks.first_contact.case import Case, Result, Wrong
+from benchmarks.first_contact.case import Case, LeftOut, Result, Wrong
 from benchmarks.first_contact.settings import Settings
-from benchmarks.first_contact.speed import HEAD_DIMS, problem_of, timed
+from benchmarks.first_contact.speed import problem_of, timed
 from benchmarks.first_contact.target import HOPPER, Target, target_of
 from jvp_attn.backends import select
 from jvp_attn.backends.cuda import CudaBackend, MetaCudaBackend
 from jvp_attn.backends.kernel_table import KERNELS, kernel_name
 from tests.emulator import emulator, emulator_build
 
-# The operations that a macro affects.
-COMPARISONS = {
-    "JVP_ATTN_TURNS=0": ("forward", "forward+tangent"),
-    "JVP_ATTN_PARTIAL_SWIZZLE_ATOMS=0": tuple(OPERATIONS),
-}
-SIZE = 8192
-
+# The steps of an operation, whose kernels it launches.
 STEPS = {
     "forward": ("forward",),
     "forward+tangent": ("forward_jvp",),
@@ -45,24 +42,60 @@ STEPS = {
 }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a macro affects."""
+
+    operations: tuple[str, ...] = tuple(OPERATIONS)
+    head_dims: tuple[int, ...] = (64, 128)
+
+    @property
+    def kernels(self) -> list[str]:
+        """The bfloat16 kernels that the operations launch on a Hopper GPU."""
+        steps = {step for operation in self.operations for step in STEPS[operation]}
+        names = {
+            own
+            if (own := kernel_name(step, "bf16", head_dim, arch="sm90")) in KERNELS
+            else kernel_name(step, "bf16")
+            for step in steps
+            for head_dim in self.head_dims
+        }
+        return sorted(names)
+
+
+COMPARISONS = {
+    # Warpgroups take turns at the tensor cores; at head dim 256 they do not.
+    "JVP_ATTN_TURNS=0": Comparison(("forward", "forward+tangent")),
+    "JVP_ATTN_TURNS=1": Comparison(("forward",), (256,)),
+    # The wait for a product comes after the exponentials of the one before.
+    "JVP_ATTN_WAITS_BEHIND_EXPONENTIALS=0": Comparison(("forward",), (64, 128, 256)),
+    # Products of 32 columns read half of a swizzle atom; else of 64, half of them zero.
+    "JVP_ATTN_PARTIAL_SWIZZLE_ATOMS=0": Comparison(head_dims=(96,)),
+}
+SIZE = 8192
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     """For each comparison the build, then every operation and head dim."""
     target = target_of(settings)
-    for macro in settings.comparisons or COMPARISONS:
-        operations = COMPARISONS.get(macro, tuple(OPERATIONS))
-        load = cache(partial(variant, target, macro, operations))
-        yield Case(f"{macro}, build", partial(_kernels_of, load))
-        for operation in operations:
-            for head_dim in HEAD_DIMS:
-                run = partial(compare, target, macro, load, operation, head_dim)
-                yield Case(f"{macro}, {operation}, d{head_dim}", run, {"seed": 0})
+    macros = settings.comparisons or tuple(COMPARISONS)
+    pool = ThreadPoolExecutor(len(macros) if target.is_gpu else 1)
+    builds = {macro: pool.submit(variant, target, macro) for macro in macros}
+    for macro, build in builds.items():
+        yield Case(f"{macro}, build", partial(_kernels_of, build))
+        comparison = COMPARISONS.get(macro, Comparison())
+        for operation, head_dim in product(comparison.operations, comparison.head_dims):
+            run = partial(compare, target, macro, build, operation, head_dim)
+            yield Case(f"{macro}, {operation}, d{head_dim}", run, {"seed": 0})
 
 
 def compare(
-    target: Target, macro: str, load: Callable[[], ModuleType], operation: str, head_dim: int
+    target: Target, macro: str, build: Future[ModuleType], operation: str, head_dim: int
 ) -> Result:
     """Time both builds; their results agree."""
-    both = {"jvp_attn": _as_built(target), macro: _attention(target, macro, load())}
+    if build.exception() is not None:
+        raise LeftOut("its build failed")
+    both = {"jvp_attn": _as_built(target), macro: _attention(target, macro, build.result())}
     problem = problem_of(target, operation, head_dim, SIZE)
     primals = problem.inputs(target.device).primals
     with torch.no_grad():
@@ -77,7 +110,7 @@ def compare(
 # The other build
 
 
-def variant(target: Target, macro: str, operations: tuple[str, ...]) -> ModuleType:
+def variant(target: Target, macro: str) -> ModuleType:
     """The extension module with the macro.
 
     Raises:
@@ -86,33 +119,23 @@ def variant(target: Target, macro: str, operations: tuple[str, ...]) -> ModuleTy
     name = macro.partition("=")[0]
     if not any(re.search(rf"\b{name}\b", x.read_text()) for x in (ROOT / "csrc").rglob("*.*")):
         raise ValueError(f"no file in csrc/ reads the macro {name}")
-    names = sorted({kernel for operation in operations for kernel in kernels_of(operation)})
+    kernels = COMPARISONS.get(macro, Comparison()).kernels
     folder = re.sub(r"\W", "_", macro)
     if not target.is_gpu:
         flags = emulator_build.Variant(folder, (f"-D{macro}",))
-        return emulator.import_file(emulator_build.build_kernels(flags, names.__contains__))
-    return emulator.import_file(build(ROOT / "build" / "variants" / folder, macro, names))
+        return emulator.import_file(emulator_build.build_kernels(flags, kernels.__contains__))
+    return emulator.import_file(build(ROOT / "build" / "variants" / folder, macro, kernels))
 
 
-def kernels_of(operation: str) -> set[str]:
-    """The bfloat16 kernels that it launches on a Hopper GPU, for the head dims that are timed."""
-    names = set()
-    for step in STEPS[operation]:
-        for head_dim in HEAD_DIMS:
-            own = kernel_name(step, "bf16", head_dim, arch="sm90")
-            names.add(own if own in KERNELS else kernel_name(step, "bf16"))
-    return names
-
-
-def build(folder: Path, macro: str, names: list[str]) -> Path:
+def build(folder: Path, macro: str, kernels: list[str]) -> Path:
     """Build an extension of these kernels in a copy of the sources."""
-    shutil.rmtree(folder, ignore_errors=True)
     for part in ("csrc", "jvp_attn"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so"))
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignore, dirs_exist_ok=True)
     for file in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / file, folder)
+        shutil.copy2(ROOT / file, folder)
     with (folder / "jvp_attn" / "backends" / "kernel_table.py").open("a") as table:
-        table.write(f"KERNELS = {{name: KERNELS[name] for name in {names}}}\n")
+        table.write(f"KERNELS = {{name: KERNELS[name] for name in {kernels}}}\n")
     flags = {"JVP_ATTN_CPU": "0", "JVP_ATTN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     flags["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -D{macro}".strip()
     run_setup("build_ext", "--inplace", folder=folder, **flags)
@@ -120,8 +143,8 @@ def build(folder: Path, macro: str, names: list[str]) -> Path:
     return module
 
 
-def _kernels_of(load: Callable[[], ModuleType]) -> Result:
-    return {"kernels": sorted(load().kernels())}
+def _kernels_of(build: Future[ModuleType]) -> Result:
+    return {"kernels": sorted(build.result().kernels())}
 
 
 # ----------------------------------------------------------------------------

@@ -17,7 +17,6 @@ FAILURES = 15
 FAILURE_LENGTH = 300
 
 ABBREVIATIONS = {
-    "jvp_attn": "jvp_attn",
     "jvp_attn (nondeterministic)": "sums",
     "torch SDPA (MATH)": "MATH",
     "torch SDPA (flash)": "flash",
@@ -87,16 +86,28 @@ def _failures(outcomes: Sequence[dict[str, Any]], records: Sequence[Record]) -> 
 
 def _speeds(records: Sequence[Record]) -> list[str]:
     """A line for each problem: TFLOP/s of each contender."""
-    lines = []
-    for record in records:
-        row = record.get("result") or {}
-        if "tflops" not in row:
-            continue
-        rates = {ABBREVIATIONS.get(name, name): rate for name, rate in row["tflops"].items()}
-        matmul = rates.pop("matmul")
-        times = row["seconds"].get("jvp_attn")
-        text = "  ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-        share = f", {rates['jvp_attn'] / matmul:.0%} of it" if "jvp_attn" in rates else ""
-        time = f"{1e3 * statistics.median(times):.3g} ms, " if times else ""
-        lines.append(f"{record['case']:32} {text}  ({time}matmul {matmul:.3g}{share})")
+    rows = [(x["stage"], x["case"], x["result"]) for x in records if _is_timed(x)]
+    lines = [_speed_line(stage, case, row) for stage, case, row in rows]
     return ["", "TFLOP/s", *lines] if lines else []
+
+
+def _is_timed(record: Record) -> bool:
+    return "tflops" in (record.get("result") or {})
+
+
+def _speed_line(stage: str, case: str, row: dict[str, Any]) -> str:
+    rates = dict(row["tflops"])
+    matmul = rates.pop("matmul")
+    ours = rates.get("jvp_attn")
+    facts = [f"matmul {matmul:.3g}"]
+    if ours:
+        facts.insert(0, f"{1e3 * statistics.median(row['seconds']['jvp_attn']):.3g} ms")
+        facts[-1] += f", {ours / matmul:.0%} of it"
+    if stage == "compare":
+        as_built, *others = rates.values()
+        text = f"as built {as_built:.3g}" + "".join(
+            f"  with it {x:.3g}, {x / as_built:.3f} times" for x in others
+        )
+    else:
+        text = "  ".join(f"{ABBREVIATIONS.get(name, name)} {x:.3g}" for name, x in rates.items())
+    return f"{case:30} {text}  ({', '.join(facts)})"

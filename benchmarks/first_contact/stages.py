@@ -58,7 +58,7 @@ STAGES = [
     Stage("long_sequences", "and with more work than multiprocessors?", 90, 30, _EXTENSION),
     Stage("speed", "how fast is it, beside others?", 170, 45, _EXTENSION),
     Stage("memcheck", "does it stay within its memory?", 90, 45, _EXTENSION, under_sanitizer=True),
-    Stage("compare", "which variants are faster?", 150, 90, _EXTENSION, by_default=False),
+    Stage("compare", "which variants are faster?", 240, 120, _EXTENSION, by_default=False),
 ]
 
 

@@ -309,5 +309,24 @@ def test_the_summary_stays_short() -> None:
     assert len(report.summary({"device": "H200"}, [outcome], records, 1)) < 8000
 
 
+def test_the_summary_has_the_speeds() -> None:
+    def timed(stage: str, case: str, tflops: dict[str, float]) -> Record:
+        row = {"tflops": {**tflops, "matmul": 800.0}, "seconds": {"jvp_attn": [0.003, 0.002, 1]}}
+        return {"stage": stage, "case": case, "status": "passed", "result": row}
+
+    records = [
+        timed("speed", "forward, d64, 4096", {"jvp_attn": 400, "torch SDPA (cuDNN)": 500}),
+        timed("speed", "backward, d64, 4096", {"torch SDPA (cuDNN)": 300}),
+        timed("compare", "JVP_ATTN_TURNS=0, forward, d64", {"jvp_attn": 400, "other": 300}),
+    ]
+    lines = [" ".join(line.split()) for line in report.summary({}, [], records, 1).splitlines()]
+    assert lines[-3:] == [
+        "forward, d64, 4096 jvp_attn 400 cuDNN 500 (3 ms, matmul 800, 50% of it)",
+        "backward, d64, 4096 cuDNN 300 (matmul 800)",
+        "JVP_ATTN_TURNS=0, forward, d64 as built 400 with it 300, 0.750 times "
+        "(3 ms, matmul 800, 50% of it)",
+    ]
+
+
 def test_a_signal_has_its_name() -> None:
     assert supervisor._signal_name(-signal.SIGABRT) == "signal SIGABRT"

@@ -103,15 +103,21 @@ def test_quadratic_memory_is_left_out_of_long_problems(seqlen: int, is_timed: bo
 
 def test_a_macro_that_no_kernel_reads_is_not_compared() -> None:
     with pytest.raises(ValueError, match="no file in csrc/ reads the macro JVP_ATTN_NOTHING"):
-        compare.variant(CPU, "JVP_ATTN_NOTHING=0", ("forward",))
+        compare.variant(CPU, "JVP_ATTN_NOTHING=0")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_comparison_compiles_the_kernels_that_an_operation_launches(operation: str) -> None:
-    recorder = Recorder(compare.kernels_of(operation))
+    comparison = compare.Comparison((operation,), (64, 96, 128))
+    recorder = Recorder(comparison.kernels)
     attention = compare._attention(CPU, "recorder", recorder)
-    for head_dim in speed.HEAD_DIMS:
+    for head_dim in comparison.head_dims:
         inputs = speed.problem_of(CPU, operation, head_dim, 4096).inputs(CPU.device)
         call_of(operation, attention, inputs)()
-    assert set(recorder.names) == compare.kernels_of(operation)
+    assert sorted(set(recorder.names)) == comparison.kernels
     assert {x.arch for x in (KERNELS[name] for name in recorder.names) if x.tile} == {"sm90"}
+
+
+def test_what_is_compared_has_kernels() -> None:
+    for comparison in compare.COMPARISONS.values():
+        assert set(comparison.kernels) <= set(KERNELS)
