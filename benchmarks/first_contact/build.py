@@ -6,6 +6,7 @@ rehearsal builds the CPU kernels and the emulator instead.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -57,11 +58,12 @@ def extension(settings: Settings, probes: _Probes) -> Result:
         from tests.emulator import emulator
 
         return {"kernels": len(emulator.load().kernels())}
-    import torch
+    from benchmarks.first_contact.target import target_of
 
-    arch = "{}.{}".format(*torch.cuda.get_device_capability())
+    arch = "{}.{}".format(*target_of(settings).capability)
     flags = {"JVP_ATTN_CPU": "0", "JVP_ATTN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
     run_setup("build_ext", "--inplace", **flags)
+    importlib.invalidate_caches()
     from jvp_attn import _C
 
     return {"kernels": len(_C.kernels()), "build": dict(_C.build_info())}

@@ -14,7 +14,7 @@ from benchmarks.first_contact.settings import Settings
 
 # The end of the output may be all that a reader sees: failures are cut to these sizes.
 FAILURES = 15
-FAILURE_LENGTH = 300
+FAILURE_LENGTH = 400
 
 ABBREVIATIONS = {
     "jvp_attn (nondeterministic)": "sums",
@@ -75,13 +75,20 @@ def _failures(outcomes: Sequence[dict[str, Any]], records: Sequence[Record]) -> 
     bad = [x for x in records if x["status"] in BAD]
     texts = [f"{x['stage']}/{x['case']} {x['status']}: {x['error']}" for x in bad]
     texts += [f"{x['stage']}: {x['error']}" for x in outcomes if "\n" in (x.get("error") or "")]
-    lines = [text[:FAILURE_LENGTH] for text in texts[:FAILURES]]
+    lines = [_shortened(text) for text in texts[:FAILURES]]
     if len(texts) > FAILURES:
         lines.append(f"… and {len(texts) - FAILURES} more in results.json")
     left_out = sum(x["status"] == LEFT_OUT for x in records)
     if left_out:
         lines.append(f"{left_out} cases cannot run on this machine")
     return ["", *lines] if lines else []
+
+
+def _shortened(text: str) -> str:
+    """Its beginning and its end."""
+    if len(text) <= FAILURE_LENGTH:
+        return text
+    return f"{text[: FAILURE_LENGTH // 2]} … {text[-FAILURE_LENGTH // 2 :]}"
 
 
 def _speeds(records: Sequence[Record]) -> list[str]:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,13 @@ DEVICE_LOST = 75
 def main() -> None:
     module, settings = sys.argv[1], Settings.from_json(sys.argv[2])
     stage = module.rpartition(".")[2]
-    cases = _selected(import_module(module).cases(settings), settings)
-    cases = [*_injected(stage, settings), *cases]
-    log = Journal(Path(settings.out) / "journal.jsonl")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of this process would take minutes
+    log = Journal(Path(settings.out) / "journal.jsonl")
+    cases = [*_injected(stage, settings)]
+    try:
+        cases += _selected(import_module(module).cases(settings), settings)
+    except Exception as error:
+        cases.append(Case("start", partial(_raise, error)))
     ended = log.ended(stage)
     names = {x["case"] for x in ended}
     given_up = {x["group"] for x in ended if ended_the_process(x)} - {None}
@@ -86,6 +90,10 @@ def device_error() -> str | None:
     except Exception as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _where(error: BaseException) -> str:

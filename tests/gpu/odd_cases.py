@@ -19,6 +19,8 @@ from benchmarks.first_contact.settings import Settings
 
 def cases(settings: Settings) -> Iterator[Case]:
     """Each appends its name to the file `ran` in the folder of results."""
+    if "no cases" in settings.cases:
+        raise RuntimeError("torch finds no NVIDIA GPU")
     for name, run in {
         "passes": lambda: {"answer": 42},
         "fails": partial(fail, AssertionError("3 of 64 numbers differ")),

@@ -147,6 +147,14 @@ def test_a_process_that_cannot_begin_is_not_started_again(run: Run) -> None:
     assert (outcome.error, outcome.processes) == ("ended with exit status 2\nno such GPU", 1)
 
 
+def test_a_stage_without_cases_tells_why(run: Run) -> None:
+    outcome, records = run("no cases")
+    assert (outcome.error, outcome.processes) == (None, 1)
+    assert records["start"]["status"] == "failed"
+    assert records["start"]["error"] == "RuntimeError: torch finds no NVIDIA GPU"
+    assert records["start"]["where"].startswith("tests/gpu/odd_cases.py:")
+
+
 def test_a_stage_is_given_up_after_many_processes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
