@@ -24,6 +24,7 @@ from tests.gpu.machines import (
     outputs_and_gradients,
 )
 from tests.jvp_attn.attention_cases import Case as Problem
+from tests.jvp_attn.attention_cases import Named
 
 # The largest tiles: 192 queries, and 128 keys, whose blocks go through the heads of k and v.
 LARGEST_TILE = (192, 128)
@@ -104,7 +105,7 @@ def check_nondeterministic(target: Target, problem: Problem) -> Result:
     return _accuracy(found, problem, data, cotangents)
 
 
-def _accuracy(found, problem, data, cotangents) -> Result:  # type: ignore[no-untyped-def]
+def _accuracy(found: Named, problem: Problem, data: Named, cotangents: Named) -> Result:
     exact, torchs = (
         naive_in_chunks(problem, data, cotangents, dtype)
         for dtype in (torch.float64, torch.float32)

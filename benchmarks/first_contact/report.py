@@ -13,8 +13,8 @@ from benchmarks.first_contact.journal import BAD, LEFT_OUT, Journal, Record
 from benchmarks.first_contact.settings import Settings
 
 # The end of the output may be all that a reader sees: failures are cut to these sizes.
-FAILURES = 15
-FAILURE_LENGTH = 400
+FAILURES = 12
+FAILURE_LENGTH = 350
 
 ABBREVIATIONS = {
     "jvp_attn (nondeterministic)": "sums",
