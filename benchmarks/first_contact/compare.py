@@ -69,8 +69,6 @@ COMPARISONS = {
     "JVP_ATTN_TURNS=1": Comparison(("forward",), (256,)),
     # The wait for a product comes after the exponentials of the one before.
     "JVP_ATTN_WAITS_BEHIND_EXPONENTIALS=0": Comparison(("forward",), (64, 128, 256)),
-    # Products of 32 columns read half of a swizzle atom; else of 64, half of them zero.
-    "JVP_ATTN_PARTIAL_SWIZZLE_ATOMS=0": Comparison(head_dims=(96,)),
 }
 SIZE = 8192
 
