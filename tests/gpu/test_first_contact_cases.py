@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from benchmarks.first_contact import (
     machine,
     speed,
 )
+from benchmarks.first_contact.build import ROOT
 from benchmarks.first_contact.case import Wrong
 from benchmarks.first_contact.target import HOPPER, Target
 from jvp_attn.backends.kernel_table import KERNELS
+from tests.emulator import emulator_build
 from tests.jvp_attn.kernel_recorder import Recorder
 from tests.kernels.cases import FAMILIES, family_of
 
@@ -104,6 +107,18 @@ def test_quadratic_memory_is_left_out_of_long_problems(seqlen: int, is_timed: bo
 def test_a_macro_that_no_kernel_reads_is_not_compared() -> None:
     with pytest.raises(ValueError, match="no file in csrc/ reads the macro JVP_ATTN_NOTHING"):
         compare.variant(CPU, "JVP_ATTN_NOTHING=0")
+
+
+def test_builds_that_are_compared_are_different_modules(tmp_path: Path) -> None:
+    source = ROOT / "tests" / "gpu" / "conformance.cu"
+    built = emulator_build.build_module("conformance_emulator", [source])
+    modules = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        file = shutil.copy(built, tmp_path / name)
+        modules.append(compare.import_as(name, Path(file)))
+    assert modules[0] is not modules[1]
+    assert modules[0].launch is not modules[1].launch
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
