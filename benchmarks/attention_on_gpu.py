@@ -145,8 +145,9 @@ def measure(
             torch.cuda.empty_cache()
 
     samples: dict[str, list[float]] = {name: [] for name in prepare}
-    for _ in range(repeats):
-        for name in prepare:
+    for repeat in range(repeats):
+        # In alternating order, so that none always follows the same other one.
+        for name in list(prepare)[:: -1 if repeat % 2 else 1]:
             # Prepare a backward for its own sample only: its saved tensors may fill the memory.
             samples[name].append(seconds(prepare[name](), counts[name], device))
 

@@ -110,10 +110,11 @@ def _speed_line(stage: str, case: str, row: dict[str, Any]) -> str:
     if ours:
         facts.insert(0, f"{1e3 * statistics.median(row['seconds']['jvp_attn']):.3g} ms")
         facts[-1] += f", {ours / matmul:.0%} of it"
-    if stage == "compare":
-        as_built, *others = rates.values()
-        text = f"as built {as_built:.3g}" + "".join(
-            f"  with it {x:.3g}, {x / as_built:.3f} times" for x in others
+    if stage == "compare" and len(rates) == 3:
+        as_built, other, again = rates.values()
+        text = (
+            f"as built {as_built:.3g}, again {again / as_built:.3f} times, "
+            f"with it {other / as_built:.3f} times"
         )
     else:
         text = "  ".join(f"{ABBREVIATIONS.get(name, name)} {x:.3g}" for name, x in rates.items())

@@ -18,7 +18,7 @@ from benchmarks.first_contact.target import Target, target_of
 
 HEAD_DIMS = (128, 64)
 SIZES = (4096, 16384)
-REPEATS = 5
+REPEATS = 6
 SMALL_MATMUL = 512  # of a rehearsal
 
 Contenders = dict[str, tuple]

@@ -325,13 +325,13 @@ def test_the_summary_has_the_speeds() -> None:
     records = [
         timed("speed", "forward, d64, 4096", {"jvp_attn": 400, "torch SDPA (cuDNN)": 500}),
         timed("speed", "backward, d64, 4096", {"torch SDPA (cuDNN)": 300}),
-        timed("compare", "JVP_ATTN_TURNS=0, forward, d64", {"jvp_attn": 400, "other": 300}),
+        timed("compare", "NAME=0, forward, d64", {"jvp_attn": 400, "x": 300, "again": 404}),
     ]
     lines = [" ".join(line.split()) for line in report.summary({}, [], records, 1).splitlines()]
     assert lines[-3:] == [
         "forward, d64, 4096 jvp_attn 400 cuDNN 500 (3 ms, matmul 800, 50% of it)",
         "backward, d64, 4096 cuDNN 300 (matmul 800)",
-        "JVP_ATTN_TURNS=0, forward, d64 as built 400 with it 300, 0.750 times "
+        "NAME=0, forward, d64 as built 400, again 1.010 times, with it 0.750 times "
         "(3 ms, matmul 800, 50% of it)",
     ]
 
