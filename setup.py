@@ -3,8 +3,8 @@
 An extension that cannot be built is skipped with a warning; the package works without it.
 `JVP_ATTN_CPU=1` and `JVP_ATTN_CUDA=1` turn that warning into an error; `JVP_ATTN_CPU=0` and
 `JVP_ATTN_CUDA=0` skip an extension. `CXX` chooses the C++ compiler, `TORCH_CUDA_ARCH_LIST` the GPUs
-to compile for (as in PyTorch), `MAX_JOBS` the number of parallel compilers. `V=1` shows the
-commands of nvcc. Neither extension needs torch to compile.
+to compile for (as in PyTorch), `MAX_JOBS` the number of parallel compilers, `NVCC_APPEND_FLAGS`
+further options of nvcc. `V=1` shows the commands of nvcc. Neither extension needs torch to compile.
 All other metadata is in pyproject.toml.
 """
 
@@ -50,6 +50,10 @@ CUDA_OBJECTS = Path("build/objects")
 LICENSE = "Apache-2.0"
 
 DEFAULT_ARCH_LIST = "8.0 9.0+PTX"
+
+# The first CUDA whose ptxas has every instruction of the kernels: red with vector types is the
+# newest, of PTX 8.1.
+MIN_CUDA = (12, 1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,12 @@ def output_of(*command: str) -> str:
 def why_no_cuda(toolkit: Toolkit | None) -> str | None:
     if toolkit is None:
         return "no nvcc in CUDA_HOME, CUDA_PATH or PATH"
+    if tuple(map(int, toolkit.version.split(".")))[:2] < MIN_CUDA:
+        needed = ".".join(map(str, MIN_CUDA))
+        return (
+            f"the nvcc in {toolkit.root} is version {toolkit.version}, and the kernels need CUDA "
+            f"{needed} or newer (CUDA_HOME chooses another, JVP_ATTN_CUDA=0 none)"
+        )
     return None if find_ninja() else "ninja is not installed"
 
 
@@ -200,6 +210,10 @@ def cuda_extension(toolkit: Toolkit) -> Extension:
     nvcc_command += [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets]
     if os.environ.get("CXX"):
         nvcc_command += ["-ccbin", cxx()[-1]]
+    # nvcc reads these itself. In the command they make ninja compile anew when they change.
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        if flags := os.environ.get(name):
+            nvcc_command = ["env", f"{name}={flags}", *nvcc_command]
 
     objects = {CUDA_OBJECTS / f"{source.stem}.o": source for source in sources(targets)}
     CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)

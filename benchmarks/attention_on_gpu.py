@@ -2,14 +2,16 @@
 
 Every problem has heads × head_dim = 2048 and batch × seqlen_q = 16384, or one longer sequence. A
 sample times a queue of calls with CUDA events, so that launch overhead does not count. The
-contenders and a matrix product run in turn.
+contenders and a matrix product run in turn. torch's MATH attention, whose memory is quadratic, is
+left out from 8192 keys on.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, OPERATIONS, Call, Inputs, call_of
+from contenders import CONTENDERS, MATH, OPERATIONS, Attention, Call, Inputs, call_of
 from environment import environment
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -29,6 +31,7 @@ TOKENS = 16384
 TEXT_TOKENS = 512
 MATMUL = 8192
 DTYPE = torch.bfloat16
+MATH_BELOW = 8192  # keys
 
 # The duration of a sample in seconds, far above the resolution of CUDA events.
 SAMPLE_SECONDS = 0.02
@@ -103,21 +106,38 @@ def run(sizes: Sequence[int], head_dims: Sequence[int], repeats: int, folder: Pa
 # Measuring
 
 
-def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Time every contender that supports the problem, and the matrix product, in turn."""
+def measure(
+    problem: Problem,
+    device: torch.device,
+    repeats: int,
+    *,
+    contenders: Mapping[str, tuple[Attention, tuple[str, ...]]] = CONTENDERS,
+    matmul: int = MATMUL,
+) -> dict[str, Any]:
+    """Time every contender that supports the problem, and the matrix product, in turn.
+
+    Args:
+        problem, device: what is computed, and where. On a CPU there is no peak memory.
+        repeats: how many samples of each.
+        contenders: as `contenders.CONTENDERS`.
+        matmul: the size of the matrices of the product.
+    """
     inputs = problem.inputs(device)
-    matrix = torch.randn(MATMUL, MATMUL, device=device, dtype=DTYPE)
+    matrix = torch.randn(matmul, matmul, device=device, dtype=DTYPE)
     prepare: dict[str, Callable[[], Call]] = {"matmul": lambda: lambda: matrix @ matrix}
-    counts = {"matmul": calls_of_a_sample(lambda: matrix @ matrix)}
+    counts = {"matmul": calls_of_a_sample(lambda: matrix @ matrix, device)}
     peak: dict[str, int] = {}
     missing: dict[str, str] = {}
-    for name, (attention, operations) in CONTENDERS.items():
+    for name, (attention, operations) in contenders.items():
         if problem.operation not in operations:
+            continue
+        if name == MATH and problem.seqlen_k >= MATH_BELOW:
+            missing[name] = f"its memory is quadratic; it is timed below {MATH_BELOW} keys"
             continue
         prepare_this = partial(call_of, problem.operation, attention, inputs)
         try:
-            peak[name] = peak_memory(prepare_this())
-            counts[name] = calls_of_a_sample(prepare_this())
+            peak[name] = peak_memory(prepare_this(), device)
+            counts[name] = calls_of_a_sample(prepare_this(), device)
             prepare[name] = prepare_this
         except Exception as error:  # leave the contender out, with the reason
             peak.pop(name, None)
@@ -125,13 +145,14 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, A
             torch.cuda.empty_cache()
 
     samples: dict[str, list[float]] = {name: [] for name in prepare}
-    for _ in range(repeats):
-        for name in prepare:
+    for repeat in range(repeats):
+        # In alternating order, so that none always follows the same other one.
+        for name in list(prepare)[:: -1 if repeat % 2 else 1]:
             # Prepare a backward for its own sample only: its saved tensors may fill the memory.
-            samples[name].append(seconds(prepare[name](), counts[name]))
+            samples[name].append(seconds(prepare[name](), counts[name], device))
 
     median = {name: statistics.median(times) for name, times in samples.items()}
-    work = dict.fromkeys(prepare, problem.work) | {"matmul": 2 * MATMUL**3}
+    work = dict.fromkeys(prepare, problem.work) | {"matmul": 2 * matmul**3}
     return {
         **asdict(problem),
         "seqlen_k": problem.seqlen_k,
@@ -144,8 +165,13 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, A
     }
 
 
-def seconds(call: Call, count: int) -> float:
+def seconds(call: Call, count: int, device: torch.device) -> float:
     """Seconds of one call, averaged over a queue of calls."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - begin) / count
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(count):
@@ -155,15 +181,17 @@ def seconds(call: Call, count: int) -> float:
     return start.elapsed_time(end) / 1e3 / count
 
 
-def calls_of_a_sample(call: Call) -> int:
+def calls_of_a_sample(call: Call, device: torch.device) -> int:
     """The number of calls in a sample; timing them is also the warm-up."""
-    seconds(call, 2)
-    return max(1, round(SAMPLE_SECONDS / seconds(call, 2)))
+    seconds(call, 2, device)
+    return max(1, round(SAMPLE_SECONDS / seconds(call, 2, device)))
 
 
-def peak_memory(call: Call) -> int:
-    """Peak bytes of one call beyond the memory in use before it, results included."""
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Peak bytes of one call beyond the memory in use before it, results included; 0 on a CPU."""
     call()  # libraries and compilers
+    if device.type == "cpu":
+        return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

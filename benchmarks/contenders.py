@@ -72,10 +72,11 @@ def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor
 
 
 PRIMAL = ("forward", "backward")
+MATH = "torch SDPA (MATH)"
 CONTENDERS: dict[str, tuple[Attention, tuple[str, ...]]] = {
     "jvp_attn": (ours, tuple(OPERATIONS)),
     "jvp_attn (nondeterministic)": (ours_nondeterministic, ("backward",)),
-    "torch SDPA (MATH)": (partial(torch_sdpa, SDPBackend.MATH), tuple(OPERATIONS)),
+    MATH: (partial(torch_sdpa, SDPBackend.MATH), tuple(OPERATIONS)),
     "torch SDPA (flash)": (partial(torch_sdpa, SDPBackend.FLASH_ATTENTION), PRIMAL),
     "torch SDPA (efficient)": (partial(torch_sdpa, SDPBackend.EFFICIENT_ATTENTION), PRIMAL),
     "torch SDPA (cuDNN)": (partial(torch_sdpa, SDPBackend.CUDNN_ATTENTION), PRIMAL),

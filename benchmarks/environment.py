@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -36,7 +37,12 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this folder, with "-dirty" if files have changed since."""
+    """The commit of this folder, with "-dirty" if files have changed since.
+
+    JVP_ATTN_COMMIT tells it where there is no repository.
+    """
+    if told := os.environ.get("JVP_ATTN_COMMIT"):
+        return told
     folder = str(Path(__file__).parent)
     describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     result = subprocess.run(["git", "-C", folder, *describe], capture_output=True, text=True)

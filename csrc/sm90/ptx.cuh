@@ -248,8 +248,13 @@ inline std::string encode_tensor_map(TensorMap& map, const void* data, const uin
                                      const uint64_t (&strides)[3], int box_rows) {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                                12000, cudaEnableDefault, &found);
+    const char* name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION < 12050  // finds the version of the function that this CUDA has: the only one
+    const cudaError_t status = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#endif
     if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
         cudaGetLastError();
         return "the CUDA driver is older than 12.0 and has no tensor maps";

@@ -133,10 +133,18 @@ def assert_at_most_twice_the_error(
     found: Named, torchs: Named, exact: Named, dtype: torch.dtype
 ) -> None:
     """As `assert_accurate`, given torch's results in float32, and the dtype of the inputs."""
+    errors, allowed = errors_and_limits(found, torchs, exact, dtype)
+    assert all(errors[name] <= allowed[name] for name in errors), (errors, allowed)
+
+
+def errors_and_limits(
+    found: Named, torchs: Named, exact: Named, dtype: torch.dtype
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The errors of results by name, and what `assert_accurate` allows."""
     one_rounding = torch.finfo(dtype).eps / 2
     errors, allowed = {}, {}
     for name, x in found.items():
         assert x.shape == exact[name].shape, name
         errors[name] = relative_error(x, exact[name])
         allowed[name] = max(2 * relative_error(torchs[name].to(x.dtype), exact[name]), one_rounding)
-    assert all(errors[name] <= allowed[name] for name in errors), (errors, allowed)
+    return errors, allowed

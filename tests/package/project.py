@@ -17,11 +17,11 @@ setup_py = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 needs_nvcc = pytest.mark.skipif(setup_py.find_toolkit() is None, reason="nvcc is not installed")
 
 
-def write_fake_nvcc(folder: Path, toolkit: Path) -> None:
+def write_fake_nvcc(folder: Path, toolkit: Path, version: str = "13.0.88") -> None:
     """Write an nvcc that only prints its toolkit and version."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     nvcc = folder / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..'\necho 'release 13.0, V13.0.88'\n")
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..'\necho 'V{version}'\n")
     nvcc.chmod(0o755)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package.project import run, setup_py, write_fake_nvcc
+from tests.package.project import ROOT, run, setup_py, write_fake_nvcc
 
 pytestmark = pytest.mark.usefixtures("neutral_environment")
 
@@ -35,6 +35,21 @@ def test_an_nvcc_that_does_not_run_is_named(fake_nvcc: Path) -> None:
     (fake_nvcc / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(SystemExit, match="bin/nvcc does not run"):
         setup_py.find_toolkit()
+
+
+@pytest.mark.parametrize("version", ["9.2.148", "11.8.89", "12.0.140"])
+def test_an_older_nvcc_is_named_with_what_is_needed(fake_nvcc: Path, version: str) -> None:
+    write_fake_nvcc(fake_nvcc / "bin", fake_nvcc, version)
+    assert setup_py.why_no_cuda(setup_py.find_toolkit()) == (
+        f"the nvcc in {fake_nvcc} is version {version}, and the kernels need CUDA 12.1 or newer "
+        "(CUDA_HOME chooses another, JVP_ATTN_CUDA=0 none)"
+    )
+
+
+@pytest.mark.parametrize("version", ["12.1.66", "12.10.1", "13.0.88"])
+def test_a_newer_nvcc_builds_the_kernels(fake_nvcc: Path, version: str) -> None:
+    write_fake_nvcc(fake_nvcc / "bin", fake_nvcc, version)
+    assert setup_py.why_no_cuda(setup_py.find_toolkit()) is None
 
 
 @pytest.mark.parametrize(
@@ -127,6 +142,29 @@ def test_ninja_reports_progress_in_tenths(
     with pytest.raises(subprocess.CalledProcessError):
         setup_py.run_ninja()
     assert "broken on purpose" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("fake_nvcc")
+def test_flags_for_nvcc_compile_anew_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = []
+    monkeypatch.setitem(
+        setup_py.cuda_extension.__globals__,
+        "ninja_file",
+        lambda objects, cxx, nvcc: commands.append(nvcc) or "",
+    )
+    monkeypatch.setitem(setup_py.cuda_extension.__globals__, "sources", lambda targets: [])
+    monkeypatch.setitem(setup_py.cuda_extension.__globals__, "CUDA_OBJECTS", tmp_path / "objects")
+    for flags in ("", "-DNAME=0", "-DNAME=1 -lineinfo"):
+        monkeypatch.setenv("NVCC_APPEND_FLAGS", flags)
+        setup_py.cuda_extension(setup_py.find_toolkit())
+    assert commands[0][0].endswith("bin/nvcc")
+    assert [x[:2] for x in commands[1:]] == [
+        ["env", "NVCC_APPEND_FLAGS=-DNAME=0"],
+        ["env", "NVCC_APPEND_FLAGS=-DNAME=1 -lineinfo"],
+    ]
 
 
 # What an isolated build downloads.
