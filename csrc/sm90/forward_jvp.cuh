@@ -31,6 +31,8 @@ struct ForwardJvp : FwdPipeline<HeadDim, Rows, Keys, 2> {
     }
 
     static constexpr bool kTurns = takes_turns(true);
+    static_assert(Pipeline::kSlots >= (kKeyTangents ? 4 : 2),
+                  "V and tV of a tile, and K and tK of the next, which one turn reads");
 
     DEVICE static void run(const Params& params) { Pipeline::template run<ForwardJvp>(params); }
 
