@@ -66,7 +66,7 @@ class Comparison:
 
 COMPARISONS = {
     # Warpgroups take turns at the tensor cores; at head dim 256 they do not.
-    "JVP_ATTN_TURNS=0": Comparison(("forward", "forward+tangent")),
+    "JVP_ATTN_TURNS=0": Comparison(("forward", "forward+tangent", "backward")),
     "JVP_ATTN_TURNS=1": Comparison(("forward",), (256,)),
     # The wait for a product comes after the exponentials of the one before.
     "JVP_ATTN_WAITS_BEHIND_EXPONENTIALS=0": Comparison(("forward",), (64, 128, 256)),

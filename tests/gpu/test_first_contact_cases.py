@@ -122,7 +122,11 @@ def test_builds_that_are_compared_are_different_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_comparison_compiles_the_kernels_that_an_operation_launches(operation: str) -> None:
+def test_a_comparison_compiles_the_kernels_that_an_operation_launches(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The comparison adds a backend to the process.
+    monkeypatch.setattr(compare.select, "_BACKENDS", dict(compare.select._BACKENDS))
     comparison = compare.Comparison((operation,), (64, 96, 128))
     recorder = Recorder(comparison.kernels)
     attention = compare._attention(CPU, "recorder", recorder)
