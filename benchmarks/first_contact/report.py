@@ -32,7 +32,7 @@ def write(
     log: Journal,
     seconds: float,
 ) -> None:
-    """Write results.json and summary.txt anew; attention-cuda.json once speeds are known."""
+    """Write results.json and summary.txt anew, and attention-cuda.json once a GPU was timed."""
     records = log.ended()
     machine = next((x.get("result") for x in records if x["case"] == "facts"), None) or {}
     results = {
@@ -43,8 +43,14 @@ def write(
         "cases": records,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "summary.txt").write_text(summary(machine, outcomes, records, seconds))
-    if rows := [x["result"] for x in records if x["stage"] == "speed" and x.get("result")]:
+    text = summary(machine, outcomes, records, seconds)
+    if settings.rehearse:
+        text = (
+            "A rehearsal on the CPU: sizes are smaller than named, and speeds say nothing.\n" + text
+        )
+    (folder / "summary.txt").write_text(text)
+    rows = [x["result"] for x in records if x["stage"] == "speed" and x.get("result")]
+    if rows and not settings.rehearse:
         measured = {**machine, "dtype": "bfloat16", "rows": rows}
         (folder / "attention-cuda.json").write_text(json.dumps(measured, indent=1) + "\n")
 

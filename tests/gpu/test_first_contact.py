@@ -336,5 +336,16 @@ def test_the_summary_has_the_speeds() -> None:
     ]
 
 
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_only_speeds_of_a_gpu_are_kept_for_the_benchmarks(tmp_path: Path, rehearse: bool) -> None:
+    log = Journal(tmp_path / "journal.jsonl")
+    row = {"tflops": {"jvp_attn": 400, "matmul": 800.0}, "seconds": {"jvp_attn": [0.003]}}
+    log.write("speed", "forward, d64, 4096", status="passed", seconds=1.0, result=row)
+    report.write(tmp_path, Settings(str(tmp_path), rehearse), [], log, 1.0)
+    assert (tmp_path / "attention-cuda.json").exists() is not rehearse
+    summary = (tmp_path / "summary.txt").read_text()
+    assert ("speeds say nothing" in summary) is rehearse
+
+
 def test_a_signal_has_its_name() -> None:
     assert supervisor._signal_name(-signal.SIGABRT) == "signal SIGABRT"
