@@ -7,7 +7,6 @@ in one process, and their results must agree.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from benchmarks.first_contact.target import HOPPER, Target, target_of
 from jvp_attn.backends import select
 from jvp_attn.backends.cuda import CudaBackend, MetaCudaBackend
 from jvp_attn.backends.kernel_table import KERNELS, kernel_name
-from tests.emulator import emulator_build
+from tests.emulator import emulator, emulator_build
 
 # The steps of an operation, whose kernels it launches.
 STEPS = {
@@ -127,21 +126,8 @@ def variant(target: Target, macro: str) -> ModuleType:
     folder = re.sub(r"\W", "_", macro)
     if not target.is_gpu:
         flags = emulator_build.Variant(folder, (f"-D{macro}",))
-        return import_as(folder, emulator_build.build_kernels(flags, kernels.__contains__))
-    return import_as(folder, build(ROOT / "build" / "variants" / folder, macro, kernels))
-
-
-def import_as(package: str, file: Path) -> ModuleType:
-    """Import an extension module as part of a package, which need not exist.
-
-    pybind11 gives two modules of one name the contents of the first.
-    """
-    name = f"{package}.{file.name.partition('.')[0]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        return emulator.import_file(emulator_build.build_kernels(flags, kernels.__contains__))
+    return emulator.import_file(build(ROOT / "build" / "variants" / folder, macro, kernels))
 
 
 def build(folder: Path, macro: str, kernels: list[str]) -> Path:

@@ -45,12 +45,12 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def problems(target: Target) -> dict[str, Problem]:
     """By name. Random numbers are seeded with the names of tensors (tests/jvp_attn)."""
-    head_dims = (64, 128) if target.is_gpu else (64,)
+    head_dims = (64, 128) if target.is_gpu else (128,)
     base = Problem(1, *2 * [target.scaled(8192)], 8, 4, 128, 128, dtype=torch.bfloat16)
     if not target.is_gpu:
         base = replace(base, heads=4, heads_k=2)
     found = {}
-    for head_dim in head_dims if target.is_gpu else (128,):
+    for head_dim in head_dims:
         for causal in (False, True):
             for moving, name in (("qkv", "all tangents"), ("", "no tangents"), ("q", "tq")):
                 mask = "causal" if causal else "full"

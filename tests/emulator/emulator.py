@@ -11,6 +11,7 @@ thread, and the line.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -33,8 +34,13 @@ def load() -> ModuleType:
 
 
 def import_file(file: Path) -> ModuleType:
-    """Import an extension module from its file."""
-    spec = importlib.util.spec_from_file_location(file.name.partition(".")[0], file)
+    """Import an extension module from its file.
+
+    Its name begins with that of its folder: pybind11 gives two modules of one name the contents of
+    the first.
+    """
+    folder = re.sub(r"\W", "_", str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"{folder}.{file.name.partition('.')[0]}", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

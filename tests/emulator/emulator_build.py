@@ -82,17 +82,13 @@ rule archive
 
 
 def build_kernels(
-    variant: Variant = PLAIN,
-    wanted: Callable[[str], bool] = lambda name: True,
-    *,
-    whole_swizzle_atoms: bool = False,
+    variant: Variant = PLAIN, wanted: Callable[[str], bool] = lambda name: True
 ) -> Path:
-    """Bring the module `attention_emulator` up to date, or `whole_atoms_emulator`.
+    """Bring the module `attention_emulator` up to date.
 
     Args:
         variant: how to compile it.
         wanted: whether the module contains a kernel, by its name in the kernel table.
-        whole_swizzle_atoms: build as if PARTIAL_SWIZZLE_ATOMS of the kernel table were False.
 
     Returns:
         The module's file.
@@ -100,14 +96,12 @@ def build_kernels(
     Raises:
         RuntimeError: the compilation fails; with the compiler's output.
     """
-    name = "whole_atoms_emulator" if whole_swizzle_atoms else "attention_emulator"
-    folder = OUTPUT / variant.name / (f"{name}_sources" if whole_swizzle_atoms else "sources")
-    options = {"partial_swizzle_atoms": False} if whole_swizzle_atoms else {}
+    folder = OUTPUT / variant.name / "sources"
     with _locked(folder):
         generator: dict[str, Any] = run_path(str(ROOT / "csrc" / "generate.py"))
         kernels = [kernel for kernel in generator["kernel_table"]() if wanted(kernel.name)]
-        sources = generator["generate"](folder, kernels, **options)
-        return build_module(name, sources, variant)
+        sources = generator["generate"](folder, kernels)
+        return build_module("attention_emulator", sources, variant)
 
 
 def build_module(name: str, sources: Iterable[Path], variant: Variant = PLAIN) -> Path:

@@ -24,7 +24,7 @@ from benchmarks.first_contact.build import ROOT
 from benchmarks.first_contact.case import Wrong
 from benchmarks.first_contact.target import HOPPER, Target
 from jvp_attn.backends.kernel_table import KERNELS
-from tests.emulator import emulator_build
+from tests.emulator import emulator, emulator_build
 from tests.jvp_attn.kernel_recorder import Recorder
 from tests.kernels.cases import FAMILIES, family_of
 
@@ -116,7 +116,7 @@ def test_builds_that_are_compared_are_different_modules(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         file = shutil.copy(built, tmp_path / name)
-        modules.append(compare.import_as(name, Path(file)))
+        modules.append(emulator.import_file(Path(file)))
     assert modules[0] is not modules[1]
     assert modules[0].launch is not modules[1].launch
 

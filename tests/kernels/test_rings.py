@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from jvp_attn.backends.kernel_table import KernelEntry
+from tests.compile_gate.kernel_doc import keys_stay
 from tests.kernels.cases import FAMILIES, Case, Family, axes_of
 from tests.kernels.kernel_case import kernel_test
 
@@ -26,12 +27,11 @@ HOPPER = [
 def test_every_slot_is_reused(family: Family, kernel: KernelEntry) -> None:
     assert kernel.tile is not None
     rows, keys = kernel.tile
-    queries_stream = kernel.step == "backward" or "dkv" in kernel.step
     case: Case = {
         **{name: values[0] for name, values in axes_of(family).items()},
         "kernel": kernel.name,
-        "queries": str(STEPS * rows + 9 if queries_stream else 9),
-        "keys": str(9 if queries_stream else STEPS * keys + 9),
+        "queries": str(STEPS * rows + 9 if keys_stay(kernel) else 9),
+        "keys": str(9 if keys_stay(kernel) else STEPS * keys + 9),
     }
     test = kernel_test(case)
     assert test.faults(test.run()) == []

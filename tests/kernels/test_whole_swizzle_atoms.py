@@ -9,6 +9,7 @@ import pytest
 
 from jvp_attn.backends.kernel_table import KERNELS, OF_ROWS
 from tests.emulator import emulator, emulator_build
+from tests.emulator.emulator_build import Variant
 from tests.kernels import harness
 from tests.kernels.cases import Case, axes_of, covering, family_of
 from tests.kernels.kernel_case import kernel_test
@@ -30,8 +31,8 @@ CASES = [
 def whole_atoms_emulator() -> ModuleType:
     """The module with these kernels, and those of rows."""
     file = emulator_build.build_kernels(
+        Variant("whole_atoms", ("-DJVP_ATTN_PARTIAL_SWIZZLE_ATOMS=0",)),
         wanted=lambda name: name in KERNELS_OF_WHOLE_ATOMS or KERNELS[name].step in OF_ROWS,
-        whole_swizzle_atoms=True,
     )
     return emulator.import_file(file)
 
