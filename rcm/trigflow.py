@@ -8,7 +8,7 @@ when loading it and multiply the samples by σd at the end. z is then N(0, 1). �
 formulas with a noise level: σ = σd tan(t).
 
 A network is a callable `net(x, t, condition) -> F`. The whole package uses this signature;
-predictions.py converts networks that predict something else.
+network_conversions.py wraps networks that predict something else.
 
 Precision. Schedules are float64 and networks receive the time in float32 or float64. Neighbouring
 bfloat16 numbers near 900 differ by 4, so a network that receives 1000 u in bfloat16 cannot tell
