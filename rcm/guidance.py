@@ -1,6 +1,7 @@
 """Classifier-free guidance (2207.12598) of a TrigFlow network."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,3 +20,15 @@ def guided(net: Network, null_condition: Callable[[Any], Any], scale: float) -> 
         return unconditional + scale * (net(x, t, condition) - unconditional)
 
     return wrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """stub"""
+    scale: float = 1.0
+    @property
+    def is_off(self) -> bool:
+        return self.scale == 1.0
+    interval = None
+    def draw(self, count, generator):
+        return self.scale
