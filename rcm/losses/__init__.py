@@ -3,6 +3,13 @@
 from rcm.losses.consistency import consistency_loss
 from rcm.losses.dmd import dmd_loss
 from rcm.losses.flow_matching import flow_matching_loss
+from rcm.losses.lagrangian import lagrangian_flow_map_loss
 from rcm.losses.loss import Loss
 
-__all__ = ["Loss", "consistency_loss", "dmd_loss", "flow_matching_loss"]
+__all__ = [
+    "Loss",
+    "consistency_loss",
+    "dmd_loss",
+    "flow_matching_loss",
+    "lagrangian_flow_map_loss",
+]
