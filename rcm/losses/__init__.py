@@ -2,7 +2,14 @@
 
 from rcm.losses.consistency import consistency_loss
 from rcm.losses.flow_matching import flow_matching_loss
+from rcm.losses.lagrangian import lagrangian_flow_map_loss
 from rcm.losses.loss import Loss
 from rcm.losses.score import score_loss
 
-__all__ = ["Loss", "consistency_loss", "flow_matching_loss", "score_loss"]
+__all__ = [
+    "Loss",
+    "consistency_loss",
+    "flow_matching_loss",
+    "lagrangian_flow_map_loss",
+    "score_loss",
+]
