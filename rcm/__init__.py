@@ -6,6 +6,7 @@ Mathematics, in reading order:
     time_conversions  TrigFlow's t, EDM's σ, rectified flow's u
     time_sampling     distributions of the training time
     predictions       networks that predict eps, v, x0 or flow as TrigFlow networks; guidance
+    ode               one step of the probability-flow ODE: Euler, DDIM, Heun
     sampling          the few-step sampler, and Heun's method for a teacher
     losses            flow matching, consistency (sCM, rCM), distribution matching (DMD)
 

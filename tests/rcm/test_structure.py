@@ -11,7 +11,15 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *("trigflow", "time_conversions", "time_sampling", "predictions", "sampling", "validation")
+    *(
+        "trigflow",
+        "time_conversions",
+        "time_sampling",
+        "predictions",
+        "ode",
+        "sampling",
+        "validation",
+    )
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
