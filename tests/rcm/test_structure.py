@@ -11,15 +11,8 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *(
-        "trigflow",
-        "time_conversions",
-        "time_sampling",
-        "predictions",
-        "ode",
-        "sampling",
-        "validation",
-    )
+    *("trigflow", "derivatives", "time_conversions", "time_sampling", "predictions"),
+    *("network_conversions", "guidance", "ode", "sampling", "validation"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
