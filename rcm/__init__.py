@@ -11,7 +11,8 @@ Mathematics, in reading order:
     guidance             classifier-free guidance
     ode                  one step of the probability-flow ODE: Euler, DDIM, Heun
     sampling             the few-step sampler, and Heun's method for a teacher
-    losses               flow matching, consistency (sCM, rCM, dCM), distribution matching (DMD)
+    losses               flow matching; consistency, continuous (sCM, rCM) and discrete (dCM, LCM);
+                         distribution matching (DMD)
 
 Training:
 
