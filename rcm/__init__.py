@@ -9,8 +9,10 @@ Mathematics, in reading order:
     predictions          F from a prediction of eps, v, x0 or flow, and the inverse
     network_conversions  networks of rectified flow, EDM and DDPM as TrigFlow networks, and back
     guidance             classifier-free guidance
+    ode                  one step of the probability-flow ODE: Euler, DDIM, Heun
     sampling             the few-step sampler, and Heun's method for a teacher
-    losses               flow matching, consistency (sCM, rCM), distribution matching (DMD)
+    losses               flow matching; consistency, continuous (sCM, rCM) and discrete (dCM, LCM);
+                         distribution matching (DMD)
 
 Training:
 

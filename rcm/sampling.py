@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rcm.trigflow import Network, check_like, denoise, flow_map, interpolate, network_time
+from rcm.ode import ode_step
+from rcm.trigflow import Network, check_like, denoise, flow_map, interpolate
 
 # From rCM's code. Its paper uses (1.3, 1.0, 0.6); sCM's two-step sampler uses 1.1.
 MID_TIMES = (1.5, 1.4, 1.0)
@@ -106,15 +107,8 @@ def heun_sample(net: Network, noise: Tensor, times: Tensor, condition: Any) -> T
     """
     rows = _rows_down_to_zero(times, noise)
     x = interpolate(torch.zeros_like(noise), noise, rows[0])
-
-    def slope(x: Tensor, t: Tensor) -> Tensor:
-        return net(x, network_time(t, x), condition)
-
     for t, t_next in pairwise(rows[:-1]):
-        dt = (t_next - t)[0].item()
-        here = slope(x, t)
-        there = slope(x + dt * here, t_next)
-        x = x + dt / 2 * (here + there)
+        x = ode_step(net, x, t, t_next, condition, "heun")
     return denoise(net, x, rows[-2], condition)
 
 

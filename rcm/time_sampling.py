@@ -49,7 +49,7 @@ class LogNormal(TimeDistribution):
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedUniform(TimeDistribution):
-    """Rectified flow's u, uniform in [0, 1), shifted towards noise: s u / (1 + (s - 1) u).
+    """Rectified flow's u, uniform in [0, 1), then shifted towards noise by shift_u.
 
     This is the time shift of Stable Diffusion 3 (2403.03206); shift = 1 leaves u uniform.
     """
@@ -61,7 +61,12 @@ class ShiftedUniform(TimeDistribution):
 
     def __call__(self, count: int, generator: Generator) -> Tensor:
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-        return t_from_u(self.shift * u / (1 + (self.shift - 1) * u))
+        return t_from_u(shift_u(u, self.shift))
+
+
+def shift_u(u: Tensor, shift: float) -> Tensor:
+    """Rectified flow's u in [0, 1], shifted towards noise: s u / (1 + (s - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def rollout_times(
