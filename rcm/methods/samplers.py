@@ -13,7 +13,7 @@ from rcm.sampling import (
     MID_TIMES,
     consistency_sample,
     consistency_times,
-
+    flow_map_sample,
     heun_times,
 )
 from rcm.training.method import Distillation
@@ -66,4 +66,4 @@ class FlowMap(Distillation):
         self, student: Network, noise: Tensor, condition: Any, steps: int, noise_source: Generator
     ) -> Tensor:
         times = heun_times(steps, sigma_max=self.sigma_max)
-        from rcm.sampling import flow_map_sample; return flow_map_sample(student, noise, times, condition)
+        return flow_map_sample(student, noise, times, condition)

@@ -130,9 +130,9 @@ class Step:
 
     def guided_teacher(self, guidance: Guidance) -> Network:
         """The teacher with guidance, whose scale is drawn for each sample if it is random."""
-        if guidance.is_off:
-            return self.teacher
         scale = guidance.draw(len(self.x0), self.generator)
+        if scale is None:
+            return self.teacher
         return guided(self.teacher, self.null_condition, scale, guidance.interval)
 
 
