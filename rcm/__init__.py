@@ -2,7 +2,8 @@
 
 Mathematics, in reading order:
 
-    trigflow          the path, its velocity, and networks F(x, t)
+    trigflow          the path, its velocity, networks F(x, t), and flow maps
+    derivatives       derivatives of networks: exact, or by differences
     time_conversions  TrigFlow's t, EDM's σ, rectified flow's u
     time_sampling     distributions of the training time
     predictions       networks that predict eps, v, x0 or flow as TrigFlow networks; guidance

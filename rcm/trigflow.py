@@ -10,6 +10,13 @@ formulas with a noise level: σ = σd tan(t).
 A network is a callable `net(x, t, condition) -> F`. The whole package uses this signature;
 predictions.py converts networks that predict something else.
 
+A flow map takes x at t to the point of the same ODE trajectory at an earlier time s:
+
+    f(x, t, s) = cos(t - s) x - sin(t - s) F(x, t, s)                        s in [0, t]
+
+Its network is `net(x, t, condition, end=s) -> F`. F(x, t, t) is the velocity, and s = 0 gives the
+consistency function.
+
 Precision. Schedules are float64 and networks receive the time in float32 or float64. Neighbouring
 bfloat16 numbers near 900 differ by 4, so a network that receives 1000 u in bfloat16 cannot tell
 987.7 from 988.3. Its derivative with respect to time is then noise, and distillation collapses.
@@ -24,9 +31,15 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Network(Protocol):
-    """F(x, t): x (batch, ...), t (batch,) float32 or float64, any condition -> (batch, ...)."""
+    """F(x, t): x (batch, ...), t (batch,) float32 or float64, any condition -> (batch, ...).
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Any) -> Tensor: ...
+    end: (batch,) like t, in [0, t], the second time of a flow map; None for a network of one time.
+    Callers omit it for such a network, which then needs no such parameter.
+    """
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Any, end: Tensor | None = None
+    ) -> Tensor: ...
 
 
 # ---- the path ----------------------------------------------------------------------------------
@@ -66,6 +79,16 @@ def denoise(net: Network, x: Tensor, t: Tensor, condition: Any) -> Tensor:
     return denoised(x, net(x, network_time(t, x), condition), t)
 
 
+def flow_map(net: Network, x: Tensor, t: Tensor, end: Tensor, condition: Any) -> Tensor:
+    """f = cos(t - s) x - sin(t - s) F(x, t, s): x (batch, ...), t and end = s (batch,) -> like x.
+
+    Raises ValueError unless end is shaped like t, float32 or float64, and within [0, t].
+    """
+    check_end(end, t)
+    f = net(x, network_time(t, x), condition, end=network_time(end, x))
+    return denoised(x, f, t - end)
+
+
 # ---- checks ------------------------------------------------------------------------------------
 
 
@@ -78,6 +101,19 @@ def check_times(t: Tensor, batch: int) -> None:
     if not bool(((t >= 0) & (t <= math.pi / 2 + 1e-6)).all()):
         low, high = t.min().item(), t.max().item()
         raise ValueError(f"t lies in [{low:.6g}, {high:.6g}]; TrigFlow times lie in [0, π/2]")
+
+
+def check_end(end: Tensor, t: Tensor) -> None:
+    """Raise ValueError unless end is shaped like t, float32 or float64, and within [0, t]."""
+    require_precise_time(end)
+    check_like("end", end, "t", t)
+    # Rounding to float32 may lift end above t by 6e-8.
+    if not bool(((end >= 0) & (end <= t + 1e-6)).all()):
+        low, above = end.min().item(), (end - t).max().item()
+        raise ValueError(
+            f"min(end) is {low:.6g} and max(end - t) is {above:.6g}; the end of a flow map lies in "
+            "[0, t]"
+        )
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
