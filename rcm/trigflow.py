@@ -8,7 +8,7 @@ when loading it and multiply the samples by σd at the end. z is then N(0, 1). �
 formulas with a noise level: σ = σd tan(t).
 
 A network is a callable `net(x, t, condition) -> F`. The whole package uses this signature;
-predictions.py converts networks that predict something else.
+network_conversions.py wraps networks that predict something else.
 
 A flow map takes x at t to the point of the same ODE trajectory at an earlier time s:
 

@@ -147,7 +147,7 @@ def consistency_loss(
     """e^w ‖F - sg(F + ĝ)‖² - w per sample, the objective of sCM.
 
     tangent_norm chooses both norms: "rms" averages over the elements of a sample, as sCM does; "l2"
-    sums, as rCM does. Use "l2" when adding a dmd_loss, which is a sum too.
+    sums, as rCM does. Use "l2" when adding a score_loss, which is a sum too.
 
     x0, noise: (batch, ...) in units of σd; t: (batch,); teacher: None trains from data alone;
     tangent_norm_eps: sCM's c; log_weight: w(t), (batch,) -> (batch,), learned with the student

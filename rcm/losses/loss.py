@@ -3,7 +3,7 @@
 A loss returns one value per sample, unreduced, and named diagnostics. Losses can be added and
 scaled like the formulas in the papers; rCM (2510.08431) is
 
-    consistency_loss(...) + 0.01 * dmd_loss(...)
+    consistency_loss(...) + 0.01 * score_loss(...)
 """
 
 from dataclasses import dataclass

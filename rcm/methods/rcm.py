@@ -20,9 +20,9 @@ from torch import Generator, Tensor, nn
 from rcm.data.dataset import Dataset
 from rcm.errors import RunError
 from rcm.losses.consistency import Form, TangentNorm, consistency_loss
-from rcm.losses.dmd import dmd_loss
 from rcm.losses.flow_matching import flow_matching_loss
 from rcm.losses.loss import Loss
+from rcm.losses.score import score_loss
 from rcm.sampling import MID_TIMES, consistency_sample, consistency_times
 from rcm.time_sampling import LogNormal, rollout_times
 from rcm.training.batches import Batches
@@ -158,7 +158,7 @@ class RCMDistillation:
         )
         self._require_finite_samples(loss, "nonfinite", "consistency")
         if regularised and config.score_weight > 0:
-            dmd = dmd_loss(
+            dmd = score_loss(
                 self._rollout(x0, labels),
                 self.batches.noise(x0),
                 config.score_times(len(x0), generator),

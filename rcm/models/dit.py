@@ -7,7 +7,6 @@ Fourier features with frequencies in the hundreds are harmless in a teacher, but
 explode (sCM, 2410.11081 §4.1).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jvp_attn import flash_attn_jvp
+from rcm.models.embeddings import TimeEmbedding
 from rcm.models.model import ModelConfig
-from rcm.trigflow import require_precise_time
+from rcm.trigflow import check_like, require_precise_time
 from rcm.validation import require_integer
 
-MAX_FREQUENCY = 16.0
 MAX_DIM, MAX_DEPTH = 2**16, 1000
 
 
@@ -50,12 +49,17 @@ class DiTConfig(ModelConfig):
 
 
 class DiT(nn.Module):
-    """x (batch, channels, size, size), t (batch,) float32, labels (batch,) int64 -> F like x.
+    """net(x, t, labels, end=None) -> F like x.
+
+    x is (batch, channels, size, size); t and end are (batch,), float32 or float64; labels (batch,)
+    int64. F of a flow map depends on its end through an embedding of t - end, which starts at zero;
+    end=None adds nothing.
 
     With null_class=True the label `classes` means "no label", for classifier-free guidance. The
-    defaults, for 8×8 digits, have 242k parameters. Raises ValueError if patch does not divide size,
-    heads or 4 does not divide dim, or a number is out of range, and for an x of another shape;
-    TypeError for a number that is not an integer; IndexError for labels out of range.
+    defaults, for 8×8 digits, have 250k parameters. Raises ValueError if patch does not divide size,
+    heads or 4 does not divide dim, or a number is out of range, for an x or end of another shape
+    and for times below float32; TypeError for a number that is not an integer; IndexError for
+    labels out of range.
     """
 
     def __init__(
@@ -88,8 +92,11 @@ class DiT(nn.Module):
         # F starts at 0, the mean of the velocity for normalised data.
         nn.init.zeros_(self.tokens_out.weight)
         nn.init.zeros_(self.tokens_out.bias)
+        # Drawn last, so that the weights above do not depend on it.
+        self.end = TimeEmbedding(dim)
+        self.end.zero_output()
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, end: Tensor | None = None) -> Tensor:
         if x.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (batch, {self.channels}, "
@@ -98,7 +105,11 @@ class DiT(nn.Module):
         p = self.patch
         h = rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
         h = self.tokens_in(h) + self.positions
-        embedding = self.time(t) + self.label(labels)
+        embedding = self.time(t) + self.label(condition)
+        if end is not None:
+            check_like("end", end, "t", t)
+            require_precise_time(end)
+            embedding = embedding + self.end(t - end)
         for block in self.blocks:
             h = block(h, embedding)
         shift, scale = self.modulation(embedding)
@@ -114,24 +125,6 @@ def _require_sizes(*, dim: int, depth: int, heads: int) -> None:
         raise ValueError(f"dim is {dim}; it must be a multiple of 4")
     if dim % heads:
         raise ValueError(f"heads is {heads}; it must divide dim, which is {dim}")
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoids of t with frequencies from 1 to MAX_FREQUENCY, then a small MLP."""
-
-    frequencies: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        frequencies = torch.logspace(0, math.log10(MAX_FREQUENCY), dim // 2)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, t: Tensor) -> Tensor:
-        require_precise_time(t)
-        angle = t[:, None] * self.frequencies
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class Modulation(nn.Module):

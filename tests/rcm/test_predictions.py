@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rcm.guidance import guided
 from rcm.losses.consistency import consistency_tangent
-from rcm.predictions import PREDICTIONS, Prediction, f_from_prediction, from_rectified_flow, guided
+from rcm.network_conversions import from_rectified_flow
+from rcm.predictions import PREDICTIONS, Prediction, f_from_prediction
 from rcm.time_conversions import t_from_signal_noise, u_from_t
 from rcm.trigflow import interpolate, velocity
 from tests.rcm.analytic_networks import SmoothNetwork
@@ -51,7 +53,7 @@ def test_rectified_flow_wrapper_scales_time_for_the_network(times: Tensor) -> No
         return x
 
     from_rectified_flow(net, time_scale=1000)(torch.zeros(7, 4), times, None)
-    torch.testing.assert_close(seen[0], 1000 * u_from_t(times))
+    torch.testing.assert_close(seen[0], (1000 * u_from_t(times)).float())
 
 
 def test_tangent_of_a_wrapped_flow_network_equals_the_rectified_flow_formula(times: Tensor) -> None:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from rcm.models.dit import DiT, DiTConfig
+
+LAST_LABEL_WEIGHT = 0.024912172928452492  # drawn from seed 0 before the network had an end
 
 
 def randomised(**options: int | bool) -> DiT:
@@ -14,27 +17,57 @@ def randomised(**options: int | bool) -> DiT:
     return net
 
 
-def test_derivative_along_x_and_t_is_the_difference_quotient() -> None:
+def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, t, labels and an end below t, in float64."""
+    x, t = torch.randn(3, 1, 8, 8).double(), torch.rand(3).double()
+    return x, t, torch.tensor([0, 5, 9]), torch.rand(3) * t
+
+
+def test_derivative_along_x_t_and_end_is_the_difference_quotient() -> None:
     net = randomised()
-    x, tx = torch.randn(2, 3, 1, 8, 8, dtype=torch.float64)
-    t, tt = torch.rand(2, 3, dtype=torch.float64)
-    labels, h = torch.tensor([0, 5, 9]), 1e-5
-    _, derivative = torch.func.jvp(lambda x, t: net(x, t, labels), (x, t), (tx, tt))
-    quotient = (net(x + h * tx, t + h * tt, labels) - net(x - h * tx, t - h * tt, labels)) / (2 * h)
+    x, t, labels, end = example()
+    primals, tangents = (x, t, end), tuple(torch.randn_like(p) for p in (x, t, end))
+
+    def f(x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        return net(x, t, labels, end=end)
+
+    def shifted(h: float) -> Tensor:
+        return f(*(p + h * d for p, d in zip(primals, tangents, strict=True)))
+
+    _, derivative = torch.func.jvp(f, primals, tangents)  # type: ignore[misc]
+    quotient = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
     assert derivative.norm() > 1e-2
     torch.testing.assert_close(derivative, quotient, atol=1e-7, rtol=1e-6)
 
 
+def test_the_end_matters_only_through_its_distance_and_starts_without_effect() -> None:
+    x, t, labels, end = example()
+    net = randomised()
+    net.time.zero_output()
+    f = net(x, t, labels, end=end)
+    assert not torch.equal(f, net(x, t, labels, end=end / 2))
+    torch.testing.assert_close(f, net(x, t / 2, labels, end=end - t / 2))
+    net.end.zero_output()
+    assert torch.equal(net(x, t, labels, end=end), net(x, t, labels))
+
+
+def test_weights_drawn_from_a_seed_do_not_depend_on_the_end() -> None:
+    """The label table is drawn last of what a network of one time has."""
+    torch.manual_seed(0)
+    label: nn.Embedding = DiT().label
+    assert label.weight[-1, -1].item() == LAST_LABEL_WEIGHT
+
+
 def test_output_starts_at_zero_and_every_parameter_gets_a_gradient() -> None:
-    x, t, labels = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([1, 2])
-    assert not DiT()(x, t, labels).any()
+    x, t, labels, end = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([1, 2]), torch.zeros(2)
+    assert not DiT()(x, t, labels, end=end).any()
     net = randomised().float()
-    net(x, t, labels).square().sum().backward()
+    net(x, t, labels, end=end).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
-def test_default_has_242_020_parameters() -> None:
-    assert sum(p.numel() for p in DiT().parameters()) == 242_020
+def test_default_has_250_340_parameters() -> None:
+    assert sum(p.numel() for p in DiT().parameters()) == 250_340
 
 
 def test_tokens_are_placed_back_at_their_patches() -> None:
@@ -62,6 +95,10 @@ def test_invalid_input_raises() -> None:
     x, t, labels = torch.randn(1, 1, 8, 8), torch.rand(1), torch.tensor([0])
     with pytest.raises(ValueError, match="bfloat16"):
         DiT()(x, t.bfloat16(), labels)
+    with pytest.raises(ValueError, match="float16"):
+        DiT()(x, t, labels, end=t.half())
+    with pytest.raises(ValueError, match=r"end has shape \(\), but t has \(1,\)"):
+        DiT()(x, t, labels, end=torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"expected \(batch, 1, 8, 8\)"):
         DiT()(x[..., :4], t, labels)
     with pytest.raises(ValueError, match="patch is 3; it must divide size, which is 8"):

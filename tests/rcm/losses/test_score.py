@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rcm.losses.dmd import dmd_loss
+from rcm.losses.score import score_loss
 from rcm.time_sampling import LogNormal
 from rcm.trigflow import denoise, interpolate
 from tests.rcm.analytic_networks import Gaussian, SmoothNetwork
@@ -16,7 +16,7 @@ def test_gradient_is_twice_the_difference_of_the_denoisers_divided_by_the_error(
     generated = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(6, 5, dtype=torch.float64)
     t = torch.linspace(0.1, 1.5, 6, dtype=torch.float64)
-    loss = dmd_loss(generated, noise, t, None, teacher=gaussian.velocity, fake_score=fake)
+    loss = score_loss(generated, noise, t, None, teacher=gaussian.velocity, fake_score=fake)
     loss.value.sum().backward()
     with torch.no_grad():
         x = interpolate(generated, noise, t)
@@ -28,7 +28,7 @@ def test_gradient_is_twice_the_difference_of_the_denoisers_divided_by_the_error(
 
 def test_samples_of_the_teachers_distribution_have_zero_gradient(gaussian: Gaussian) -> None:
     generated = torch.randn(6, 5, requires_grad=True)
-    loss = dmd_loss(
+    loss = score_loss(
         generated,
         torch.randn(6, 5),
         torch.linspace(0.1, 1.5, 6),
@@ -51,7 +51,7 @@ def test_gradient_descent_moves_samples_to_the_teachers_distribution(
         critic = Gaussian(samples.mean().item(), samples.std().item())
         samples.requires_grad_()
         noise = torch.randn(samples.shape, generator=generator, dtype=torch.float64)
-        loss = dmd_loss(
+        loss = score_loss(
             samples,
             noise,
             draw(200, generator),
@@ -68,7 +68,7 @@ def test_gradient_descent_moves_samples_to_the_teachers_distribution(
 def test_divisor_is_at_least_1e_minus_5() -> None:
     """Teacher and sample agree exactly; the critic's x̂0 is off by sin(t) · 1e-5."""
     generated, t = torch.zeros(1, 5, requires_grad=True), torch.tensor([0.5])
-    loss = dmd_loss(
+    loss = score_loss(
         generated,
         torch.zeros(1, 5),
         t,
@@ -85,7 +85,7 @@ def test_nonfinite_samples_are_masked_and_counted(gaussian: Gaussian) -> None:
         return torch.where(t.view(-1, 1) > 1, float("inf"), x)
 
     generated = torch.randn(2, 5, requires_grad=True)
-    loss = dmd_loss(
+    loss = score_loss(
         generated,
         torch.randn(2, 5),
         torch.tensor([0.5, 1.5]),

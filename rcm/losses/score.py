@@ -6,7 +6,7 @@ relative to the student's density. A critic, the "fake score", learns the studen
 matching on the student's samples:
 
     critic:   flow_matching_loss(fake_score, G.detach(), noise, t_D, condition)
-    student:  dmd_loss(G, noise, t_D, condition, teacher=..., fake_score=...)
+    student:  score_loss(G, noise, t_D, condition, teacher=..., fake_score=...)
 
 G comes from sampling.consistency_sample, with gradients, at times from time_sampling.rollout_times.
 """
@@ -20,7 +20,7 @@ from rcm.losses.loss import Loss, all_finite, per_sample, zero_outside
 from rcm.trigflow import Network, check_like, check_times, denoise, interpolate
 
 
-def dmd_loss(
+def score_loss(
     generated: Tensor,
     noise: Tensor,
     t: Tensor,
