@@ -4,8 +4,8 @@ The consistency loss draws from p_G and the DMD loss from p_D (rCM, 2510.08431).
 LogNormal(m, s) means log(σ) ~ N(m, s²).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -16,14 +16,16 @@ from rcm.validation import require_number, require_positive
 MAX_LOG_SIGMA = 50.0  # t of a larger σ is π/2 in float64, t of its inverse is below 1e-21
 
 
-class TimeDistribution(Protocol):
-    """count, generator -> t (count,) float64 in [0, π/2], on the generator's device."""
+class TimeDistribution(ABC):
+    """A distribution of the training time; the base class of each."""
 
-    def __call__(self, count: int, generator: Generator) -> Tensor: ...
+    @abstractmethod
+    def __call__(self, count: int, generator: Generator) -> Tensor:
+        """t (count,) float64 in [0, π/2], on the generator's device."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormal:
+class LogNormal(TimeDistribution):
     """log(σ) ~ N(mean, std²), σ = σd tan(t) (EDM, 2206.00364 §5; P_mean and P_std)."""
 
     mean: float
@@ -46,8 +48,8 @@ class LogNormal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftedUniform:
-    """Rectified flow's u, uniform in [0, 1), shifted towards noise: s u / (1 + (s - 1) u).
+class ShiftedUniform(TimeDistribution):
+    """Rectified flow's u, uniform in [0, 1), then shifted towards noise by shift_u.
 
     This is the time shift of Stable Diffusion 3 (2403.03206); shift = 1 leaves u uniform.
     """
@@ -59,7 +61,12 @@ class ShiftedUniform:
 
     def __call__(self, count: int, generator: Generator) -> Tensor:
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-        return t_from_u(self.shift * u / (1 + (self.shift - 1) * u))
+        return t_from_u(shift_u(u, self.shift))
+
+
+def shift_u(u: Tensor, shift: float) -> Tensor:
+    """Rectified flow's u in [0, 1], shifted towards noise: s u / (1 + (s - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def rollout_times(
