@@ -167,7 +167,9 @@ def _load_data(config: RunConfig) -> Dataset:
     data = config.data.load()
     bad = int((~data.samples.isfinite()).flatten(1).any(1).sum())
     if bad:
-        raise RunError(f"{bad} of the {len(data.labels)} samples of {config.data.name} contain NaN or infinity")
+        raise RunError(
+            f"{bad} of the {len(data.labels)} samples of {config.data.name} contain NaN or infinity"
+        )
     return data.to(torch.device(config.device))
 
 

@@ -55,7 +55,7 @@ class ConsistencyModel(Distillation):
 class FlowMap(Distillation):
     """A student that jumps from any time to any smaller one; more steps are shorter jumps."""
 
-    max_steps: int = 32  # type: ignore[assignment]
+    max_steps: int = 32
     """The largest number of sampling steps."""
 
     def __post_init__(self) -> None:

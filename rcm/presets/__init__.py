@@ -31,7 +31,7 @@ def config_from_settings(settings: dict[str, Any]) -> RunConfig:
         ValueError: its preset, method or a setting is unknown, or a setting is out of range.
         TypeError: a setting has a value of another type.
     """
-    name, method = settings.get("preset"), settings.get("method")
+    name, method = str(settings.get("preset")), str(settings.get("method"))
     if name not in PRESETS:
         raise ValueError(f"the run's preset is {name!r}; known are {', '.join(PRESETS)}")
     preset = PRESETS[name]

@@ -38,7 +38,7 @@ def digits(method: str) -> RunConfig:
     )
 
 
-def scm() -> SCM:
+def _scm() -> SCM:
     return SCM(
         iterations=1200,
         batch=64,
@@ -49,7 +49,7 @@ def scm() -> SCM:
     )
 
 
-def rcm() -> RCM:
+def _rcm() -> RCM:
     return RCM(
         iterations=1200,
         batch=64,
@@ -64,7 +64,7 @@ def rcm() -> RCM:
     )
 
 
-def dmd() -> DMD:
+def _dmd() -> DMD:
     return DMD(
         iterations=300,
         batch=64,
@@ -75,4 +75,4 @@ def dmd() -> DMD:
     )
 
 
-METHODS: dict[str, Callable[[], Distillation]] = {"rcm": rcm, "scm": scm, "dmd": dmd}
+METHODS: dict[str, Callable[[], Distillation]] = {"rcm": _rcm, "scm": _scm, "dmd": _dmd}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -178,7 +178,7 @@ class Distillation(Method):
 
     start: str = TEACHER
     """The student's first weights: teacher, scratch, or the folder of a run for its student."""
-    guidance: Guidance = Guidance()
+    guidance: Guidance = field(default_factory=Guidance)
     """Classifier-free guidance of the teacher."""
     sigma_max: float = 80.0
     """Noise level at which sampling starts."""

@@ -73,7 +73,9 @@ class Optimization:
             network.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
         )
 
-    def step(self, terms: dict[str, Tensor], *, iteration: int, iterations: int) -> dict[str, float]:
+    def step(
+        self, terms: dict[str, Tensor], *, iteration: int, iterations: int
+    ) -> dict[str, float]:
         """Minimise the sum of scalar losses, by name, in iteration 0, 1, ... of a run.
 
         Returns metrics: "grad_norm" before clipping; "clipped", 1 if clipping acted;

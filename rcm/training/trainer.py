@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rcm.data.dataset import Dataset
@@ -148,8 +147,7 @@ class Trainer:
 
     def weights(self) -> Weights:
         """The averaged weights and the buffers of the result."""
-        buffers = {n: v for n, v in self.network.state_dict().items()}
-        return buffers | self.averages[self.method.result].average
+        return {**self.network.state_dict(), **self.averages[self.method.result].average}
 
     def state_dict(self) -> dict[str, Any]:
         return {

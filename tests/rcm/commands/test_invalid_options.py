@@ -70,7 +70,6 @@ VALUES = {
     "student.score-weight": NOT_POSITIVE,
     "student.rollout-steps": (*NOT_POSITIVE_INTEGERS, "1001"),
     "student.consistency-weight": NOT_POSITIVE,
-
     "student.rollout-length": ("x", ""),
     "student.ema.decay": NOT_FRACTIONS,
     "student.ema.std": ("0.05",),  # beside a decay

@@ -125,7 +125,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
         train.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--run", "--dry-run", "--seed", "--student.tangent-warmup", "--teacher.ema.std", "--method"):
+    for option in (
+        "--run",
+        "--dry-run",
+        "--seed",
+        "--student.tangent-warmup",
+        "--teacher.ema.std",
+        "--method",
+    ):
         assert option in text
 
 
