@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rcm.derivatives import Derivative, exact_jvp
-from rcm.guidance import GuidedCondition
+from rcm.guidance import TIME_ROUNDING, GuidedCondition
 from rcm.losses.consistency import TangentNorm, sample_norm, squared_norm
 from rcm.losses.loss import Loss, all_finite, zero_outside
 from rcm.trigflow import (
@@ -177,7 +177,8 @@ def _guided(
     check_scale("scale of guidance", scale, time)
     check_like("low of guidance", low, "t", time)
     check_like("high of guidance", high, "t", time)
-    w = torch.where((time >= low) & (time <= high), scale, torch.ones_like(scale))
+    inside = (time >= low - TIME_ROUNDING) & (time <= high + TIME_ROUNDING)
+    w = torch.where(inside, scale, torch.ones_like(scale))
     v_c = _own_velocity(student, x, time, guided_at_all_times(condition, w))
     v_u = _own_velocity(student, x, time, guided_at_all_times(null, torch.ones_like(w)))
     strength = (1 - 1 / w).to(v_c.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -77,11 +77,11 @@ def terminal_velocity_loss(
     `scaled_by_guidance(net)` for student and target, this is the scaled parameterisation of the
     paper.
 
-    Samples with non-finite x0 or noise enter the networks as zeros. They and those with a
-    non-finite error get value 0. Diagnostics: "terminal" and "flow_matching" the two terms without
-    their weights, "jvp_norm" the root mean square of (r - u) dU/dr, and "nonfinite", 1 for such a
-    sample. Raises ValueError for bad shapes, times or weights, and for a guidance_scale without
-    null_condition.
+    Samples with non-finite data, target or error get value 0. They have no gradient either, except
+    if the student itself overflows. Diagnostics: "terminal" and "flow_matching" the two terms
+    without their weights, "jvp_norm" the root mean square of (r - u) dU/dr, and "nonfinite", 1 for
+    such a sample. Raises ValueError for bad shapes, times or weights, and for a guidance_scale
+    without null_condition.
     """
     check_times(t, x0.shape[0])
     check_end(end, t)
@@ -130,9 +130,9 @@ def terminal_velocity_loss(
 
     def squared_error(velocity: Tensor, goal: Tensor, among: Tensor) -> Tensor:
         squared = squared_norm(zero_outside(among, velocity - goal), "rms")
-        return (
-            squared if guidance_scale is None else squared / guidance_scale.to(squared.dtype) ** 2
-        )
+        if guidance_scale is not None:
+            squared = squared / guidance_scale.to(squared.dtype) ** 2
+        return squared
 
     terminal = squared_error(terminal_velocity, goal, finite & (end_time < time))
     flow_matching = squared_error(own_velocity, v, finite)
