@@ -2,12 +2,15 @@
 
 Mathematics, in reading order:
 
-    trigflow          the path, its velocity, and networks F(x, t)
-    time_conversions  TrigFlow's t, EDM's σ, rectified flow's u
-    time_sampling     distributions of the training time
-    predictions       networks that predict eps, v, x0 or flow as TrigFlow networks; guidance
-    sampling          the few-step sampler, and Heun's method for a teacher
-    losses            flow matching, consistency (sCM, rCM), distribution matching (DMD)
+    trigflow             the path, its velocity, and networks F(x, t)
+    time_conversions     TrigFlow's t, EDM's σ, rectified flow's u, timesteps of DDPM
+    time_precision       checks that a network does not round its time
+    time_sampling        distributions of the training time
+    predictions          F from a prediction of eps, v, x0 or flow, and the inverse
+    network_conversions  networks of rectified flow, EDM and DDPM as TrigFlow networks, and back
+    guidance             classifier-free guidance
+    sampling             the few-step sampler, and Heun's method for a teacher
+    losses               flow matching, consistency (sCM, rCM), distribution matching (DMD)
 
 Training:
 

@@ -8,7 +8,7 @@ when loading it and multiply the samples by σd at the end. z is then N(0, 1). �
 formulas with a noise level: σ = σd tan(t).
 
 A network is a callable `net(x, t, condition) -> F`. The whole package uses this signature;
-predictions.py converts networks that predict something else.
+network_conversions.py wraps networks that predict something else.
 
 Precision. Schedules are float64 and networks receive the time in float32 or float64. Neighbouring
 bfloat16 numbers near 900 differ by 4, so a network that receives 1000 u in bfloat16 cannot tell
@@ -19,8 +19,7 @@ import math
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 
 class Network(Protocol):
@@ -103,15 +102,3 @@ def network_time(t: Tensor, x: Tensor) -> Tensor:
     """The time passed to a network: float32, or float64 if x is float64."""
     require_precise_time(t)
     return t.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def guard_time(embedding: nn.Module) -> RemovableHandle:
-    """Make a timestep embedding raise ValueError when its first argument is below float32.
-
-    Register it on networks from other libraries, where a cast of the timestep is easy to overlook.
-    """
-
-    def check(_: nn.Module, args: tuple[Any, ...]) -> None:
-        require_precise_time(args[0])
-
-    return embedding.register_forward_pre_hook(check)

@@ -11,7 +11,8 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *("trigflow", "time_conversions", "time_sampling", "predictions", "sampling", "validation")
+    *("trigflow", "time_conversions", "time_sampling", "time_precision", "predictions"),
+    *("network_conversions", "guidance", "sampling", "validation"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
