@@ -6,6 +6,7 @@ and the embeddings of times use low frequencies. Options of DiTConfig add what s
 network.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -14,7 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jvp_attn import flash_attn_jvp
+from rcm.guidance import GuidedCondition
 from rcm.models.embeddings import (
+    GuidanceEmbedding,
     LogWeight,
     TimeEmbedding,
     fourier_features,
@@ -27,8 +30,10 @@ from rcm.trigflow import check_like, require_precise_time
 from rcm.validation import require_choice, require_integer
 
 MAX_DIM, MAX_DEPTH = 2**16, 1000
+Condition = Tensor | GuidedCondition
 Features = Literal["positional", "fourier"]
 FEATURES = get_args(Features)
+OPTIONAL_PARTS = ("end", "null_label", "guidance", "log_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class DiTConfig(ModelConfig):
     """Add the adaptive weight w(t) of sCM, trained with the student."""
     null_class: bool = False
     """Add a label that means no label, for classifier-free guidance."""
+    guidance_input: bool = False
+    """Take the guidance scale and its interval as inputs (iMF)."""
     auxiliary_head: bool = False
     """Add a second output, the velocity at (x, t), next to that of a flow map (iMF)."""
 
@@ -67,9 +74,9 @@ class DiT(nn.Module):
     x is (batch, channels, size, size); t and end are (batch,), float32 or float64; labels (batch,)
     int64. The end of a flow map enters through an embedding of t - end; end=None adds nothing.
 
-    The options are those of DiTConfig. With null_class the label `classes` means "no label"; with
-    learned_weight, log_weight(t) is w(t), (batch,) -> (batch,), otherwise log_weight is None; with
-    auxiliary_head, `heads` returns two outputs.
+    The options are those of DiTConfig. With null_class the label `classes` means "no label". With
+    guidance_input the condition may be a GuidedCondition of labels; labels alone add nothing. With
+    learned_weight, log_weight(t) is w(t), (batch,) -> (batch,); otherwise it is None.
 
     The end and each option but double_norm and time_embedding start without effect on F, draw
     their weights after those of the plain network, and may be absent from a state dict: a network
@@ -83,6 +90,7 @@ class DiT(nn.Module):
     """
 
     null_label: nn.Parameter | None
+    guidance: GuidanceEmbedding | None
     velocity_out: nn.Linear | None
     log_weight: LogWeight | None
 
@@ -100,6 +108,7 @@ class DiT(nn.Module):
         time_embedding: Features = "positional",
         learned_weight: bool = False,
         null_class: bool = False,
+        guidance_input: bool = False,
         auxiliary_head: bool = False,
     ) -> None:
         super().__init__()
@@ -124,6 +133,7 @@ class DiT(nn.Module):
 
         # The rest is drawn last, so that the weights above depend only on the seed.
         self.end = TimeEmbedding(dim, zero=True)
+        self.guidance = GuidanceEmbedding(dim) if guidance_input else None
         if time_embedding == "fourier":
             self.time.features = fourier_features(dim)
         self.null_label = nn.Parameter(torch.zeros(dim)) if null_class else None
@@ -131,29 +141,30 @@ class DiT(nn.Module):
             zero_init(nn.Linear(dim, channels * patch**2)) if auxiliary_head else None
         )
         self.log_weight = LogWeight(dim) if learned_weight else None
-        allow_absent(
-            self,
-            {"end": None, "null_label": None, "log_weight": None, "velocity_out": "tokens_out"},
-        )
+        copies = {"velocity_out": "tokens_out"}
+        allow_absent(self, {**dict.fromkeys(OPTIONAL_PARTS), **copies})
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, end: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
+    ) -> Tensor:
         return self._image(self.tokens_out(self._tokens(x, t, condition, end)))
 
-    def heads(
-        self, x: Tensor, t: Tensor, condition: Tensor, end: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """F and the auxiliary velocity at (x, t), each like x (iMF, 2512.02012).
+    @property
+    def heads(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """heads(x, t, condition, end=None) -> (F, velocity at (x, t)), each like x.
 
-        Both outputs share all blocks. Raises ValueError without auxiliary_head.
+        The auxiliary head of iMF (2512.02012); it shares all blocks. None without auxiliary_head.
         """
-        if self.velocity_out is None:
-            raise ValueError(
-                "this network has no auxiliary head; build it with auxiliary_head=True"
-            )
+        return None if self.velocity_out is None else self._heads
+
+    def _heads(
+        self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.velocity_out is not None
         h = self._tokens(x, t, condition, end)
         return self._image(self.tokens_out(h)), self._image(self.velocity_out(h))
 
-    def _tokens(self, x: Tensor, t: Tensor, condition: Tensor, end: Tensor | None) -> Tensor:
+    def _tokens(self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None) -> Tensor:
         """What the output layers read: (batch, tokens, dim)."""
         if x.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(
@@ -168,12 +179,23 @@ class DiT(nn.Module):
             h = block(h, embedding)
         return self.norm(h, *self.modulation(embedding))
 
-    def _embedding(self, t: Tensor, condition: Tensor, end: Tensor | None) -> Tensor:
-        embedding = self.time(t) + self._label(condition)
+    def _embedding(self, t: Tensor, condition: Condition, end: Tensor | None) -> Tensor:
+        labels = condition.condition if isinstance(condition, GuidedCondition) else condition
+        embedding = self.time(t) + self._label(labels)
         if end is not None:
             check_like("end", end, "t", t)
             require_precise_time(end)
             embedding = embedding + self.end(t - end)
+        if isinstance(condition, GuidedCondition):
+            if self.guidance is None:
+                raise ValueError(
+                    "the condition is a GuidedCondition, but this network has no guidance input; "
+                    "build it with guidance_input=True, or pass the labels alone"
+                )
+            scale, low, high = condition.scale, condition.low, condition.high
+            for name, value in (("scale", scale), ("low", low), ("high", high)):
+                check_like(name, value, "t", t)
+            embedding = embedding + self.guidance(scale, low, high)
         return embedding
 
     def _label(self, labels: Tensor) -> Tensor:

@@ -56,10 +56,10 @@ class TimeEmbedding(nn.Module):
 
 
 class GuidanceEmbedding(nn.Module):
-    """Embedding of a guidance scale w > 0 and its interval: (batch,) each -> (batch, dim).
+    """Embedding of a guidance scale w and its interval [low, high]: (batch,) each -> (batch, dim).
 
     The network receives 1 - 1/w, which is 0 without guidance and below 1 for any scale (iMF,
-    2512.02012). The embedding starts at zero.
+    2512.02012). The embedding starts at zero. Raises ValueError unless all scales are positive.
     """
 
     def __init__(self, dim: int) -> None:
@@ -68,6 +68,10 @@ class GuidanceEmbedding(nn.Module):
         self.mlp = _mlp(3 * dim, dim, zero=True)
 
     def forward(self, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if not bool((scale > 0).all()):
+            raise ValueError(
+                f"the guidance scale is {scale.min().item():g}; as an input it must be positive"
+            )
         inputs = (1 - 1 / scale, low, high)
         return _apply(self.mlp, torch.cat([self.features(value) for value in inputs], dim=1))
 

@@ -70,7 +70,8 @@ VALUES = {
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
 FLAGS = {
-    f"model.{name}" for name in ("double-norm", "learned-weight", "null-class", "auxiliary-head")
+    f"model.{name}"
+    for name in ("double-norm", "learned-weight", "null-class", "guidance-input", "auxiliary-head")
 }
 
 

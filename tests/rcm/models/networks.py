@@ -12,6 +12,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fourier": {"time_embedding": "fourier"},
     "learned_weight": {"learned_weight": True},
     "null_class": {"null_class": True},
+    "guidance_input": {"guidance_input": True},
     "auxiliary_head": {"auxiliary_head": True},
 }
 OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}

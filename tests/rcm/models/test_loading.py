@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from rcm.models.dit import DiT
 from tests.rcm.models.networks import OPTIONS, example, randomised, small_dit
 
-PARTS = ("end.", "null_label", "log_weight.", "velocity_out.")
+PARTS = ("end.", "null_label", "guidance.", "log_weight.", "velocity_out.")
 WITHOUT_EFFECT = {
-    name: options for name, options in OPTIONS.items() if name not in ("double_norm", "fourier")
-} | {"all": {"learned_weight": True, "null_class": True, "auxiliary_head": True}}
+    name: OPTIONS[name]
+    for name in ("learned_weight", "null_class", "guidance_input", "auxiliary_head")
+}
+WITHOUT_EFFECT["all"] = {name: True for options in WITHOUT_EFFECT.values() for name in options}
 
 
 def one_time_weights(net: DiT) -> dict[str, Tensor]:
@@ -53,10 +55,12 @@ def test_loading_keeps_the_absent_parts_as_they_are_and_overwrites_the_others() 
 def test_the_auxiliary_head_starts_as_a_copy_of_the_output_unless_it_is_loaded() -> None:
     x, t, labels, end = example()
     net = small_dit(auxiliary_head=True)
+    assert net.heads is not None
     net.load_state_dict(randomised().state_dict())
     assert torch.equal(*net.heads(x, t, labels, end=end))
     trained = randomised(auxiliary_head=True)
     net.load_state_dict(trained.state_dict())
+    assert trained.heads is not None
     assert torch.equal(net.heads(x, t, labels)[1], trained.heads(x, t, labels)[1])
 
 
@@ -95,6 +99,7 @@ def test_a_part_without_one_of_its_entries_raises(missing: str) -> None:
     [
         ("null_class", "null_label"),
         ("learned_weight", "log_weight"),
+        ("guidance_input", "guidance"),
         ("auxiliary_head", "velocity_out"),
     ],
 )

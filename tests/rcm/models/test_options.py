@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rcm.guidance import GuidedCondition
 from rcm.models.dit import DiT, DiTConfig
 from rcm.models.modulation import pixel_norm
 from tests.rcm.models.networks import OPTIONS, example, randomised, small_dit, zero
@@ -30,7 +31,9 @@ def test_an_option_draws_the_same_plain_weights(options: dict[str, Any]) -> None
     assert all(torch.equal(net[name], weight) for name, weight in plain.items())
 
 
-@pytest.mark.parametrize("option", ["learned_weight", "null_class", "auxiliary_head"])
+@pytest.mark.parametrize(
+    "option", ["learned_weight", "null_class", "guidance_input", "auxiliary_head"]
+)
 def test_what_starts_without_effect_leaves_f_unchanged(option: str) -> None:
     x, t, labels, end = example()
     plain = randomised()
@@ -53,26 +56,30 @@ def test_the_end_matters_only_through_its_distance_and_starts_without_effect() -
     assert torch.equal(new(x, t, labels, end=end), new(x, t, labels))
 
 
-def test_double_norm_bounds_scale_and_shift() -> None:
-    """A hundred times larger modulation changes nothing once it is normalised."""
-    plain, net = randomised(), copied(randomised(), small_dit(double_norm=True))
+def test_double_norm_normalises_scale_and_shift() -> None:
+    """y = norm(h) ⊙ pnorm(1 + scale) + pnorm(shift), with pnorm(a) = a / sqrt(mean(a²) + eps)."""
+
+    def pnorm(a: Tensor) -> Tensor:
+        return a / torch.sqrt(a.square().mean(-1, keepdim=True) + 0.01)
+
+    h, shift, scale = (torch.randn(2, n, 16).double() for n in (4, 1, 1))
+    normalised = torch.nn.functional.layer_norm(h, (16,))
+    plain, double = (small_dit(double_norm=on).norm for on in (False, True))
+    torch.testing.assert_close(plain(h, shift, scale), normalised * (1 + scale) + shift)
+    expected = normalised * pnorm(1 + scale) + pnorm(shift)
+    torch.testing.assert_close(double(h, shift, scale), expected)
     x, t, labels, _ = example()
-    assert not torch.allclose(net(x, t, labels), plain(x, t, labels))
+    net = copied(randomised(), small_dit(double_norm=True))
+    assert not torch.allclose(net(x, t, labels), randomised()(x, t, labels))
+
+
+def test_double_norm_bounds_size_and_slope_but_is_smooth_at_zero() -> None:
     large, direction = 1e4 * torch.randn(2, 16).double(), torch.randn(2, 16).double()
     torch.testing.assert_close(pixel_norm(large).square().mean(-1), torch.ones(2).double())
-    torch.testing.assert_close(pixel_norm(large), pixel_norm(100 * large))
     _, slope = torch.func.jvp(pixel_norm, (large,), (direction,))  # type: ignore[misc]
     assert slope.norm() < 1e-3 * direction.norm()
-
-
-def test_double_norm_starts_as_a_plain_layer_norm() -> None:
-    """pnorm(1) is 1 / sqrt(1 + eps), and pnorm(0) is 0 with a finite slope."""
-    h = torch.randn(2, 4, 16).double()
-    zeros = torch.zeros(2, 1, 16).double()
-    plain, double = (small_dit(double_norm=on).norm(h, zeros, zeros) for on in (False, True))
-    torch.testing.assert_close(double, plain / 1.01**0.5)
-    _, slope = torch.func.jvp(pixel_norm, (zeros,), (zeros + 1,))  # type: ignore[misc]
-    torch.testing.assert_close(slope, zeros + 10)
+    _, slope = torch.func.jvp(pixel_norm, (0 * large,), (direction,))  # type: ignore[misc]
+    torch.testing.assert_close(slope, 10 * direction)
 
 
 def time_derivative(net: DiT) -> Tensor:
@@ -131,9 +138,57 @@ def test_the_null_class_is_one_more_label_that_starts_at_zero() -> None:
         small_dit()(x, t, null)
 
 
+def guided(labels: Tensor, scale: float, low: float = 0.0, high: float = 1.5) -> GuidedCondition:
+    scales, lows, highs = (torch.full((3,), v).double() for v in (scale, low, high))
+    return GuidedCondition(labels, scales, lows, highs)
+
+
+def test_the_guidance_input_starts_without_effect_and_distinguishes_scale_and_interval() -> None:
+    x, t, labels, _ = example()
+    new = copied(randomised(), small_dit(guidance_input=True))
+    assert torch.equal(new(x, t, guided(labels, 5.0)), new(x, t, labels))
+    net = randomised(guidance_input=True)
+    conditions = [
+        labels,
+        guided(labels, 1.0),
+        guided(labels, 5.0),
+        guided(labels, 5.0, low=0.5),
+        guided(labels, 5.0, high=1.0),
+        guided(labels, 5.0, low=1.5, high=0.0),
+        guided(labels.flip(0), 5.0),
+    ]
+    outputs = [net(x, t, condition) for condition in conditions]
+    for i, f in enumerate(outputs):
+        assert not any(torch.allclose(f, other) for other in outputs[:i]), i
+
+
+def test_the_guidance_enters_as_one_minus_its_inverse() -> None:
+    """It is 1 for an infinite scale, and smooth up to there."""
+    x, t, labels, _ = example()
+    net = randomised(guidance_input=True)
+    infinite = net(x, t, guided(labels, float("inf")))
+    torch.testing.assert_close(net(x, t, guided(labels, 1e9)), infinite, atol=1e-6, rtol=0)
+    assert not torch.allclose(net(x, t, guided(labels, 1e1)), infinite, atol=1e-2)
+
+
+def test_an_invalid_guidance_raises() -> None:
+    x, t, labels, _ = example()
+    with pytest.raises(ValueError, match="no guidance input; build it with guidance_input=True"):
+        small_dit()(x, t, guided(labels, 5.0))
+    net = small_dit(guidance_input=True)
+    with pytest.raises(ValueError, match="guidance scale is 0; as an input it must be positive"):
+        net(x, t, guided(labels, 0.0))
+    with pytest.raises(ValueError, match=r"low has shape \(\), but t has \(3,\)"):
+        net(x, t, guided(labels, 5.0)._replace(low=torch.tensor(0.0)))
+    with pytest.raises(ValueError, match="float16"):
+        net(x, t, guided(labels, 5.0)._replace(high=torch.ones(3).half()))
+
+
 def test_the_auxiliary_head_shares_the_blocks_and_has_its_own_output() -> None:
     x, t, labels, end = example()
+    assert small_dit().heads is None
     net = randomised(auxiliary_head=True)
+    assert net.heads is not None
     f, velocity = net.heads(x, t, labels, end=end)
     assert torch.equal(f, net(x, t, labels, end=end))
     assert velocity.shape == x.shape
@@ -141,9 +196,9 @@ def test_the_auxiliary_head_shares_the_blocks_and_has_its_own_output() -> None:
     assert net.velocity_out is not None
     net.velocity_out.load_state_dict(net.tokens_out.state_dict())
     assert torch.equal(*net.heads(x, t, labels, end=end))
-    assert not small_dit(auxiliary_head=True).heads(x, t, labels)[1].any()
-    with pytest.raises(ValueError, match="no auxiliary head; build it with auxiliary_head=True"):
-        small_dit().heads(x, t, labels)
+    new = small_dit(auxiliary_head=True)
+    assert new.heads is not None
+    assert not new.heads(x, t, labels)[1].any()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
