@@ -1,6 +1,6 @@
-"""Two samplers: few-step sampling of a consistency model, and Heun's method along a teacher's ODE.
+"""Samplers of consistency models and of flow maps, and Heun's method along a teacher's ODE.
 
-Both start from pure noise z ~ N(0, 1) (batch, ...), return samples in units of σd, and take their
+All start from pure noise z ~ N(0, 1) (batch, ...), return samples in units of σd, and take their
 schedule as float64 times. All randomness comes from arguments.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from rcm.ode import ode_step
-from rcm.trigflow import Network, check_like, denoise, interpolate
+from rcm.trigflow import Network, check_like, denoise, flow_map, interpolate
 
 # From rCM's code. Its paper uses (1.3, 1.0, 0.6); sCM's two-step sampler uses 1.1.
 MID_TIMES = (1.5, 1.4, 1.0)
@@ -105,11 +105,30 @@ def heun_sample(net: Network, noise: Tensor, times: Tensor, condition: Any) -> T
     F(x, 0) is never trained. One step therefore returns the teacher's blurry mean. Raises
     ValueError unless times decrease to 0.
     """
-    steps = times.tolist()
-    if steps[-1] != 0 or any(later >= earlier for earlier, later in pairwise(steps)):
-        raise ValueError(f"times must decrease to 0, got {steps}")
-    rows = times.to(noise.device).view(-1, 1).expand(-1, noise.shape[0])
+    rows = _rows_down_to_zero(times, noise)
     x = interpolate(torch.zeros_like(noise), noise, rows[0])
     for t, t_next in pairwise(rows[:-1]):
         x = ode_step(net, x, t, t_next, condition, "heun")
     return denoise(net, x, rows[-2], condition)
+
+
+@torch.no_grad()
+def flow_map_sample(net: Network, noise: Tensor, times: Tensor, condition: Any) -> Tensor:
+    """Jump from time to time with a flow map (AYF, 2506.14603), adding no noise.
+
+    noise: (batch, ...); times: (steps + 1,) decreasing to 0, such as heun_times. The network is
+    evaluated once per step. Raises ValueError unless times decrease to 0.
+    """
+    rows = _rows_down_to_zero(times, noise)
+    x = interpolate(torch.zeros_like(noise), noise, rows[0])
+    for t, end in pairwise(rows):
+        x = flow_map(net, x, t, end, condition)
+    return x
+
+
+def _rows_down_to_zero(times: Tensor, noise: Tensor) -> Tensor:
+    """times (steps + 1,) -> (steps + 1, batch), checked to decrease to 0."""
+    steps = times.tolist()
+    if len(steps) < 2 or steps[-1] != 0 or any(b >= a for a, b in pairwise(steps)):
+        raise ValueError(f"times must decrease to 0 in at least one step, got {steps}")
+    return times.to(noise.device).view(-1, 1).expand(-1, noise.shape[0])

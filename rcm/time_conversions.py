@@ -45,9 +45,9 @@ def u_from_t(t: Tensor, sigma_data: float = 1.0) -> Tensor:
 class VPSchedule:
     """Timesteps of a variance-preserving diffusion (DDPM, 2006.11239), and TrigFlow's t.
 
-    Timestep i = 0, 1, ..., N - 1 has t_i = atan(√(1 - ᾱ_i) / √ᾱ_i), for data with σd = 1. In between
-    t is linear in the timestep, so that both conversions are exact inverses. Conversions take
-    (batch,) tensors and return float64.
+    Timestep i = 0, 1, ..., N - 1 has the t_i with cos²(t_i) = ᾱ_i, for data with σd = 1. In between
+    t is linear in the timestep, so that both conversions are exact inverses. They take (batch,)
+    tensors and return float64.
 
     alphas_cumprod: the ᾱ of all timesteps (N,), for example `scheduler.alphas_cumprod` of a
     diffusers scheduler. Raises ValueError unless they decrease strictly within [0, 1].

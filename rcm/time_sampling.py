@@ -4,8 +4,8 @@ The consistency loss draws from p_G and the DMD loss from p_D (rCM, 2510.08431).
 LogNormal(m, s) means log(σ) ~ N(m, s²).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -16,14 +16,16 @@ from rcm.validation import require_number, require_positive
 MAX_LOG_SIGMA = 50.0  # t of a larger σ is π/2 in float64, t of its inverse is below 1e-21
 
 
-class TimeDistribution(Protocol):
-    """count, generator -> t (count,) float64 in [0, π/2], on the generator's device."""
+class TimeDistribution(ABC):
+    """A distribution of the training time; the base class of each."""
 
-    def __call__(self, count: int, generator: Generator) -> Tensor: ...
+    @abstractmethod
+    def __call__(self, count: int, generator: Generator) -> Tensor:
+        """t (count,) float64 in [0, π/2], on the generator's device."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormal:
+class LogNormal(TimeDistribution):
     """log(σ) ~ N(mean, std²), σ = σd tan(t) (EDM, 2206.00364 §5; P_mean and P_std)."""
 
     mean: float
@@ -46,7 +48,7 @@ class LogNormal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftedUniform:
+class ShiftedUniform(TimeDistribution):
     """Rectified flow's u, uniform in [0, 1), then shifted towards noise by shift_u.
 
     This is the time shift of Stable Diffusion 3 (2403.03206); shift = 1 leaves u uniform.

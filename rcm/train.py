@@ -1,8 +1,10 @@
 """Train a teacher and distil it into a few-step student.
 
-    python -m rcm.train                          the preset `digits`, in runs/digits
+    python -m rcm.train                              the preset `digits`, in runs/digits
     python -m rcm.train digits --run runs/a --seed 1
-    python -m rcm.train --dry-run                build everything, run two steps of each phase
+    python -m rcm.train digits --method meanflow     another method, in runs/digits-meanflow
+    python -m rcm.train digits --method scm --teacher runs/digits    with the teacher of that run
+    python -m rcm.train --dry-run                    build everything, run a few steps
 
 Repeat the command to continue an interrupted run.
 """
@@ -13,10 +15,10 @@ import difflib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -26,16 +28,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rcm import command_line
+from rcm.data.dataset import Dataset
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
 from rcm.evaluation.report import save_grid, save_report, table
-from rcm.presets import DEFAULT_PRESET, PRESETS
-from rcm.training.checkpoint import load_weights, save_weights
+from rcm.presets import DEFAULT_PRESET, PRESETS, config_from_settings
+from rcm.training.checkpoint import load_weights, save_weights, write_atomically
 from rcm.training.config import RunConfig
 from rcm.training.loop import train
-from rcm.training.method import Method
+from rcm.training.method import SCRATCH, TEACHER, Method
 from rcm.training.resources import require_device, require_memory
+from rcm.training.reuse import weights_of_other_runs, with_teacher_settings
 from rcm.training.run_folder import RunFolder, open_run_folder
+from rcm.training.trainer import Trainer, Weights, build_networks, load_into
 
 TEACHER_STEPS = (1, 2, 8, 32)
 STUDENT_STEPS = (1, 2, 4)
@@ -48,7 +53,9 @@ class Arguments:
     run: Path
     """The run folder. It is created, or continued if it exists."""
     dry_run: bool = False
-    """Build everything and run two steps of each phase in a temporary folder."""
+    """Build everything and run a few steps of each phase in a temporary folder."""
+    method: str
+    """The distillation method."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
@@ -59,12 +66,18 @@ def main(argv: list[str]) -> int:
     """
     try:
         arguments = parse(argv)
+        config = with_teacher_settings(
+            arguments.config,
+            arguments.run,
+            default=PRESETS[arguments.config.preset].config(arguments.method),
+            read_config=config_from_settings,
+        )
         if arguments.dry_run:
             with _temporary_folder() as folder:
-                run(folder / "dry-run", arguments.config.shortened())
+                run(folder / "dry-run", config.shortened())
             print("dry run: everything was built and works")
         else:
-            run(arguments.run, arguments.config)
+            run(arguments.run, config)
     except (OptionError, RunError) as error:
         return command_line.report(error)
     except KeyboardInterrupt as interrupt:
@@ -75,22 +88,39 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Read the preset (DEFAULT_PRESET unless named) and the options that change it.
+    """Read the preset and the method (by default those of PRESETS) and the options that change it.
 
     Raises:
-        OptionError: the preset or an option is unknown, or a value is not allowed.
+        OptionError: the preset, the method or an option is unknown, or a value is not allowed.
         SystemExit: help was requested.
     """
-    preset, options = DEFAULT_PRESET, argv
+    name, options = DEFAULT_PRESET, argv
     if argv and not argv[0].startswith("-"):
-        preset, *options = argv
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f"; perhaps you meant {near[0]!r}" if near else ""
-        raise OptionError(f"unknown preset {preset!r}{hint}. Presets: {', '.join(PRESETS)}")
-    default = Arguments(run=Path("runs") / preset, config=PRESETS[preset]())
-    prog = f"python -m rcm.train {preset}"
+        name, *options = argv
+    preset = PRESETS[_known("preset", name, PRESETS)]
+    method = _known("method", _method_in(options) or preset.default_method, preset.methods)
+    folder = name if method == preset.default_method else f"{name}-{method}"
+    default = Arguments(run=Path("runs") / folder, method=method, config=preset.config(method))
+    prog = f"python -m rcm.train {name}"
     return command_line.parse(Arguments, prog=prog, args=options, default=default)
+
+
+def _method_in(options: list[str]) -> str | None:
+    """The value of --method, which decides what the other options are."""
+    for option, value in pairwise([*options, ""]):
+        if option == "--method":
+            return value
+        if option.startswith("--method="):
+            return option.removeprefix("--method=")
+    return None
+
+
+def _known(kind: str, name: str, known: Iterable[str]) -> str:
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; perhaps you meant {near[0]!r}" if near else ""
+    raise OptionError(f"unknown {kind} {name!r}{hint}. {kind.capitalize()}s: {', '.join(known)}")
 
 
 def run(path: Path, config: RunConfig) -> None:
@@ -103,8 +133,13 @@ def run(path: Path, config: RunConfig) -> None:
     require_device(config)
     require_memory(config)
     torch.set_num_threads(config.threads)
+    borrowed = weights_of_other_runs(
+        config, path, build=lambda: build_network(config), read_config=config_from_settings
+    )
     with open_run_folder(path, config) as folder:
         try:
+            for name, content in borrowed.items():
+                write_atomically(path / name, content)
             _run_in(folder, config)
         except RunError as error:
             raise RunError(f"{error}; {folder.describe_last_checkpoint()}") from error
@@ -128,6 +163,16 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(path)
 
 
+def _load_data(config: RunConfig) -> Dataset:
+    data = config.data.load()
+    bad = int((~data.samples.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise RunError(
+            f"{bad} of the {len(data.labels)} samples of {config.data.name} contain NaN or infinity"
+        )
+    return data.to(torch.device(config.device))
+
+
 def build_network(config: RunConfig) -> nn.Module:
     """The network of every role, with weights drawn from the run's seed."""
     # Drawn on the CPU, so that every device starts from the same weights.
@@ -139,26 +184,31 @@ def build_network(config: RunConfig) -> nn.Module:
 
 def _run_in(folder: RunFolder, config: RunConfig) -> None:
     started = time.monotonic()
-    data = config.data.load().to(torch.device(config.device))
+    data = _load_data(config)
     evaluator = Evaluator(data, config.data.classifier(data), config.student)
     restored = folder.last_checkpoint()
     for phase, state in restored.items():
         print(f"continuing {folder.path}: {phase}, iteration {state['iteration']}")
 
+    def trainer(phase: str, method: Method, weights: dict[str, Weights], seed: int) -> Trainer:
+        networks = build_networks(method.roles(), lambda: build_network(config), weights)
+        built = Trainer(phase, method, networks, data, seed=seed)
+        if phase in restored:
+            built.load_state_dict(restored[phase])
+        return built
+
     if not folder.teacher_weights.exists():
         if "student" in restored:
             raise RunError(f"{folder.teacher_weights} is missing, but the student needs it")
-        training = config.teacher.build(build_network(config), data, seed=config.seed)
-        if "teacher" in restored:
-            training.load_state_dict(restored["teacher"])
+        training = trainer("teacher", config.teacher, {}, 2 * config.seed)
         train(training, folder, config)
         save_weights(folder.teacher_weights, training.weights())
+    weights = {TEACHER: load_weights(folder.teacher_weights)}
+    if config.student.start not in (TEACHER, SCRATCH):
+        weights[config.student.start] = load_weights(folder.start_weights)
+    distillation = trainer("student", config.student, weights, 2 * config.seed + 1)
     teacher = build_network(config)
-    teacher.load_state_dict(load_weights(folder.teacher_weights))
-
-    distillation = config.student.build(teacher, data, seed=config.seed)
-    if "student" in restored:
-        distillation.load_state_dict(restored["student"])
+    load_into(teacher, weights[TEACHER], str(folder.teacher_weights))
     teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
 
     def report() -> None:
@@ -183,10 +233,10 @@ def _run_in(folder: RunFolder, config: RunConfig) -> None:
 
 
 def _evaluate_student(
-    method: Method, evaluator: Evaluator, teacher_samples: Tensor, folder: RunFolder
+    trainer: Trainer, evaluator: Evaluator, teacher_samples: Tensor, folder: RunFolder
 ) -> dict[str, Scores]:
     """Score the averaged student, draw its grid and save its weights."""
-    with method.averaged() as student:
+    with trainer.averaged() as student:
         samples = {
             _name("student", steps): evaluator.student_samples(student, steps)
             for steps in STUDENT_STEPS
@@ -195,9 +245,9 @@ def _evaluate_student(
     panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
     panels |= dict(islice(samples.items(), 2))
     shown = {title: evaluator.first_of_each_class(images) for title, images in panels.items()}
-    for path in (folder.grids / f"{method.iteration:07d}.png", folder.path / "grid.png"):
+    for path in (folder.grids / f"{trainer.iteration:07d}.png", folder.path / "grid.png"):
         save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
-    save_weights(folder.student_weights, method.weights())
+    save_weights(folder.student_weights, trainer.weights())
     return {
         name: _score(evaluator, name, images, teacher_samples) for name, images in samples.items()
     }

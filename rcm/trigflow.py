@@ -26,8 +26,7 @@ import math
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 
 class Network(Protocol):
@@ -139,15 +138,3 @@ def network_time(t: Tensor, x: Tensor) -> Tensor:
     """The time passed to a network: float32, or float64 if x is float64."""
     require_precise_time(t)
     return t.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def guard_time(embedding: nn.Module) -> RemovableHandle:
-    """Make a timestep embedding raise ValueError when its first argument is below float32.
-
-    Register it on networks from other libraries, where a cast of the timestep is easy to overlook.
-    """
-
-    def check(_: nn.Module, args: tuple[Any, ...]) -> None:
-        require_precise_time(args[0])
-
-    return embedding.register_forward_pre_hook(check)

@@ -12,13 +12,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dataset:
-    """samples: (n, ...) float32 in units of σd; labels: (n,) int64."""
+    """samples: (n, ...) float32 in units of σd; labels: (n,) int64 in 0..classes - 1."""
 
     samples: Tensor
     labels: Tensor
+    classes: int
 
     def to(self, device: torch.device) -> Dataset:
-        return Dataset(self.samples.to(device), self.labels.to(device))
+        return Dataset(self.samples.to(device), self.labels.to(device), self.classes)
+
+    def null_condition(self, labels: Tensor) -> Tensor:
+        """The label that means "no label": `classes`, for each of (batch,) labels."""
+        return torch.full_like(labels, self.classes)
 
 
 class Classifier(Protocol):

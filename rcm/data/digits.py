@@ -41,7 +41,8 @@ def load_digits() -> Dataset:
     file = datasets.load_digits()
     pixels = torch.from_numpy(file.images).float()[:, None]
     mean, std = pixels.mean().item(), pixels.std(correction=0).item()
-    return Dataset((pixels - mean) / std, torch.from_numpy(file.target).long())
+    labels = torch.from_numpy(file.target).long()
+    return Dataset((pixels - mean) / std, labels, DigitsConfig.classes)
 
 
 class DigitClassifier(nn.Module):

@@ -21,7 +21,7 @@ from rcm.evaluation.metrics import (
     same_noise_rmse,
 )
 from rcm.sampling import heun_sample, heun_times
-from rcm.training.method import DistillationConfig
+from rcm.training.method import Distillation
 from rcm.trigflow import Network
 
 NOISE_SEED = 20_251_008
@@ -51,7 +51,7 @@ class Scores:
 class Evaluator:
     """Draws and scores samples of teachers and students, on the device of the data."""
 
-    def __init__(self, data: Dataset, classifier: Classifier, config: DistillationConfig) -> None:
+    def __init__(self, data: Dataset, classifier: Classifier, config: Distillation) -> None:
         self.data, self.classifier, self.config = data, classifier, config
         self.real_features = classifier.features(data.samples)
         # Drawn on the CPU, so that every device samples from the same noise.
@@ -96,7 +96,7 @@ class Evaluator:
 
 @torch.no_grad()
 def sample_student(
-    student: Network, noise: Tensor, labels: Tensor, steps: int, config: DistillationConfig
+    student: Network, noise: Tensor, labels: Tensor, steps: int, config: Distillation
 ) -> Tensor:
     """Samples from noise (n, ...) and labels (n,); the noise of later steps has a fixed seed."""
     noise_source = Generator().manual_seed(NOISE_SEED + 1)

@@ -3,6 +3,7 @@
 from rcm.losses.consistency import consistency_loss
 from rcm.losses.discrete_consistency import discrete_consistency_loss
 from rcm.losses.flow_matching import flow_matching_loss
+from rcm.losses.lagrangian import lagrangian_flow_map_loss
 from rcm.losses.lcm import lcm_loss
 from rcm.losses.loss import Loss
 from rcm.losses.score import score_loss
@@ -12,6 +13,7 @@ __all__ = [
     "consistency_loss",
     "discrete_consistency_loss",
     "flow_matching_loss",
+    "lagrangian_flow_map_loss",
     "lcm_loss",
     "score_loss",
 ]

@@ -1,11 +1,14 @@
-"""Continuous-time consistency: sCM distillation and training, and rCM's variant.
+"""Continuous-time consistency: sCM distillation and training, rCM's variant, and flow maps.
 
-A consistency function f(x, t) = cos(t) x - sin(t) F(x, t) is constant along an ODE dx/dt = V. Its
-derivative along the ODE must therefore be zero. With D = cos(t) sin(t) dF/dt,
+A flow map f(x, t, s) = cos(d) x - sin(d) F(x, t, s), d = t - s, takes x at t to the point at s of
+the ODE dx/dt = V through it. All points of the ODE have the same f, so its derivative along the ODE
+must be zero. With D = cos(d) sin(d) dF/dt,
 
-    g = cos(t) df/dt = -cos²(t) (F - V) - (cos(t) sin(t) x + D)
+    g = cos(d) df/dt = -cos²(d) (F - V) - (cos(d) sin(d) x + D)
 
-Training moves F along the normalised tangent ĝ = g / (‖g‖ + c), with a stopped gradient:
+With s = 0, f is sCM's consistency function. With s = t, g = V - F is the gradient of flow matching.
+With any s in [0, t] this is AYF-EMD. Training moves F along the normalised tangent
+ĝ = g / (‖g‖ + c), with a stopped gradient:
 
     L = e^w ‖F - sg(F + ĝ)‖² - w
 
@@ -16,20 +19,22 @@ V is a teacher's F (distillation) or cos(t) z - sin(t) x0 (training from data al
 in units of σd (see trigflow.py), so this g is sCM's g divided by σd.
 
 Sources: sCM, 2410.11081: df/dt in §3, the normalised tangent, its warm-up and the learned weight w
-in §4.2, the factor cos(t) of g in algorithm 1. rCM, 2510.08431, and its published code.
+in §4.2, the factor cos(t) of g in algorithm 1. rCM, 2510.08431, and its published code. AYF,
+2506.14603: AYF-EMD.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rcm.derivatives import Derivative, central_difference, exact_jvp
 from rcm.losses.loss import Loss, all_finite, per_sample, zero_outside
 from rcm.trigflow import (
     Network,
+    check_end,
     check_like,
     check_times,
     cos_sin,
@@ -44,16 +49,38 @@ TangentNorm = Literal["rms", "l2"]
 
 @dataclass(frozen=True)
 class Tangent:
-    """F, its JVP D = cos(t) sin(t) dF/dt along the ODE, and g; (batch, ...) each, detached."""
+    """F, its derivative D = cos(d) sin(d) dF/dt along the ODE, and g; (batch, ...), detached."""
 
     f: Tensor
     jvp: Tensor
     g: Tensor
 
 
-def _preserve_rng_state(x: Tensor) -> AbstractContextManager[None]:
-    """Restore the random state on exit, so that the next forward draws the same dropout masks."""
-    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+def _evaluate(net: Network, x: Tensor, t: Tensor, condition: Any, end: Tensor | None) -> Tensor:
+    """F of a flow map, or of a network of one time if end is None."""
+    if end is None:
+        return net(x, t, condition)
+    return net(x, t, condition, end=network_time(end, x))
+
+
+def _derivative_along_ode(
+    derivative: Derivative,
+    student: Network,
+    x: Tensor,
+    t: Tensor,
+    ode_velocity: Tensor,
+    condition: Any,
+    end: Tensor | None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """F, and scale · dF/dt in the direction (V, 1), at a fixed end."""
+    time = network_time(t, x)
+    return derivative(
+        lambda x, time: _evaluate(student, x, time, condition, end),
+        (x, time),
+        (ode_velocity, torch.ones_like(time)),
+        scale,
+    )
 
 
 @torch.no_grad()
@@ -64,35 +91,42 @@ def consistency_tangent(
     ode_velocity: Tensor,
     condition: Any,
     *,
+    end: Tensor | None = None,
     warmup: float = 1.0,
     form: Form = "scm",
+    derivative: Derivative = exact_jvp,
 ) -> Tangent:
     """The tangent g of the consistency loss, before normalisation.
 
     r = warmup in [0, 1] is ramped up over the first iterations, because D makes training unstable:
 
-        "scm":  g = -cos²(t) (F - V)                       - r (cos(t) sin(t) x + D)
-        "rcm":  g = -cos(t) sqrt(1 - r² sin²(t)) (F - V)   - (r cos(t) sin(t) x + D)
+        "scm":  g = -cos²(d) (F - V)                       - r (cos(d) sin(d) x + D)
+        "rcm":  g = -cos(d) sqrt(1 - r² sin²(d)) (F - V)   - (r cos(d) sin(d) x + D)
 
-    rCM does not scale D by r; at r = 1 both forms equal cos(t) df/dt. The factor cos(t) sin(t) is
-    part of the direction of the JVP (sCM §4.2, "JVP rearrangement"), because dF/dt alone overflows
-    as t approaches π/2.
+    rCM does not scale D by r; at r = 1 both forms equal cos(d) df/dt. cos(d) sin(d) is the scale of
+    the derivative (see exact_jvp), because dF/dt alone overflows as t approaches π/2.
 
-    x, ode_velocity: (batch, ...); t: (batch,). Raises ValueError for bad shapes, times, warmup or
-    form.
+    x, ode_velocity: (batch, ...); t: (batch,); end: s (batch,), None is s = 0 and a network of one
+    time. Raises ValueError for bad shapes, times, warmup or form.
     """
     check_times(t, x.shape[0])
     check_like("ode_velocity", ode_velocity, "x", x)
+    if end is not None:
+        check_end(end, t)
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup is {warmup}; it must lie in [0, 1]")
-    cos, sin = cos_sin(t, x)
-    time = network_time(t, x)
-    x_direction = (cos * sin * ode_velocity).to(x.dtype)
-    t_direction = (torch.cos(t) * torch.sin(t)).to(time.dtype)
-    with _preserve_rng_state(x):
-        f, jvp = torch.func.jvp(  # type: ignore[misc]
-            lambda x, time: student(x, time, condition), (x, time), (x_direction, t_direction)
-        )
+    gap = t if end is None else t - end
+    f, jvp = _derivative_along_ode(
+        derivative,
+        student,
+        x,
+        t,
+        ode_velocity,
+        condition,
+        end,
+        scale=torch.cos(gap) * torch.sin(gap),
+    )
+    cos, sin = cos_sin(gap, x)
     f, jvp = f.to(cos.dtype), jvp.to(cos.dtype)
     if form == "scm":
         g = -(cos**2) * (f - ode_velocity) - warmup * (cos * sin * x + jvp)
@@ -130,6 +164,12 @@ def normalize_tangent(g: Tensor, *, norm: TangentNorm, eps: float) -> Tensor:
     return g / (sample_norm(g, norm).view(-1, *[1] * (g.ndim - 1)) + eps)
 
 
+def move_along(f: Tensor, g_hat: Tensor, finite: Tensor, norm: TangentNorm) -> Tensor:
+    """‖F - sg(F + ĝ)‖² per sample, 0 outside of finite: F with gradients, ĝ (batch, ...)."""
+    # F - sg(F) is exactly zero and carries the gradient. F + ĝ would round ĝ to the spacing of F.
+    return squared_norm(zero_outside(finite, f - f.detach() - g_hat), norm)
+
+
 def consistency_loss(
     student: Network,
     x0: Tensor,
@@ -137,21 +177,24 @@ def consistency_loss(
     t: Tensor,
     condition: Any,
     *,
+    end: Tensor | None = None,
     teacher: Network | None = None,
     warmup: float = 1.0,
     form: Form = "scm",
     tangent_norm: TangentNorm = "rms",
     tangent_norm_eps: float = 0.1,
     log_weight: Callable[[Tensor], Tensor] | None = None,
+    derivative: Derivative = exact_jvp,
 ) -> Loss:
-    """e^w ‖F - sg(F + ĝ)‖² - w per sample, the objective of sCM.
+    """e^w ‖F - sg(F + ĝ)‖² - w per sample, the objective of sCM and, with `end`, of AYF-EMD.
 
     tangent_norm chooses both norms: "rms" averages over the elements of a sample, as sCM does; "l2"
     sums, as rCM does. Use "l2" when adding a score_loss, which is a sum too.
 
-    x0, noise: (batch, ...) in units of σd; t: (batch,); teacher: None trains from data alone;
-    tangent_norm_eps: sCM's c; log_weight: w(t), (batch,) -> (batch,), learned with the student
-    (None is w = 0).
+    x0, noise: (batch, ...) in units of σd; t: (batch,); end: s (batch,) in [0, t], passed to the
+    student (None is s = 0 and a student of one time); teacher: a network of one time, None trains
+    from data alone; tangent_norm_eps: sCM's c; log_weight: w(t), (batch,) -> (batch,), learned with
+    the student (None is w = 0); derivative: how dF/dt is computed.
 
     Samples with a non-finite tangent get value 0 and no gradient. Diagnostics: "tangent_norm" ‖g‖,
     "jvp_norm" ‖D‖, "velocity_error" ‖F - V‖, and "nonfinite", 1 for such a sample. Raises
@@ -162,14 +205,24 @@ def consistency_loss(
     x, time = interpolate(x0, noise, t), network_time(t, x0)
     with torch.no_grad():
         ode_velocity = velocity(x0, noise, t) if teacher is None else teacher(x, time, condition)
-    tangent = consistency_tangent(student, x, t, ode_velocity, condition, warmup=warmup, form=form)
+    tangent = consistency_tangent(
+        student,
+        x,
+        t,
+        ode_velocity,
+        condition,
+        end=end,
+        warmup=warmup,
+        form=form,
+        derivative=derivative,
+    )
     finite = all_finite(x, tangent.f, tangent.g)
-    target = tangent.f + normalize_tangent(tangent.g, norm=tangent_norm, eps=tangent_norm_eps)
+    g_hat = normalize_tangent(tangent.g, norm=tangent_norm, eps=tangent_norm_eps)
 
     # Non-finite samples enter the pass with gradients as zeros: a NaN activation would reach the
     # gradient of the weights as 0 · NaN even with a masked loss.
-    f = student(zero_outside(finite, x), time, condition)
-    value = squared_norm(zero_outside(finite, f - target), tangent_norm)
+    f = _evaluate(student, zero_outside(finite, x), time, condition, end)
+    value = move_along(f, g_hat, finite, tangent_norm)
     if log_weight is not None:
         w = log_weight(time)
         value = zero_outside(finite, torch.exp(w) * value - w)
@@ -194,21 +247,16 @@ def jvp_cosine(
     ode_velocity: Tensor,
     condition: Any,
     *,
+    end: Tensor | None = None,
     step: float = 1e-3,
 ) -> Tensor:
-    """Cosine of the JVP D with a central difference of F along the ODE: (batch,), ideally 1.
+    """Cosine of the exact dF/dt with a central difference of F along the ODE: (batch,), ideally 1.
 
     It checks the JVP. A low value means that the network rounds its time, that an attention kernel
     drops its tangent, or that `step` (in t) is too long for a rough student.
     """
-    exact = consistency_tangent(student, x, t, ode_velocity, condition).jvp
-
-    def shifted(offset: float) -> Tensor:
-        moved = torch.clamp(t.double() + offset, 0, torch.pi / 2).to(t.dtype)
-        distance = (moved.double() - t.double()).view(-1, *[1] * (x.ndim - 1))
-        with _preserve_rng_state(x):
-            y = (x + distance * ode_velocity).to(x.dtype)
-            return student(y, network_time(moved, x), condition)
-
-    difference = shifted(step) - shifted(-step)
+    exact, difference = (
+        _derivative_along_ode(derivative, student, x, t, ode_velocity, condition, end)[1]
+        for derivative in (exact_jvp, central_difference(step))
+    )
     return torch.cosine_similarity(per_sample(exact), per_sample(difference), dim=1)

@@ -1,12 +1,26 @@
-"""Presets: functions that return a config, by the name that a command uses."""
+"""Presets: functions that return the config of a method, by the name that a command uses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from rcm.presets.digits import METHODS as DIGITS_METHODS
 from rcm.presets.digits import digits
 from rcm.training.config import RunConfig, updated
+from rcm.training.method import Distillation
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"digits": digits}
+
+@dataclass(frozen=True)
+class Preset:
+    """Data, model and teacher of a preset, and the methods that it has settings for."""
+
+    config: Callable[[str], RunConfig]
+    """method -> config; a name from `methods`."""
+    methods: Mapping[str, Callable[[], Distillation]]
+    default_method: str
+
+
+PRESETS = {"digits": Preset(digits, DIGITS_METHODS, "rcm")}
 DEFAULT_PRESET = "digits"
 
 
@@ -14,11 +28,14 @@ def config_from_settings(settings: dict[str, Any]) -> RunConfig:
     """The config that a config.json describes.
 
     Raises:
-        ValueError: its preset or a setting is unknown, or a setting is out of range.
+        ValueError: its preset, method or a setting is unknown, or a setting is out of range.
         TypeError: a setting has a value of another type.
     """
-    preset = settings.get("preset")
-    if preset not in PRESETS:
-        raise ValueError(f"the run's preset is {preset!r}; known are {', '.join(PRESETS)}")
-    config: RunConfig = updated(PRESETS[preset](), settings)
+    name, method = str(settings.get("preset")), str(settings.get("method"))
+    if name not in PRESETS:
+        raise ValueError(f"the run's preset is {name!r}; known are {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if method not in preset.methods:
+        raise ValueError(f"the run's method is {method!r}; known are {', '.join(preset.methods)}")
+    config: RunConfig = updated(preset.config(method), settings)
     return config

@@ -1,41 +1,78 @@
-"""The preset `digits`: from 1797 real digits to a one-step student in a few minutes on a CPU."""
+"""The preset `digits`: from 1797 real digits to a few-step student in a few minutes on a CPU."""
+
+from collections.abc import Callable
 
 from rcm.data.digits import DigitsConfig
-from rcm.methods.rcm import RCMConfig
-from rcm.methods.teacher import TeacherConfig
+from rcm.methods.dmd import DMD
+from rcm.methods.flow_matching import FlowMatching
+from rcm.methods.rcm import RCM
+from rcm.methods.scm import SCM
 from rcm.models.dit import DiTConfig
 from rcm.time_sampling import LogNormal
 from rcm.training.config import RunConfig
+from rcm.training.ema import EMAConfig
+from rcm.training.method import Distillation
 from rcm.training.optimization import OptimizerConfig
 
+TIMES = LogNormal(mean=0.0, std=1.6)
 
-def digits() -> RunConfig:
-    """A DiT with 242k parameters. Expected results: docs/digits.md."""
+
+def digits(method: str) -> RunConfig:
+    """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
     return RunConfig(
         preset="digits",
+        method=method,
         threads=1,
         data=DigitsConfig(),
         model=DiTConfig(dim=64, depth=3, heads=4),
-        teacher=TeacherConfig(
+        teacher=FlowMatching(
             iterations=4000,
             batch=64,
             optimizer=OptimizerConfig(lr=2e-3, warmup=100),
             times=LogNormal(mean=-0.4, std=1.4),
-            ema_std=0.1,
+            ema=EMAConfig(std=0.1),
         ),
-        student=RCMConfig(
-            iterations=1200,
-            batch=64,
-            student_every=1,
-            optimizer=OptimizerConfig(lr=1e-4),
-            critic_optimizer=OptimizerConfig(lr=1e-4),
-            times=LogNormal(mean=0.0, std=1.6),
-            score_times=LogNormal(mean=0.0, std=1.6),
-            tangent_warmup=600,
-            critic_start=300,
-            score_weight=0.1,
-            ema=0.995,
-        ),
+        student=METHODS[method](),
         report_every=300,
         checkpoint_every=200,
     )
+
+
+def _scm() -> SCM:
+    return SCM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        times=TIMES,
+        tangent_warmup=600,
+    )
+
+
+def _rcm() -> RCM:
+    return RCM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        critic_optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        times=TIMES,
+        score_times=TIMES,
+        tangent_warmup=600,
+        critic_start=300,
+        score_weight=0.1,
+    )
+
+
+def _dmd() -> DMD:
+    return DMD(
+        iterations=300,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        critic_optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        score_times=TIMES,
+    )
+
+
+METHODS: dict[str, Callable[[], Distillation]] = {"rcm": _rcm, "scm": _scm, "dmd": _dmd}

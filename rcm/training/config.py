@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from rcm.data.dataset import DataConfig
 from rcm.models.model import ModelConfig
-from rcm.training.method import DistillationConfig, MethodConfig
+from rcm.training.method import Distillation, Method
 from rcm.validation import MAX_SEED, require_integer
 
 DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
@@ -23,6 +23,10 @@ class RunConfig:
 
     preset: tyro.conf.Suppress[str]
     """The preset that these settings started from: the first argument of the command."""
+    method: tyro.conf.Suppress[str]
+    """The method of the student: the option --method of the command."""
+    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
+    """Use the teacher of another run, by its folder, instead of training one."""
     seed: int = 0
     """Seed of the weights, the data order and all noise."""
     device: str = "cpu"
@@ -31,8 +35,8 @@ class RunConfig:
     """Threads of PyTorch on the CPU. Rounding depends on it slightly."""
     data: DataConfig
     model: ModelConfig
-    teacher: MethodConfig
-    student: DistillationConfig
+    teacher: Method
+    student: Distillation
     report_every: int
     """Iterations between sample grids and scores of the student."""
     checkpoint_every: int

@@ -11,6 +11,7 @@ are not averaged.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,33 @@ def power_gamma(std: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """A moving average of the weights, with a constant or a power-function decay."""
+
+    decay: float | None = None
+    """Decay β of every update."""
+    std: float | None = None
+    """Instead of decay: relative width of a power-function average; 0.05 and 0.1 are common."""
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and self.std is not None:
+            raise ValueError(f"std is {self.std}; it must be None where decay is {self.decay}")
+        if self.std is not None:
+            require_number("()", MIN_STD, MAX_STD, std=self.std)
+        elif self.decay is not None:
+            require_number("[)", 0, 1, decay=self.decay)
+        else:
+            raise ValueError("decay is None; it must be a number in [0, 1), unless std is given")
+
+    def build(self, module: nn.Module) -> "EMA":
+        """The average, starting as a copy of the module."""
+        if self.std is not None:
+            return EMA(module, power_decay(self.std))
+        assert self.decay is not None
+        return EMA(module, constant_decay(self.decay))
+
+
 class EMA:
     """The moving average of a module.
 
@@ -65,6 +93,10 @@ class EMA:
         weight = 1 - self.decay(self.updates)
         for name, parameter in self._parameters(module).items():
             self.average[name].lerp_(_master(parameter), weight)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Give a module the averaged weights."""
+        _copy(self.average, self._parameters(module))
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[nn.Module]:

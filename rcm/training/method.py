@@ -1,76 +1,185 @@
-"""What the training loop needs of a method. The methods themselves are in rcm.methods."""
+"""A method: its settings, the networks that it needs, its losses and its sampler.
+
+A method is a frozen dataclass of settings with three functions:
+
+    roles()        the networks: which are trained, which are moving averages, where they start
+    losses(step)   yields the losses of one iteration, those of one network at a time. The trainer
+                   takes an optimizer step on that network before it asks for the next
+    sample(...)    draws samples from the trained network
+
+The trainer (trainer.py) knows no method, and a method knows no data set. Methods are in
+rcm.methods; scm.py there is a short one to start from.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Generator, Tensor, nn
 
-from rcm.data.dataset import Dataset
+from rcm.guidance import Guidance, guided
+from rcm.losses.loss import Loss
+from rcm.time_sampling import TimeDistribution
+from rcm.training.batches import Batches
+from rcm.training.ema import EMAConfig
+from rcm.training.optimization import OptimizerConfig
 from rcm.trigflow import Network
 from rcm.validation import require_integer, require_number
 
-Metrics = dict[str, float]
 MIN_SIGMA_MAX = 1e-3  # in units of σd; sampling starts from noise, not from data
-
-
-class Method(Protocol):
-    """Training in progress. `state_dict()` is complete: a restored method takes the same steps."""
-
-    name: str
-    iterations: int
-    iteration: int
-
-    def step(self) -> Metrics:
-        """Do one iteration.
-
-        Raises:
-            RunError: a loss or a gradient is not finite.
-        """
-        ...
-
-    def averaged(self) -> AbstractContextManager[nn.Module]:
-        """Inside, the trained network with its averaged weights."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """The averaged weights."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+TEACHER, SCRATCH = "teacher", "scratch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(ABC):
-    """Settings of a method; the base class of each method's own config."""
+class Trained:
+    """A network with an optimizer, and a moving average of its weights if it has an ema."""
+
+    optimizer: OptimizerConfig
+    ema: EMAConfig | None = None
+    start: str = TEACHER
+    """Where its weights come from: "teacher", "scratch", or the student of a run, by its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged:
+    """A network whose weights are the moving average of a trained one."""
+
+    of: str
+    ema: EMAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A network that is not trained."""
+
+    start: str = TEACHER
+
+
+Role = Trained | Averaged | Frozen
+Losses = Iterator[tuple[str, dict[str, Loss]]]
+
+
+class Step:
+    """One iteration, as a method sees it: a batch, the networks, and all of its randomness."""
+
+    def __init__(
+        self,
+        iteration: int,
+        batches: Batches,
+        networks: Mapping[str, nn.Module],
+        updates: Mapping[str, int],
+    ) -> None:
+        self.iteration = iteration
+        """0, 1, ... in this run."""
+        self.updates = updates
+        """Optimizer steps of each trained network so far, by role."""
+        self.x0, self.condition = batches.next()
+        self._batches, self._networks = batches, networks
+
+    def network(self, role: str) -> Network:
+        """The network of a role. Raises KeyError for a role that the method does not have."""
+        return self._networks[role]
+
+    @property
+    def student(self) -> Network:
+        return self.network("student")
+
+    @property
+    def teacher(self) -> Network:
+        return self.network("teacher")
+
+    @property
+    def critic(self) -> Network:
+        return self.network("critic")
+
+    @property
+    def target(self) -> Network:
+        return self.network("target")
+
+    @property
+    def generator(self) -> Generator:
+        return self._batches.generator
+
+    def noise(self) -> Tensor:
+        """Standard normal noise, like x0."""
+        return self._batches.noise(self.x0)
+
+    def times(self, distribution: TimeDistribution) -> Tensor:
+        """A time for each sample: (batch,) float64."""
+        return distribution(len(self.x0), self.generator)
+
+    def integer(self, low: int, high: int) -> int:
+        """A random integer in [low, high]."""
+        return self._batches.integer(low, high)
+
+    def condition_with_dropout(self, rate: float) -> Any:
+        """The condition, of which a fraction of the samples is replaced by the empty one."""
+        if rate == 0:
+            return self.condition
+        drawn = torch.rand(len(self.x0), generator=self.generator, device=self.x0.device)
+        return torch.where(drawn < rate, self.null_condition(self.condition), self.condition)
+
+    def null_condition(self, condition: Any) -> Any:
+        """The empty condition for classifier-free guidance, shaped like the condition."""
+        return self._batches.data.null_condition(condition)
+
+    def guided_teacher(self, guidance: Guidance) -> Network:
+        """The teacher with guidance, whose scale is drawn for each sample if it is random."""
+        scale = guidance.draw(len(self.x0), self.generator)
+        if scale is None:
+            return self.teacher
+        return guided(self.teacher, self.null_condition, scale, guidance.interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Settings of a method that trains a network; the base class of each method."""
+
+    result: ClassVar[str]
+    """The role whose averaged weights are the result."""
 
     iterations: int
     """Number of iterations."""
     batch: int
     """Samples per iteration."""
+    optimizer: OptimizerConfig
+    ema: EMAConfig
+    """The moving average of the trained weights, which is the result."""
 
     def __post_init__(self) -> None:
         require_integer(1, iterations=self.iterations, batch=self.batch)
 
     @abstractmethod
-    def build(self, network: nn.Module, data: Dataset, *, seed: int) -> Method:
-        """Start training. All random numbers are drawn from `seed`, on the device of the data."""
+    def roles(self) -> dict[str, Role]:
+        """The networks of this method."""
+
+    @abstractmethod
+    def losses(self, step: Step) -> Losses:
+        """Yield (role, {name: loss}) once for each network that this iteration trains.
+
+        The trainer minimises the sum of the batch means of the losses.
+        """
 
     def shortened(self) -> Self:
-        """The same method with two iterations, for a dry run."""
+        """The same method with few iterations that exercise every loss, for a dry run."""
         return replace(self, iterations=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationConfig(MethodConfig):
-    """Settings of a method that distils a teacher, the network passed to `build`."""
+class Distillation(Method):
+    """Settings of a method that trains a few-step student."""
 
+    result: ClassVar[str] = "student"
+
+    start: str = TEACHER
+    """The student's first weights: teacher, scratch, or the folder of a run for its student."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Classifier-free guidance of the teacher."""
     sigma_max: float = 80.0
     """Noise level at which sampling starts."""
 

@@ -4,7 +4,8 @@ config.json             the settings; once there is a checkpoint, others are ref
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
 checkpoints/            see rcm/training/checkpoint.py
-teacher.safetensors     written when the teacher is finished
+teacher.safetensors     written when the teacher is finished, or copied from another run
+start.safetensors       the student's first weights, if it starts from another run's student
 student.safetensors     the averaged student at the last report
 grids/, grid.png        samples from fixed noise
 report.md, report.json  the final table
@@ -26,6 +27,8 @@ from rcm.training.checkpoint import Checkpoints, write_atomically
 from rcm.training.config import RunConfig
 
 PHASES = ("teacher", "student")
+TEACHER_WEIGHTS, START_WEIGHTS = "teacher.safetensors", "start.safetensors"
+STUDENT_WEIGHTS = "student.safetensors"
 UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the first checkpoint
 
 
@@ -37,8 +40,9 @@ class RunFolder:
         self.checkpoints = Checkpoints(path / "checkpoints", PHASES)
         self.grids = path / "grids"
         self.grids.mkdir(exist_ok=True)
-        self.teacher_weights = path / "teacher.safetensors"
-        self.student_weights = path / "student.safetensors"
+        self.teacher_weights = path / TEACHER_WEIGHTS
+        self.start_weights = path / START_WEIGHTS
+        self.student_weights = path / STUDENT_WEIGHTS
         self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed with the folder)
 
     def log(self, phase: str, iteration: int, metrics: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
-"""Networks with closed-form outputs, and a smooth MLP."""
+"""Networks with closed-form outputs, a smooth MLP, and its training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from rcm.losses.loss import Loss
 from rcm.trigflow import cos_sin
 
 
@@ -86,3 +88,17 @@ class SmoothNetwork(nn.Module):
             h = h + torch.cos(self.angles - (t - end)[:, None])
         h = self.dropout(torch.tanh(self.second(torch.tanh(h))))
         return self.last(h).view(x.shape)
+
+
+def train(
+    net: nn.Module, steps: int, loss_of_step: Callable[[int], Loss], lr: float = 4e-3
+) -> None:
+    """Adam with a learning rate that falls to 0, and clipped gradients."""
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        loss_of_step(step).value.mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rcm.sampling import consistency_sample, consistency_times, heun_sample, heun_times
+from rcm.sampling import (
+    consistency_sample,
+    consistency_times,
+    flow_map_sample,
+    heun_sample,
+    heun_times,
+)
 from rcm.time_sampling import LogNormal, rollout_times
 from rcm.trigflow import denoise
 from tests.rcm.analytic_networks import Gaussian
@@ -48,6 +54,23 @@ def test_one_heun_step_is_the_denoiser(gaussian: Gaussian) -> None:
     noise, t = torch.randn(9, 2, dtype=torch.float64), heun_times(1)[:1].expand(9)
     blurry = denoise(gaussian.velocity, torch.sin(t)[:, None] * noise, t, None)
     torch.testing.assert_close(heun_sample(gaussian.velocity, noise, heun_times(1), None), blurry)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_exact_flow_map_ends_where_the_ode_does_in_any_number_of_steps(
+    steps: int, gaussian: Gaussian
+) -> None:
+    noise, times = torch.randn(9, 2, dtype=torch.float64), heun_times(steps)
+    t = times[:1].expand(9)
+    ends = []
+
+    def net(x: Tensor, t: Tensor, condition: object, end: Tensor) -> Tensor:
+        ends.append(end[0].item())
+        return gaussian.flow_map_network(x, t, condition, end)
+
+    sample = flow_map_sample(net, noise, times, None)
+    torch.testing.assert_close(sample, gaussian.ode_end(torch.sin(t)[:, None] * noise, t))
+    assert ends == times[1:].tolist()
 
 
 def test_two_steps_denoise_add_noise_and_denoise(gaussian: Gaussian) -> None:
@@ -128,5 +151,9 @@ def test_invalid_schedules_raise(gaussian: Gaussian) -> None:
         )
     with pytest.raises(ValueError, match="decrease to 0"):
         heun_sample(gaussian.velocity, noise, heun_times(4)[:-1], None)
+    with pytest.raises(ValueError, match="decrease to 0 in at least one step, got "):
+        flow_map_sample(gaussian.flow_map_network, noise, heun_times(4).flip(0), None)
+    with pytest.raises(ValueError, match=r"at least one step, got \[0.0\]"):
+        flow_map_sample(gaussian.flow_map_network, noise, heun_times(1)[1:], None)
     with pytest.raises(ValueError, match="at least one"):
         heun_times(0)

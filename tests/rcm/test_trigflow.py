@@ -9,7 +9,6 @@ from rcm.trigflow import (
     denoise,
     denoised,
     flow_map,
-    guard_time,
     interpolate,
     network_time,
     velocity,
@@ -79,14 +78,6 @@ def test_networks_receive_time_in_float32_or_float64() -> None:
     assert network_time(t, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     with pytest.raises(ValueError, match="bfloat16; allowed are float32"):
         network_time(t.bfloat16(), torch.zeros(1))
-
-
-def test_guard_time_rejects_a_cast_inside_the_network() -> None:
-    embedding = torch.nn.Identity()
-    guard_time(embedding)
-    embedding(torch.zeros(3))
-    with pytest.raises(ValueError, match="float16"):
-        embedding(torch.zeros(3, dtype=torch.float16))
 
 
 def test_invalid_times_raise() -> None:

@@ -14,7 +14,7 @@ from tests.rcm.commands.tiny_run import start
 def _small_data() -> Iterator[None]:
     """200 of the digits, and one classifier for every run inside this process."""
     digits = load_digits()
-    few = Dataset(digits.samples[:200], digits.labels[:200])
+    few = Dataset(digits.samples[:200], digits.labels[:200], digits.classes)
     classifier = train_classifier(few, steps=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsConfig, "load", lambda self: few)

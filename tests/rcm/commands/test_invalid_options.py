@@ -26,6 +26,8 @@ NOT_NEGATIVE_OR_FINITE = ("-1", "nan", "inf", "x")
 
 OPTIMIZER = {
     "lr": (*NOT_POSITIVE, "101"),
+    "schedule": ("linear", ""),
+    "nonfinite": ("ignore", ""),
     "warmup": NOT_COUNTS,
     "betas": ("0.9 1", "-0.1 0.9", "nan 0.9", "0.9", "a b"),
     "weight-decay": NOT_NEGATIVE_OR_FINITE,
@@ -49,7 +51,9 @@ VALUES = {
     "teacher.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     **{f"teacher.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"teacher.times.{name}": values for name, values in TIMES.items()},
-    "teacher.ema-std": (*NOT_POSITIVE, "0.29", "1e-200"),
+    "teacher.label-dropout": NOT_FRACTIONS,
+    "teacher.ema.decay": ("0.9",),
+    "teacher.ema.std": (*NOT_POSITIVE, "0.29", "1e-200"),
     "student.iterations": NOT_POSITIVE_INTEGERS,
     "student.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     "student.sigma-max": (*NOT_POSITIVE_OR_INFINITE, "1e-4"),
@@ -63,9 +67,12 @@ VALUES = {
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),
     "student.tangent-norm-eps": NOT_POSITIVE,
-    "student.score-weight": NOT_NEGATIVE_OR_FINITE,
+    "student.score-weight": NOT_POSITIVE,
     "student.rollout-steps": (*NOT_POSITIVE_INTEGERS, "1001"),
-    "student.ema": NOT_FRACTIONS,
+    "student.consistency-weight": NOT_POSITIVE,
+    "student.rollout-length": ("x", ""),
+    "student.ema.decay": NOT_FRACTIONS,
+    "student.ema.std": ("0.05",),  # beside a decay
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
 
@@ -85,7 +92,8 @@ def options_of(settings: dict, prefix: str = "") -> list[str]:
 
 
 def test_the_table_has_every_option() -> None:
-    assert {"preset", *VALUES} == set(options_of(asdict(PRESETS["digits"]())))
+    settings = asdict(PRESETS["digits"].config("rcm"))
+    assert {"preset", "method", "teacher-run", *VALUES} == set(options_of(settings))
 
 
 @pytest.mark.parametrize("option", VALUES)
@@ -103,12 +111,14 @@ def test_a_value_that_is_not_allowed_is_rejected(
     ("argv", "message"),
     [
         (["digts"], "unknown preset 'digts'; perhaps you meant 'digits'. Presets: digits"),
+        (["--method", "rmc"], "unknown method 'rmc'; perhaps you meant 'rcm'. Methods: rcm, scm"),
+        (["--method=x"], "unknown method 'x'. Methods: rcm, scm"),
         (["digits", "x"], "Unrecognized options: x"),
         (["--run"], "Missing value for argument '--run'"),
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),
-        (["--teacher.ema-std", "x"], "--teacher.ema-std is 'x'; it must be a number"),
+        (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
         (["--student.sigma-max", "1"], "from below atan(sigma_max) = 0.7854 to above 0"),

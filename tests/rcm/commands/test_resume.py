@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from rcm.methods.rcm import RCMDistillation
-from rcm.methods.teacher import TeacherTraining
 from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, metrics, start, stop_at
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -19,13 +17,13 @@ pytestmark = pytest.mark.xdist_group("train")
 
 @pytest.mark.parametrize(
     ("phase", "iteration"),
-    [(TeacherTraining, 3), (TeacherTraining, 9), (RCMDistillation, 1), (RCMDistillation, 7)],
+    [("teacher", 3), ("teacher", 9), ("student", 1), ("student", 7)],
 )
 def test_a_run_killed_at_any_iteration_continues_to_the_same_metrics(
     finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    phase: type,
+    phase: str,
     iteration: int,
 ) -> None:
     with monkeypatch.context() as patch:
@@ -42,7 +40,7 @@ def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(
 ) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_at(patch, RCMDistillation, 1, Killed)
+        stop_at(patch, "student", 1, Killed)
         with pytest.raises(Killed):
             start(folder)
     newest = sorted((folder / "checkpoints").glob("teacher-*.pt"))[-1]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from rcm import train
-from rcm.methods.teacher import TeacherTraining
 from rcm.presets import PRESETS
 from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, start, stop_at
 
@@ -72,7 +71,7 @@ def test_a_folder_that_cannot_be_written_is_rejected(
 def test_a_run_folder_with_a_file_in_place_of_a_folder_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    stop_at(monkeypatch, TeacherTraining, 1, Killed)
+    stop_at(monkeypatch, "teacher", 1, Killed)
     with pytest.raises(Killed):
         start(tmp_path)
     (tmp_path / "grids").rmdir()
@@ -86,7 +85,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_accepts_other_settings(
 ) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_at(patch, TeacherTraining, 3, Killed)
+        stop_at(patch, "teacher", 3, Killed)
         with pytest.raises(Killed):
             start(folder, "--seed", "5")
     (folder / "config.json.partial").write_text("{")
@@ -102,7 +101,7 @@ def test_a_run_with_something_to_continue_rejects_other_settings(
     capsys: pytest.CaptureFixture,
     finishes: str,
 ) -> None:
-    stop_at(monkeypatch, TeacherTraining, 6, Killed)
+    stop_at(monkeypatch, "teacher", 6, Killed)
     with pytest.raises(Killed):
         start(tmp_path)
     if finishes == "the teacher":

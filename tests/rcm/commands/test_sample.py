@@ -67,10 +67,19 @@ def test_sample_rejects_a_folder_without_a_run(
         ("{", "cannot be read"),
         ("[]", "holds no settings"),
         ('{"preset": "other"}', "the run's preset is 'other'"),
-        ('{"preset": "digits", "shortened": 1}', "a setting 'shortened' that this version"),
-        ('{"preset": "digits", "model": 1}', "model is 1; it must be a group of settings"),
-        ('{"preset": "digits", "model": {"heads": 3}}', "heads is 3"),
-        ('{"preset": "digits", "model": {"dim": "64"}}', "dim is '64'; it must be an integer"),
+        (
+            '{"preset": "digits", "method": "rcm", "shortened": 1}',
+            "a setting 'shortened' that this version",
+        ),
+        (
+            '{"preset": "digits", "method": "rcm", "model": 1}',
+            "model is 1; it must be a group of settings",
+        ),
+        ('{"preset": "digits", "method": "rcm", "model": {"heads": 3}}', "heads is 3"),
+        (
+            '{"preset": "digits", "method": "rcm", "model": {"dim": "64"}}',
+            "dim is '64'; it must be an integer",
+        ),
     ],
 )
 def test_sample_rejects_damaged_settings(

@@ -8,8 +8,7 @@ import torch
 
 from rcm import train
 from rcm.evaluation.evaluator import Evaluator
-from rcm.methods.rcm import RCMDistillation
-from rcm.methods.teacher import TeacherTraining
+from rcm.training.trainer import Trainer
 from tests.rcm.commands.tiny_run import TINY, error_of, metrics, start, stop_at
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -52,17 +51,15 @@ def test_a_nan_loss_stops_the_run_and_names_iteration_loss_and_checkpoint(
     phase: str,
     term: str,
 ) -> None:
-    cls = {"teacher": TeacherTraining, "student": RCMDistillation}[phase]
-    step = cls.step
+    step = Trainer.step
 
-    def with_nan_weights(self: TeacherTraining | RCMDistillation) -> dict[str, float]:
-        if self.iteration == 6:
-            network = self.network if isinstance(self, TeacherTraining) else self.student
+    def with_nan_weights(self: Trainer) -> dict[str, float]:
+        if self.name == phase and self.iteration == 6:
             with torch.no_grad():
-                network.tokens_in.weight.fill_(torch.nan)
+                self.network.tokens_in.weight.fill_(torch.nan)  # type: ignore[union-attr, operator]
         return step(self)
 
-    monkeypatch.setattr(cls, "step", with_nan_weights)
+    monkeypatch.setattr(Trainer, "step", with_nan_weights)
     assert start(tmp_path / "run") == 1
     message = error_of(capsys)
     assert "iteration 7" in message
@@ -73,15 +70,15 @@ def test_a_nan_loss_stops_the_run_and_names_iteration_loss_and_checkpoint(
 def test_non_finite_weights_are_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    step = TeacherTraining.step
+    step = Trainer.step
 
-    def with_nan_average(self: TeacherTraining) -> dict[str, float]:
+    def with_nan_average(self: Trainer) -> dict[str, float]:
         metrics = step(self)
         if self.iteration == 8:
-            next(iter(self.ema.average.values())).fill_(torch.nan)
+            next(iter(self.averages["teacher"].average.values())).fill_(torch.nan)
         return metrics
 
-    monkeypatch.setattr(TeacherTraining, "step", with_nan_average)
+    monkeypatch.setattr(Trainer, "step", with_nan_average)
     assert start(tmp_path / "run") == 1
     message = error_of(capsys)
     assert "iteration 8: the averaged weights are not finite" in message
@@ -109,7 +106,7 @@ def test_an_interrupted_run_says_where_its_checkpoint_is(
     iteration: int,
     where: str,
 ) -> None:
-    stop_at(monkeypatch, TeacherTraining, iteration, KeyboardInterrupt)
+    stop_at(monkeypatch, "teacher", iteration, KeyboardInterrupt)
     assert start(tmp_path / "run") == 130
     message = error_of(capsys)
     assert where in message
@@ -128,7 +125,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
         train.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--run", "--dry-run", "--seed", "--student.tangent-warmup", "--teacher.ema-std"):
+    for option in (
+        "--run",
+        "--dry-run",
+        "--seed",
+        "--student.tangent-warmup",
+        "--teacher.ema.std",
+        "--method",
+    ):
         assert option in text
 
 

@@ -1,14 +1,12 @@
 """Options of a tiny run, and helpers to start it and read what it wrote."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rcm import train
-from rcm.methods.rcm import RCMDistillation
-from rcm.methods.teacher import TeacherTraining
+from rcm.training.trainer import Trainer
 
 TINY = [
     *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
@@ -46,18 +44,17 @@ def one_line_of(capsys: pytest.CaptureFixture) -> str:
 
 
 def stop_at(
-    patch: pytest.MonkeyPatch, phase: type, iteration: int, error: type[BaseException]
+    patch: pytest.MonkeyPatch, phase: str, iteration: int, error: type[BaseException]
 ) -> None:
     """Raise the error in place of an iteration of a phase: 1, 2, ..."""
-    step: Callable = phase.step  # type: ignore[attr-defined]
+    step = Trainer.step
 
-    def stopped(self: TeacherTraining | RCMDistillation) -> dict[str, float]:
-        if self.iteration + 1 == iteration:
+    def stopped(self: Trainer) -> dict[str, float]:
+        if self.name == phase and self.iteration + 1 == iteration:
             raise error
-        metrics: dict[str, float] = step(self)
-        return metrics
+        return step(self)
 
-    patch.setattr(phase, "step", stopped)
+    patch.setattr(Trainer, "step", stopped)
 
 
 class Killed(BaseException):

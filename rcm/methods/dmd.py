@@ -1,0 +1,118 @@
+"""DMD2 (2405.14867): move the student's samples towards the teacher's density.
+
+A critic, the "fake score", learns the score of the student's samples by flow matching. The student
+descends the difference of the two scores on its own samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from rcm.losses.flow_matching import flow_matching_loss
+from rcm.losses.loss import Loss
+from rcm.losses.score import score_loss
+from rcm.methods.samplers import ConsistencyModel
+from rcm.sampling import consistency_sample
+from rcm.time_sampling import TimeDistribution, rollout_times
+from rcm.training.method import Frozen, Losses, Role, Step, Trained
+from rcm.training.optimization import OptimizerConfig
+from rcm.validation import require_choice, require_integer, require_positive
+
+MAX_ROLLOUT_STEPS = 1000  # each is an evaluation of the network in every iteration
+
+RolloutLength = Literal["random", "cycle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMD(ConsistencyModel):
+    """DMD2: distribution matching with a critic."""
+
+    critic_optimizer: OptimizerConfig
+    score_times: TimeDistribution
+    """p_D, the noise levels of the DMD loss, the critic and the rollout."""
+    critic_start: int = 0
+    """Iteration at which the critic's training starts. It should precede the start of DMD."""
+    student_every: int = 1
+    """Once DMD has started, the student is trained once in this many iterations."""
+    alternate: bool = False
+    """Train the student or the critic in an iteration, as rCM's code does, instead of both."""
+    score_weight: float = 1.0
+    """Weight of the DMD loss."""
+    rollout_steps: int = 2
+    """Maximum number of steps of the student's samples for DMD and the critic."""
+    rollout_length: RolloutLength = "random"
+    """Draw the number of steps, or cycle through 1, 2, ... with a network's updates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(0, critic_start=self.critic_start)
+        require_integer(1, student_every=self.student_every)
+        require_positive(score_weight=self.score_weight)
+        require_integer(1, MAX_ROLLOUT_STEPS, rollout_steps=self.rollout_steps)
+        require_choice(get_args(RolloutLength), rollout_length=self.rollout_length)
+
+    @property
+    def score_start(self) -> int:
+        """Iteration at which DMD starts."""
+        return 0
+
+    def shortened(self) -> Self:
+        return replace(super().shortened(), critic_start=0)
+
+    def roles(self) -> dict[str, Role]:
+        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
+        critic = Trained(optimizer=self.critic_optimizer)
+        return {"student": student, "critic": critic, "teacher": Frozen()}
+
+    def losses(self, step: Step) -> Losses:
+        if self.trains_student(step.iteration):
+            yield "student", {"dmd": self.score(step)}
+        if self.trains_critic(step.iteration):
+            yield "critic", {"flow matching": self.critic(step)}
+
+    def trains_student(self, iteration: int) -> bool:
+        after = iteration - self.score_start
+        return after < 0 or after % self.student_every == 0
+
+    def trains_critic(self, iteration: int) -> bool:
+        if self.alternate:
+            return not self.trains_student(iteration)
+        return iteration >= self.critic_start
+
+    def score(self, step: Step) -> Loss:
+        """The weighted DMD loss of a rollout."""
+        loss = score_loss(
+            self.rollout(step, "student"),
+            step.noise(),
+            step.times(self.score_times),
+            step.condition,
+            teacher=step.guided_teacher(self.guidance),
+            fake_score=step.critic,
+        )
+        return self.score_weight * loss
+
+    def critic(self, step: Step) -> Loss:
+        """The critic's flow matching loss on a rollout."""
+        with torch.no_grad():
+            generated = self.rollout(step, "critic")
+        t = step.times(self.score_times)
+        return flow_matching_loss(step.critic, generated, step.noise(), t, step.condition)
+
+    def rollout(self, step: Step, role: str) -> Tensor:
+        """Samples of the student after 1 to `rollout_steps` steps at random times.
+
+        Its length follows the updates of the role that it trains.
+        """
+        if self.rollout_length == "cycle":
+            steps = step.updates[role] % self.rollout_steps + 1
+        else:
+            steps = step.integer(1, self.rollout_steps)
+        times = rollout_times(steps, len(step.x0), self.score_times, step.generator)
+        noise = step.noise()
+        return consistency_sample(
+            step.student, noise, times, step.condition, noise_source=step.generator
+        )

@@ -1,0 +1,64 @@
+"""sCM (2410.11081): a consistency model distilled in continuous time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from rcm.losses.consistency import Form, TangentNorm, consistency_loss
+from rcm.losses.loss import Loss
+from rcm.methods.samplers import ConsistencyModel
+from rcm.time_sampling import TimeDistribution
+from rcm.training.method import Frozen, Losses, Role, Step, Trained
+from rcm.validation import require_choice, require_integer, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCM(ConsistencyModel):
+    """sCM: consistency distillation."""
+
+    times: TimeDistribution
+    """p_G, the noise levels of the consistency loss."""
+    tangent_warmup: int
+    """Iterations over which the second term of the tangent is ramped up."""
+    form: Form = "scm"
+    """Form of the tangent during its warm-up; see rcm/losses/consistency.py."""
+    tangent_norm: TangentNorm = "rms"
+    """Norm that normalises the tangent: rms averages over the elements, l2 sums."""
+    tangent_norm_eps: float = 0.1
+    """Added to the norm of the tangent; c in the sCM paper."""
+    consistency_weight: float = 1.0
+    """Weight of the consistency loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(0, tangent_warmup=self.tangent_warmup)
+        require_choice(get_args(Form), form=self.form)
+        require_choice(get_args(TangentNorm), tangent_norm=self.tangent_norm)
+        require_positive(
+            tangent_norm_eps=self.tangent_norm_eps, consistency_weight=self.consistency_weight
+        )
+
+    def roles(self) -> dict[str, Role]:
+        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
+        return {"student": student, "teacher": Frozen()}
+
+    def losses(self, step: Step) -> Losses:
+        yield "student", {"consistency": self.consistency(step)}
+
+    def consistency(self, step: Step) -> Loss:
+        """The weighted consistency loss of a batch, along the ODE of the guided teacher."""
+        loss = consistency_loss(
+            step.student,
+            step.x0,
+            step.noise(),
+            step.times(self.times),
+            step.condition,
+            teacher=step.guided_teacher(self.guidance),
+            warmup=min(1.0, step.iteration / max(1, self.tangent_warmup)),
+            form=self.form,
+            tangent_norm=self.tangent_norm,
+            tangent_norm_eps=self.tangent_norm_eps,
+            log_weight=getattr(step.student, "log_weight", None),
+        )
+        return self.consistency_weight * loss
