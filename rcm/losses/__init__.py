@@ -1,5 +1,6 @@
 """Training losses: pure functions of networks and tensors that know nothing of a trainer."""
 
+from rcm.derivatives import central_difference, exact_jvp
 from rcm.losses.consistency import consistency_loss
 from rcm.losses.discrete_consistency import discrete_consistency_loss
 from rcm.losses.flow_matching import flow_matching_loss
@@ -10,8 +11,10 @@ from rcm.losses.score import score_loss
 
 __all__ = [
     "Loss",
+    "central_difference",
     "consistency_loss",
     "discrete_consistency_loss",
+    "exact_jvp",
     "flow_matching_loss",
     "lagrangian_flow_map_loss",
     "lcm_loss",

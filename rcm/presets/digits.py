@@ -17,7 +17,7 @@ from rcm.training.optimization import OptimizerConfig
 TIMES = LogNormal(mean=0.0, std=1.6)
 
 
-def digits(method: str) -> RunConfig:
+def config(method: str) -> RunConfig:
     """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
     return RunConfig(
         preset="digits",

@@ -52,11 +52,16 @@ VALUES = {
     **{f"teacher.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"teacher.times.{name}": values for name, values in TIMES.items()},
     "teacher.label-dropout": NOT_FRACTIONS,
-    "teacher.ema.decay": ("0.9",),
+    "teacher.ema.decay": ("x",),
     "teacher.ema.std": (*NOT_POSITIVE, "0.29", "1e-200"),
     "student.iterations": NOT_POSITIVE_INTEGERS,
     "student.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     "student.sigma-max": (*NOT_POSITIVE_OR_INFINITE, "1e-4"),
+    "student.start": (),  # a folder, which the command looks for
+    "student.guidance.scale": ("-1", "1001", "nan", "x"),
+    "student.guidance.max-scale": ("0.5", "1001", "nan", "x"),
+    "student.guidance.interval": ("1 0.5", "-1 1", "0 2", "nan 1", "x"),
+    "student.alternate": (),  # a flag
     "student.student-every": NOT_POSITIVE_INTEGERS,
     **{f"student.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"student.critic-optimizer.{name}": values for name, values in OPTIMIZER.items()},
