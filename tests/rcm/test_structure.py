@@ -11,8 +11,9 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *("trigflow", "derivatives", "time_conversions", "time_sampling", "time_precision"),
-    *("predictions", "network_conversions", "guidance", "ode", "sampling", "validation"),
+    *("trigflow", "derivatives", "time_conversions", "time_sampling", "time_pairs"),
+    *("time_precision", "predictions", "network_conversions", "guidance", "ode", "sampling"),
+    "validation",
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
