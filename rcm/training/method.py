@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from rcm.guidance import Guidance, guided
 from rcm.losses.loss import Loss
+from rcm.time_pairs import TimePairDistribution
 from rcm.time_sampling import TimeDistribution
 from rcm.training.batches import Batches
 from rcm.training.ema import EMAConfig
@@ -113,6 +114,10 @@ class Step:
         """A time for each sample: (batch,) float64."""
         return distribution(len(self.x0), self.generator)
 
+    def time_pairs(self, distribution: TimePairDistribution) -> tuple[Tensor, Tensor]:
+        """The two times of a flow map for each sample, t and end <= t: (batch,) float64 each."""
+        return distribution(len(self.x0), self.generator)
+
     def integer(self, low: int, high: int) -> int:
         """A random integer in [low, high]."""
         return self._batches.integer(low, high)
@@ -186,6 +191,13 @@ class Distillation(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("[]", MIN_SIGMA_MAX, math.inf, sigma_max=self.sigma_max)
+
+    def require_no_guidance(self, reason: str) -> None:
+        """Raise ValueError if the guidance is active, where it would have no effect."""
+        if self.guidance.active:
+            raise ValueError(
+                f"guidance is active; it must have scale 1 and no max_scale, because {reason}"
+            )
 
     @property
     @abstractmethod

@@ -59,15 +59,13 @@ VALUES = {
     "student.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     "student.sigma-max": (*NOT_POSITIVE_OR_INFINITE, "1e-4"),
     "student.start": (),  # a folder, which the command looks for
-    "student.guidance.scale": ("-1", "1001", "nan", "x"),
-    "student.guidance.max-scale": ("0.5", "1001", "nan", "x"),
-    "student.guidance.interval": ("1 0.5", "-1 1", "0 2", "nan 1", "x"),
     "student.student-every": NOT_POSITIVE_INTEGERS,
     **{f"student.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"student.critic-optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"student.times.{name}": values for name, values in TIMES.items()},
     **{f"student.score-times.{name}": values for name, values in TIMES.items()},
     "student.tangent-warmup": NOT_COUNTS,
+    "student.difference-step": NOT_POSITIVE,
     "student.critic-start": NOT_COUNTS,
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),
@@ -78,6 +76,9 @@ VALUES = {
     "student.rollout-length": ("x", ""),
     "student.ema.decay": NOT_FRACTIONS,
     "student.ema.std": ("0.05",),  # beside a decay
+    "student.guidance.scale": ("-1", "1001", "nan", "x"),
+    "student.guidance.max-scale": ("0.5", "1", "1001", "nan", "x"),
+    "student.guidance.interval": ("1 0.5", "-1 1", "0 2", "nan 1", "1"),
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
 FLAGS = {
