@@ -53,7 +53,7 @@ def parts(names: set[str]) -> set[str]:
         ("data", {"data"}),
         ("training", MATHEMATICS | {"training", "losses", "data", "models", "errors"}),
         ("methods", MATHEMATICS | {"methods", "losses", "data", "training", "errors"}),
-        ("evaluation", MATHEMATICS | {"evaluation", "data", "training"}),
+        ("evaluation", MATHEMATICS | {"evaluation", "losses", "data", "training"}),
     ],
 )
 def test_a_part_imports_only_from_the_parts_below_it(package: str, allowed: set[str]) -> None:

@@ -44,6 +44,7 @@ VALUES = {
     "threads": (*NOT_POSITIVE_INTEGERS, "1025"),
     "report-every": NOT_POSITIVE_INTEGERS,
     "checkpoint-every": NOT_POSITIVE_INTEGERS,
+    "probe-every": NOT_POSITIVE_INTEGERS,
     "model.dim": (*NOT_POSITIVE_INTEGERS, "62", "65540"),
     "model.depth": (*NOT_POSITIVE_INTEGERS, "1001"),
     "model.heads": (*NOT_POSITIVE_INTEGERS, "3", "128"),
@@ -91,7 +92,7 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an option is accepted, the command ends with status 0 instead of training."""
-    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
 
 
 def options_of(settings: dict, prefix: str = "") -> list[str]:
@@ -139,6 +140,7 @@ def test_a_flag_takes_no_value(
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),
+        (["--on-collapse", "go"], "--on-collapse: "),
         (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
