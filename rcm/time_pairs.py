@@ -8,8 +8,8 @@ With σd = 1, which is what TrigFlow networks see, time_sampling.LogNormal(mean=
 therefore the logit-normal distribution LN(m, s) of the MeanFlow papers.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -19,17 +19,16 @@ from rcm.time_sampling import MAX_LOG_SIGMA, LogNormal
 from rcm.validation import require_number
 
 
-class TimePairDistribution(Protocol):
-    """count, generator -> (t, end), (count,) float64 each, 0 <= end <= t <= π/2.
+class TimePairDistribution(ABC):
+    """A distribution of the two times of a flow map; the base class of each."""
 
-    They are on the generator's device.
-    """
-
-    def __call__(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]: ...
+    @abstractmethod
+    def __call__(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """t and end, (count,) float64 each, 0 <= end <= t <= π/2, on the generator's device."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformEnd:
+class UniformEnd(TimePairDistribution):
     """t from a distribution of its own; end uniform between 0 and t in rectified flow's u.
 
     Each end is 0 with probability fraction_zero, as in one-step sampling, and t with probability
@@ -61,7 +60,7 @@ class UniformEnd:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SortedPair:
+class SortedPair(TimePairDistribution):
     """The larger of two independent times is t, the smaller is end (MeanFlow, 2505.13447 §4.3).
 
     The MeanFlow papers draw LogNormal(mean=-0.4, std=1). end = t for 75 % of the pairs in MeanFlow
@@ -84,7 +83,7 @@ class SortedPair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncatedEnd:
+class TruncatedEnd(TimePairDistribution):
     """The gap in u first, then end below 1 - gap (TVM, 2511.19797).
 
     logit(gap) ~ N(gap_mean, gap_std²), logit(end) ~ N(end_mean, end_std²) given that

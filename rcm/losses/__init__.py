@@ -7,7 +7,9 @@ from rcm.losses.flow_matching import flow_matching_loss
 from rcm.losses.lagrangian import lagrangian_flow_map_loss
 from rcm.losses.lcm import lcm_loss
 from rcm.losses.loss import Loss
+from rcm.losses.mean_flow import mean_flow_loss
 from rcm.losses.score import score_loss
+from rcm.losses.terminal_velocity import terminal_velocity_loss
 
 __all__ = [
     "Loss",
@@ -18,5 +20,7 @@ __all__ = [
     "flow_matching_loss",
     "lagrangian_flow_map_loss",
     "lcm_loss",
+    "mean_flow_loss",
     "score_loss",
+    "terminal_velocity_loss",
 ]

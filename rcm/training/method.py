@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from rcm.guidance import Guidance, guided
 from rcm.losses.loss import Loss
+from rcm.time_pairs import TimePairDistribution
 from rcm.time_sampling import TimeDistribution
 from rcm.training.batches import Batches
 from rcm.training.ema import EMAConfig
@@ -113,6 +114,10 @@ class Step:
         """A time for each sample: (batch,) float64."""
         return distribution(len(self.x0), self.generator)
 
+    def time_pairs(self, distribution: TimePairDistribution) -> tuple[Tensor, Tensor]:
+        """The two times of a flow map for each sample, t and end <= t: (batch,) float64 each."""
+        return distribution(len(self.x0), self.generator)
+
     def integer(self, low: int, high: int) -> int:
         """A random integer in [low, high]."""
         return self._batches.integer(low, high)
@@ -165,6 +170,11 @@ class Method(ABC):
         The trainer minimises the sum of the batch means of the losses.
         """
 
+    @property
+    def trains_null_condition(self) -> bool:
+        """Whether the result knows the empty condition, so that it can be guided."""
+        return False
+
     def shortened(self) -> Self:
         """The same method with few iterations that exercise every loss, for a dry run."""
         return replace(self, iterations=2)
@@ -175,17 +185,26 @@ class Distillation(Method):
     """Settings of a method that trains a few-step student."""
 
     result: ClassVar[str] = "student"
+    guides_student: ClassVar[bool] = False
+    """Whether the guidance is an input of the student instead of the teacher's."""
 
     start: str = TEACHER
     """The student's first weights: teacher, scratch, or the folder of a run for its student."""
     guidance: Guidance = field(default_factory=Guidance)
-    """Classifier-free guidance of the teacher."""
+    """Classifier-free guidance of the teacher, or of a student that takes it as an input."""
     sigma_max: float = 80.0
     """Noise level at which sampling starts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("[]", MIN_SIGMA_MAX, math.inf, sigma_max=self.sigma_max)
+
+    def require_no_guidance(self, reason: str) -> None:
+        """Raise ValueError if the guidance is active, where it would have no effect."""
+        if self.guidance.active:
+            raise ValueError(
+                f"guidance is active; it must have scale 1 and no max_scale, because {reason}"
+            )
 
     @property
     @abstractmethod

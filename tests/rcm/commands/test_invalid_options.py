@@ -44,9 +44,11 @@ VALUES = {
     "threads": (*NOT_POSITIVE_INTEGERS, "1025"),
     "report-every": NOT_POSITIVE_INTEGERS,
     "checkpoint-every": NOT_POSITIVE_INTEGERS,
+    "probe-every": NOT_POSITIVE_INTEGERS,
     "model.dim": (*NOT_POSITIVE_INTEGERS, "62", "65540"),
     "model.depth": (*NOT_POSITIVE_INTEGERS, "1001"),
     "model.heads": (*NOT_POSITIVE_INTEGERS, "3", "128"),
+    "model.time-embedding": ("x", "Fourier"),
     "teacher.iterations": NOT_POSITIVE_INTEGERS,
     "teacher.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     **{f"teacher.optimizer.{name}": values for name, values in OPTIMIZER.items()},
@@ -58,16 +60,13 @@ VALUES = {
     "student.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     "student.sigma-max": (*NOT_POSITIVE_OR_INFINITE, "1e-4"),
     "student.start": (),  # a folder, which the command looks for
-    "student.guidance.scale": ("-1", "1001", "nan", "x"),
-    "student.guidance.max-scale": ("0.5", "1001", "nan", "x"),
-    "student.guidance.interval": ("1 0.5", "-1 1", "0 2", "nan 1", "x"),
-    "student.alternate": (),  # a flag
     "student.student-every": NOT_POSITIVE_INTEGERS,
     **{f"student.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"student.critic-optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"student.times.{name}": values for name, values in TIMES.items()},
     **{f"student.score-times.{name}": values for name, values in TIMES.items()},
     "student.tangent-warmup": NOT_COUNTS,
+    "student.difference-step": NOT_POSITIVE,
     "student.critic-start": NOT_COUNTS,
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),
@@ -78,14 +77,22 @@ VALUES = {
     "student.rollout-length": ("x", ""),
     "student.ema.decay": NOT_FRACTIONS,
     "student.ema.std": ("0.05",),  # beside a decay
+    "student.guidance.scale": ("-1", "1001", "nan", "x"),
+    "student.guidance.max-scale": ("0.5", "1", "1001", "nan", "x"),
+    "student.guidance.interval": ("1 0.5", "-1 1", "0 2", "nan 1", "1"),
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
+}
+FLAGS = {
+    "student.alternate",
+    *("model.double-norm", "model.learned-weight"),
+    *("model.null-class", "model.guidance-input", "model.auxiliary-head"),
 }
 
 
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an option is accepted, the command ends with status 0 instead of training."""
-    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
 
 
 def options_of(settings: dict, prefix: str = "") -> list[str]:
@@ -98,7 +105,7 @@ def options_of(settings: dict, prefix: str = "") -> list[str]:
 
 def test_the_table_has_every_option() -> None:
     settings = asdict(PRESETS["digits"].config("rcm"))
-    assert {"preset", "method", "teacher-run", *VALUES} == set(options_of(settings))
+    assert {"preset", "method", "teacher-run", *VALUES, *FLAGS} == set(options_of(settings))
 
 
 @pytest.mark.parametrize("option", VALUES)
@@ -112,6 +119,16 @@ def test_a_value_that_is_not_allowed_is_rejected(
         assert list(tmp_path.iterdir()) == [], value
 
 
+@pytest.mark.parametrize("flag", sorted(FLAGS))
+def test_a_flag_takes_no_value(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([f"--{flag}", "x"]) == 2
+    assert "Unrecognized options: x" in one_line_of(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -123,6 +140,7 @@ def test_a_value_that_is_not_allowed_is_rejected(
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),
+        (["--on-collapse", "go"], "--on-collapse: "),
         (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
