@@ -3,6 +3,7 @@
 Mathematics, in reading order:
 
     trigflow             the path, its velocity, networks F(x, t), and flow maps
+    norms                normalisations whose JVP has the right gradient
     derivatives          derivatives of networks: exact, or by differences
     time_conversions     TrigFlow's t, EDM's σ, rectified flow's u, timesteps of DDPM
     time_precision       checks that a network does not round its time

@@ -12,11 +12,12 @@ In bfloat16 a central difference rounds badly whatever h is; h = 0.03 is about t
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+
+from rcm.norms import DifferentiableNorms
 
 
 class Derivative(Protocol):
@@ -52,15 +53,14 @@ def exact_jvp(
     `scale` multiplies the tangents before differentiation (sCM, 2410.11081 §4.2, "JVP
     rearrangement"): dF/dt alone overflows in half precision where cos(t) sin(t) dF/dt does not.
 
-    With gradients, layer_norm is computed as rms_norm(x - mean), because the gradient through the
-    JVP of PyTorch's own is wrong. The same holds for batch_norm and instance_norm with batch
-    statistics, which raise NotImplementedError.
+    With gradients, PyTorch's layer_norm is replaced by one whose JVP has the right gradient, and
+    norms of batch statistics raise NotImplementedError (rcm/norms.py).
     """
     directions = tuple(
         _scaled(tangent, scale).to(primal.dtype)
         for primal, tangent in zip(primals, tangents, strict=True)
     )
-    norms = _DifferentiableNorms() if torch.is_grad_enabled() else nullcontext()
+    norms = DifferentiableNorms() if torch.is_grad_enabled() else nullcontext()
     with _restored_random_state(primals[0], always=False), norms:
         value, derivative = torch.func.jvp(  # type: ignore[misc]
             function, primals, directions
@@ -100,60 +100,6 @@ def central_difference(h: float) -> Derivative:
         return value, _scaled(change, factor).to(change.dtype)
 
     return derivative
-
-
-# ---- normalisations whose JVP has the right gradient -------------------------------------------
-
-
-# Functions that normalise by batch statistics if this argument is True.
-_BATCH_STATISTICS: dict[Any, str] = {
-    nn.functional.batch_norm: "training",
-    nn.functional.instance_norm: "use_input_stats",
-}
-
-
-class _DifferentiableNorms(TorchFunctionMode):
-    """Inside, normalisations have the right gradient through a JVP, or raise.
-
-    PyTorch's JVP takes the saved mean and standard deviation for constants (seen in torch 2.13;
-    pytorch/pytorch#196700 and #196699). rms_norm and group_norm are right.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.functional.layer_norm, torch.layer_norm):
-            return _layer_norm(*args, **kwargs)
-        name = _BATCH_STATISTICS.get(func)
-        if name is not None and kwargs[name]:
-            raise NotImplementedError(
-                f"the gradient through the JVP of {func.__name__} with {name}=True is wrong in "
-                "PyTorch: use central_difference(h) or another normalisation"
-            )
-        return func(*args, **kwargs)
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    """torch.layer_norm as rms_norm(x - mean), with statistics in float32 or better."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(dims, keepdim=True)
-    y = nn.functional.rms_norm(centred, normalized_shape, eps=eps)
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    # CUDA's autocast leaves the result of layer_norm in float32.
-    return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
-
-
-# ---- central differences -----------------------------------------------------------------------
 
 
 def _step(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], h: float) -> Tensor:
