@@ -28,7 +28,8 @@ class RCM(DMD, SCM):
         return self.tangent_warmup
 
     def shortened(self) -> Self:
-        return replace(super().shortened(), tangent_warmup=1)
+        iterations = 3 if self.alternate else 2
+        return replace(super().shortened(), iterations=iterations, tangent_warmup=1)
 
     def losses(self, step: Step) -> Losses:
         if self.trains_student(step.iteration):
