@@ -68,7 +68,7 @@ def test_a_part_imports_only_from_the_parts_below_it(package: str, allowed: set[
     [
         ("data.digits", {"presets.digits"}),
         ("models.dit", {"presets.digits"}),
-        ("methods.rcm", {"presets.digits"}),
+        ("methods.rcm", {"methods.staged", "presets.digits", "presets.released"}),
         ("methods.flow_matching", {"presets.digits"}),
         ("presets.digits", {"presets"}),
     ],
