@@ -52,10 +52,6 @@ class DiTConfig(ModelConfig):
     """Low frequencies, or random ones as in EDM, with which dF/dt is several times as large."""
     learned_weight: bool = False
     """Add the adaptive weight w(t) of sCM, trained with the student."""
-    null_class: bool = False
-    """Add a label that means no label, for classifier-free guidance."""
-    guidance_input: bool = False
-    """Take the guidance scale and its interval as inputs (iMF)."""
     auxiliary_head: bool = False
     """Add a second output, the velocity at (x, t), next to that of a flow map (iMF)."""
 

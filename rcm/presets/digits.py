@@ -1,6 +1,7 @@
 """The preset `digits`: from 1797 real digits to a few-step student in a few minutes on a CPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from rcm.data.digits import DigitsConfig
 from rcm.guidance import Guidance
@@ -25,6 +26,11 @@ from rcm.training.method import Distillation
 from rcm.training.optimization import OptimizerConfig
 
 TIMES = LogNormal(mean=0.0, std=1.6)
+MODEL = DiTConfig(dim=64, depth=3, heads=4)
+# A teacher without the optional parts loads into these too.
+MODELS = {
+    "imeanflow": replace(MODEL, null_class=True, guidance_input=True, auxiliary_head=True),
+}
 
 
 def digits(method: str) -> RunConfig:
@@ -34,7 +40,7 @@ def digits(method: str) -> RunConfig:
         method=method,
         threads=1,
         data=DigitsConfig(),
-        model=DiTConfig(dim=64, depth=3, heads=4),
+        model=MODELS.get(method, MODEL),
         teacher=FlowMatching(
             iterations=4000,
             batch=64,

@@ -54,6 +54,21 @@ class RunConfig:
                     f"{name}.batch is {batch}; it must be at most {self.data.size}, the number of "
                     f"samples of {self.data.name}"
                 )
+        self._require_null_class()
+
+    def _require_null_class(self) -> None:
+        if not self.model.null_class:
+            rule = "which needs a label that means no label: set model.null_class"
+            if self.student.guidance.active:
+                raise ValueError(f"student.guidance is active, {rule}")
+            if self.teacher.trains_null_condition:
+                raise ValueError(f"the teacher is trained without labels too, {rule}")
+        guides_student = self.student.guidance.active and self.student.guides_student
+        if guides_student and not self.model.guidance_input:
+            raise ValueError(
+                f"student.guidance is active, which is an input of the student of {self.method}: "
+                "set model.guidance_input"
+            )
 
     def shortened(self) -> RunConfig:
         """The same run with two iterations in each phase, for a dry run."""
