@@ -37,14 +37,14 @@ class DMD(ConsistencyModel):
     score_times: TimeDistribution
     """p_D, the noise levels of the DMD loss, the critic and the rollout."""
     critic_start: int = 0
-    """Iteration at which the critic's training starts. It should precede the start of DMD."""
+    """Iteration at which the critic's training starts; it should precede the start of DMD."""
     critic_norm: TangentNorm = "rms"
     """The critic's loss is an average over the elements (rms) or a sum (l2), as in rCM's code."""
     student_every: int = 1
     """Once DMD has started, the student is trained once in this many iterations."""
     alternate: bool = False
-    """As in rCM's code, train the critic only in iterations after the start of DMD that do not
-    train the student. critic_start has no effect."""
+    """As in rCM's code, an iteration trains the student or the critic instead of both; dmd and rcm
+    then start both DMD and the critic's training at once."""
     score_weight: float = 1.0
     """Weight of the DMD loss."""
     rollout_steps: int = 2
@@ -78,6 +78,11 @@ class DMD(ConsistencyModel):
         """Iteration at which DMD starts."""
         return 0
 
+    @property
+    def student_every_start(self) -> int:
+        """Iteration from which on student_every applies."""
+        return self.score_start
+
     def shortened(self) -> Self:
         return replace(super().shortened(), critic_start=0)
 
@@ -88,18 +93,22 @@ class DMD(ConsistencyModel):
 
     def losses(self, step: Step) -> Losses:
         if self.trains_student(step.iteration):
-            yield "student", {"dmd": self.score(step)}
+            yield "student", self.student_losses(step)
         if self.trains_critic(step.iteration):
             yield "critic", {"flow matching": self.critic(step)}
 
     def trains_student(self, iteration: int) -> bool:
-        after = iteration - self.score_start
+        after = iteration - self.student_every_start
         return after < 0 or after % self.student_every == 0
 
     def trains_critic(self, iteration: int) -> bool:
         if self.alternate:
             return not self.trains_student(iteration)
         return iteration >= self.critic_start
+
+    def student_losses(self, step: Step) -> dict[str, Loss]:
+        """The losses of the student in an iteration that trains it."""
+        return {"dmd": self.score(step)}
 
     def score(self, step: Step) -> Loss:
         """The weighted DMD loss of a rollout."""

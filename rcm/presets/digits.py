@@ -15,6 +15,7 @@ from rcm.methods.mean_flow import MeanFlow
 from rcm.methods.rcm import RCM
 from rcm.methods.scm import SCM
 from rcm.methods.sct import SCT
+from rcm.methods.staged import StagedRCM
 from rcm.methods.tvm import TVM
 from rcm.models.dit import DiTConfig
 from rcm.time_pairs import UniformEnd
@@ -86,6 +87,27 @@ def _rcm() -> RCM:
         score_times=TIMES,
         tangent_warmup=600,
         critic_start=300,
+        score_weight=0.1,
+    )
+
+
+def _rcm_staged() -> StagedRCM:
+    return StagedRCM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        critic_optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        discrete_iterations=200,
+        teacher_steps=16,
+        shift=1.0,
+        solver="heun",
+        norm="rms",
+        continuous_iterations=600,
+        times=TIMES,
+        tangent_warmup=400,
+        score_times=TIMES,
+        critic_start=600,
         score_weight=0.1,
     )
 
@@ -179,6 +201,7 @@ def _tvm() -> TVM:
 
 METHODS: dict[str, Callable[[], Distillation]] = {
     "rcm": _rcm,
+    "rcm-staged": _rcm_staged,
     "scm": _scm,
     "sct": _sct,
     "dmd": _dmd,

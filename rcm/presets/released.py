@@ -84,7 +84,7 @@ def _rcm(
 #   p_G         mean of log σ in the consistency loss, std 1.6     C:104; C:195; paper, M:88
 #   σ_max       noise level at which sampling starts               C:108; C:194; Cosmos: default
 #   batch       of all GPUs together                               C:102...222; paper
-#   iterations  of student and critic together                     rcm#11 (14B: 3k to 4k); paper
+#   iterations  of student and critic together                     NVlabs/rcm#11, 14B: 3k to 4k
 #
 # fmt: off
 METHODS: Mapping[str, RCM] = {
