@@ -119,7 +119,10 @@ def test_a_value_that_is_not_allowed_is_rejected(
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),
-        (["--on-collapse", "go"], "--on-collapse: "),
+        (
+            ["--on-collapse", "go"],
+            "invalid choice 'go' for argument '--on-collapse'. Expected one of",
+        ),
         (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
