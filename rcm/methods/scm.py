@@ -8,19 +8,19 @@ from typing import get_args
 from rcm.losses.consistency import Form, TangentNorm, consistency_loss
 from rcm.losses.loss import Loss
 from rcm.methods.samplers import ConsistencyModel
+from rcm.methods.tangents import WithTangent
 from rcm.time_sampling import TimeDistribution
 from rcm.training.method import Frozen, Losses, Role, Step, Trained
-from rcm.validation import require_choice, require_integer, require_positive
+from rcm.trigflow import Network
+from rcm.validation import require_choice, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class SCM(ConsistencyModel):
+class SCM(WithTangent, ConsistencyModel):
     """sCM: consistency distillation."""
 
     times: TimeDistribution
     """p_G, the noise levels of the consistency loss."""
-    tangent_warmup: int
-    """Iterations over which the second term of the tangent is ramped up."""
     form: Form = "scm"
     """Form of the tangent during its warm-up; see rcm/losses/consistency.py."""
     tangent_norm: TangentNorm = "rms"
@@ -32,7 +32,6 @@ class SCM(ConsistencyModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer(0, tangent_warmup=self.tangent_warmup)
         require_choice(get_args(Form), form=self.form)
         require_choice(get_args(TangentNorm), tangent_norm=self.tangent_norm)
         require_positive(
@@ -47,18 +46,23 @@ class SCM(ConsistencyModel):
         yield "student", {"consistency": self.consistency(step)}
 
     def consistency(self, step: Step) -> Loss:
-        """The weighted consistency loss of a batch, along the ODE of the guided teacher."""
+        """The weighted consistency loss of a batch."""
         loss = consistency_loss(
             step.student,
             step.x0,
             step.noise(),
             step.times(self.times),
             step.condition,
-            teacher=step.guided_teacher(self.guidance),
-            warmup=min(1.0, step.iteration / max(1, self.tangent_warmup)),
+            teacher=self.ode(step),
+            warmup=self.warmup(step.iteration),
             form=self.form,
             tangent_norm=self.tangent_norm,
             tangent_norm_eps=self.tangent_norm_eps,
             log_weight=getattr(step.student, "log_weight", None),
+            derivative=self.derivative,
         )
         return self.consistency_weight * loss
+
+    def ode(self, step: Step) -> Network | None:
+        """The network of the ODE that the student shortens; None is that of data and noise."""
+        return step.guided_teacher(self.guidance)

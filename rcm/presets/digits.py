@@ -3,11 +3,15 @@
 from collections.abc import Callable
 
 from rcm.data.digits import DigitsConfig
+from rcm.methods.ayf import AYF
+from rcm.methods.dcm import DCM
 from rcm.methods.dmd import DMD
 from rcm.methods.flow_matching import FlowMatching
 from rcm.methods.rcm import RCM
 from rcm.methods.scm import SCM
+from rcm.methods.sct import SCT
 from rcm.models.dit import DiTConfig
+from rcm.time_pairs import UniformEnd
 from rcm.time_sampling import LogNormal
 from rcm.training.config import RunConfig
 from rcm.training.ema import EMAConfig
@@ -49,6 +53,17 @@ def _scm() -> SCM:
     )
 
 
+def _sct() -> SCT:
+    return SCT(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        times=TIMES,
+        tangent_warmup=600,
+    )
+
+
 def _rcm() -> RCM:
     return RCM(
         iterations=1200,
@@ -75,4 +90,35 @@ def _dmd() -> DMD:
     )
 
 
-METHODS: dict[str, Callable[[], Distillation]] = {"rcm": _rcm, "scm": _scm, "dmd": _dmd}
+def _dcm() -> DCM:
+    return DCM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        teacher_steps=16,
+        shift=1.0,
+        solver="heun",
+        norm="rms",
+    )
+
+
+def _ayf() -> AYF:
+    return AYF(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        time_pairs=UniformEnd(times=TIMES),
+        tangent_warmup=300,
+    )
+
+
+METHODS: dict[str, Callable[[], Distillation]] = {
+    "rcm": _rcm,
+    "scm": _scm,
+    "sct": _sct,
+    "dmd": _dmd,
+    "dcm": _dcm,
+    "ayf": _ayf,
+}

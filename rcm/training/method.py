@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from rcm.guidance import Guidance, guided
 from rcm.losses.loss import Loss
+from rcm.time_pairs import TimePairDistribution
 from rcm.time_sampling import TimeDistribution
 from rcm.training.batches import Batches
 from rcm.training.ema import EMAConfig
@@ -111,6 +112,10 @@ class Step:
 
     def times(self, distribution: TimeDistribution) -> Tensor:
         """A time for each sample: (batch,) float64."""
+        return distribution(len(self.x0), self.generator)
+
+    def time_pairs(self, distribution: TimePairDistribution) -> tuple[Tensor, Tensor]:
+        """The two times of a flow map for each sample, t and end <= t: (batch,) float64 each."""
         return distribution(len(self.x0), self.generator)
 
     def integer(self, low: int, high: int) -> int:

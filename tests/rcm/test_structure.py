@@ -11,7 +11,8 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *("trigflow", "derivatives", "time_conversions", "time_sampling", "time_precision"),
+    *("trigflow", "derivatives", "time_conversions", "time_sampling", "time_pairs"),
+    "time_precision",
     *("predictions", "network_conversions", "guidance", "ode", "sampling", "validation"),
 }
 MODULES = {

@@ -68,6 +68,7 @@ VALUES = {
     **{f"student.times.{name}": values for name, values in TIMES.items()},
     **{f"student.score-times.{name}": values for name, values in TIMES.items()},
     "student.tangent-warmup": NOT_COUNTS,
+    "student.difference-step": NOT_POSITIVE,
     "student.critic-start": NOT_COUNTS,
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),

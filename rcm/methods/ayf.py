@@ -1,0 +1,85 @@
+"""AYF, Align Your Flow (2506.14603): a flow map distilled in continuous time.
+
+The Eulerian loss (AYF-EMD) keeps the end fixed and moves the start along the teacher's ODE; the
+Lagrangian loss (AYF-LMD) moves the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rcm.losses.consistency import TangentNorm, consistency_loss
+from rcm.losses.lagrangian import lagrangian_flow_map_loss
+from rcm.losses.loss import Loss
+from rcm.methods.samplers import FlowMap
+from rcm.methods.tangents import WithTangent
+from rcm.time_pairs import TimePairDistribution
+from rcm.training.method import Frozen, Losses, Role, Step, Trained
+from rcm.validation import require_choice, require_number, require_positive
+
+Objective = Literal["emd", "lmd", "unstopped-lmd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AYF(WithTangent, FlowMap):
+    """AYF: flow map distillation."""
+
+    time_pairs: TimePairDistribution
+    """Distribution of the start t and the end of the flow map."""
+    objective: Objective = "emd"
+    """Eulerian, Lagrangian, or Lagrangian with gradients through the derivative and teacher."""
+    tangent_limit: float = 0.99
+    """Largest factor of the tangent's second term; below 1 the loss contains flow matching."""
+    tangent_norm: TangentNorm = "rms"
+    """Norm that normalises the tangent: rms averages over the elements, l2 sums."""
+    tangent_norm_eps: float = 0.1
+    """Added to the norm of the tangent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(get_args(Objective), objective=self.objective)
+        require_number("[]", 0, 1, tangent_limit=self.tangent_limit)
+        require_choice(get_args(TangentNorm), tangent_norm=self.tangent_norm)
+        require_positive(tangent_norm_eps=self.tangent_norm_eps)
+
+    def roles(self) -> dict[str, Role]:
+        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
+        return {"student": student, "teacher": Frozen()}
+
+    def losses(self, step: Step) -> Losses:
+        yield "student", {"flow map": self.flow_map(step)}
+
+    def flow_map(self, step: Step) -> Loss:
+        """The Eulerian or the Lagrangian loss of a batch, along the ODE of the guided teacher."""
+        (t, end), noise = step.time_pairs(self.time_pairs), step.noise()
+        teacher = step.guided_teacher(self.guidance)
+        warmup = min(self.tangent_limit, self.warmup(step.iteration))
+        if self.objective == "emd":
+            return consistency_loss(
+                step.student,
+                step.x0,
+                noise,
+                t,
+                step.condition,
+                end=end,
+                teacher=teacher,
+                warmup=warmup,
+                tangent_norm=self.tangent_norm,
+                tangent_norm_eps=self.tangent_norm_eps,
+                derivative=self.derivative,
+            )
+        return lagrangian_flow_map_loss(
+            step.student,
+            step.x0,
+            noise,
+            t,
+            end,
+            step.condition,
+            teacher=teacher,
+            stopped=self.objective == "lmd",
+            warmup=warmup,
+            tangent_norm=self.tangent_norm,
+            tangent_norm_eps=self.tangent_norm_eps,
+            derivative=self.derivative,
+        )

@@ -1,0 +1,44 @@
+"""Settings of the methods whose loss contains a derivative of the student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rcm.derivatives import Derivative, central_difference, exact_jvp
+from rcm.training.method import Distillation
+from rcm.validation import require_integer, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDerivative(Distillation):
+    """A method that differentiates the student in its input or in a time."""
+
+    difference_step: float | None = None
+    """Use a central difference with this step, in units of t, instead of the exact derivative."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.difference_step is not None:
+            require_positive(difference_step=self.difference_step)
+
+    @property
+    def derivative(self) -> Derivative:
+        return (
+            exact_jvp if self.difference_step is None else central_difference(self.difference_step)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithTangent(WithDerivative):
+    """A method that moves the student along a tangent, whose derivative is ramped up."""
+
+    tangent_warmup: int
+    """Iterations over which the second term of the tangent is ramped up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(0, tangent_warmup=self.tangent_warmup)
+
+    def warmup(self, iteration: int) -> float:
+        """Factor in [0, 1] of the second term of the tangent."""
+        return min(1.0, iteration / max(1, self.tangent_warmup))
