@@ -11,6 +11,7 @@ from rcm.time_sampling import TimeDistribution
 from rcm.training.batches import Batches
 from rcm.training.method import Step
 from rcm.trigflow import Network
+from tests.rcm.analytic_networks import Gaussian
 
 
 class GivenStep(Step):
@@ -48,12 +49,12 @@ class GivenStep(Step):
 
 
 class Perturbed(nn.Module):
-    """F plus a combination of smooth functions of (x, t, end); the weights are its parameter."""
+    """F plus a combination of smooth functions of (x, t, end); the weights, which are zero, are its parameter."""
 
-    def __init__(self, network: Network, weight: float = 0.0) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-        self.weights = nn.Parameter(torch.full((6,), weight, dtype=torch.float64))
+        self.weights = nn.Parameter(torch.zeros(6, dtype=torch.float64))
 
     def forward(
         self, x: Tensor, t: Tensor, condition: object = None, end: Tensor | None = None
@@ -66,15 +67,15 @@ class Perturbed(nn.Module):
 
 
 def antithetic(
-    x0: Tensor, noise: Tensor, t: Tensor, mean: float, std: float
+    x0: Tensor, noise: Tensor, t: Tensor, data: Gaussian
 ) -> tuple[Tensor, Tensor]:
-    """(x0, noise) followed by the pairs that are as probable and have the same x at t.
+    """Each x0 and noise, then the pair that is as probable and leads to the same x at t.
 
-    x0 ~ N(mean, std²) and noise: (batch, elements); t: (batch,) -> (2 batch, elements) each. Given
-    x, the mean of any function that is odd about the conditional mean vanishes on each two.
+    x0, noise: (batch, elements); t: (batch,) -> (2 batch, elements) each. The means of x0 and of
+    noise over the two are the conditional means given x, around which both are symmetric.
     """
-    unit = (x0 - mean) / std
-    along, across = std * torch.cos(t)[:, None], torch.sin(t)[:, None]
-    part = 2 * (unit * across - noise * along) / (along**2 + across**2)
-    reflected = unit - part * across, noise + part * along
-    return torch.cat([x0, mean + std * reflected[0]]), torch.cat([noise, reflected[1]])
+    cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
+    x = cos * x0 + sin * noise
+    centred = (x - cos * data.mean) / ((cos * data.std) ** 2 + sin**2)
+    mean_x0, mean_noise = data.mean + cos * data.std**2 * centred, sin * centred
+    return torch.cat([x0, 2 * mean_x0 - x0]), torch.cat([noise, 2 * mean_noise - noise])
