@@ -18,11 +18,7 @@ class SCT(SCM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guidance.active:
-            raise ValueError(
-                "guidance is active; it must have scale 1 and no max_scale, because sCT has no "
-                "teacher to guide"
-            )
+        self.require_no_guidance("sCT has no teacher to guide")
 
     def roles(self) -> dict[str, Role]:
         return {"student": super().roles()["student"]}

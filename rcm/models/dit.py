@@ -1,25 +1,39 @@
 """A small diffusion transformer (DiT, 2212.09748) whose derivatives are smooth in time.
 
-It is a TrigFlow network F = net(x, t, labels) for consistency distillation: attention has a
-forward-mode derivative (jvp_attn), queries and keys are normalised, and the time embedding uses
-low frequencies. The loss contains dF/dt, and a frequency ω in the embedding multiplies dF/dt by ω.
-Fourier features with frequencies in the hundreds are harmless in a teacher, but they make dF/dt
-explode (sCM, 2410.11081 §4.1).
+It is a TrigFlow network F = net(x, t, labels) or flow map F = net(x, t, labels, end=end) for
+distillation: attention has a forward-mode derivative (jvp_attn), queries and keys are normalised,
+and the embeddings of times use low frequencies. Options of DiTConfig add what sCM and iMF ask of a
+network.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from jvp_attn import flash_attn_jvp
-from rcm.models.embeddings import TimeEmbedding
+from rcm.guidance import GuidedCondition
+from rcm.models.embeddings import (
+    GuidanceEmbedding,
+    LogWeight,
+    TimeEmbedding,
+    fourier_features,
+    zero_init,
+)
 from rcm.models.model import ModelConfig
+from rcm.models.modulation import AdaptiveLayerNorm, Modulation
+from rcm.models.optional_parts import allow_absent
 from rcm.trigflow import check_like, require_precise_time
-from rcm.validation import require_integer
+from rcm.validation import require_choice, require_integer
 
 MAX_DIM, MAX_DEPTH = 2**16, 1000
+Condition = Tensor | GuidedCondition
+Features = Literal["positional", "fourier"]
+FEATURES = get_args(Features)
+OPTIONAL_PARTS = ("end", "null_label", "guidance", "log_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,35 +46,53 @@ class DiTConfig(ModelConfig):
     """Number of blocks."""
     heads: int = 4
     """Number of attention heads; must divide the width."""
+    double_norm: bool = False
+    """Normalise the scale and the shift of AdaLN (sCM's adaptive double normalisation)."""
+    time_embedding: Features = "positional"
+    """Low frequencies, or random ones as in EDM, with which dF/dt is several times as large."""
+    learned_weight: bool = False
+    """Add the adaptive weight w(t) of sCM, trained with the student."""
+    null_class: bool = False
+    """Add a label that means no label, for classifier-free guidance."""
+    guidance_input: bool = False
+    """Take the guidance scale and its interval as inputs (iMF)."""
+    auxiliary_head: bool = False
+    """Add a second output, the velocity at (x, t), next to that of a flow map (iMF)."""
 
     def __post_init__(self) -> None:
         _require_sizes(dim=self.dim, depth=self.depth, heads=self.heads)
+        require_choice(FEATURES, time_embedding=self.time_embedding)
 
     def build(self, sample_shape: tuple[int, ...], classes: int) -> "DiT":
         channels, size, _ = sample_shape
-        return DiT(
-            size=size,
-            channels=channels,
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            classes=classes,
-        )
+        return DiT(size=size, channels=channels, classes=classes, **asdict(self))
 
 
 class DiT(nn.Module):
     """net(x, t, labels, end=None) -> F like x.
 
     x is (batch, channels, size, size); t and end are (batch,), float32 or float64; labels (batch,)
-    int64. F of a flow map depends on its end through an embedding of t - end, which starts at zero;
-    end=None adds nothing.
+    int64. The end of a flow map enters through an embedding of t - end; end=None adds nothing.
 
-    With null_class=True the label `classes` means "no label", for classifier-free guidance. The
-    defaults, for 8×8 digits, have 250k parameters. Raises ValueError if patch does not divide size,
-    heads or 4 does not divide dim, or a number is out of range, for an x or end of another shape
-    and for times below float32; TypeError for a number that is not an integer; IndexError for
+    The options are those of DiTConfig. With null_class the label `classes` means "no label". With
+    guidance_input the condition may be a GuidedCondition of labels; labels alone add nothing. With
+    learned_weight, log_weight(t) is w(t), (batch,) -> (batch,); otherwise it is None.
+
+    The end and each option but double_norm and time_embedding start without effect on F, draw
+    their weights after those of the plain network, and may be absent from a state dict: a network
+    of one time loads into a flow map, and computes the same F. The auxiliary head then starts as
+    a copy of the output layer.
+
+    The defaults, for 8×8 digits, have 250k parameters. Raises ValueError if patch does not divide
+    size, heads or 4 does not divide dim, or a setting is out of range, for an x or end of another
+    shape and for times below float32; TypeError for a number that is not an integer; IndexError for
     labels out of range.
     """
+
+    null_label: nn.Parameter | None
+    guidance: GuidanceEmbedding | None
+    velocity_out: nn.Linear | None
+    log_weight: LogWeight | None
 
     def __init__(
         self,
@@ -72,31 +104,68 @@ class DiT(nn.Module):
         depth: int = 3,
         heads: int = 4,
         classes: int = 10,
+        double_norm: bool = False,
+        time_embedding: Features = "positional",
+        learned_weight: bool = False,
         null_class: bool = False,
+        guidance_input: bool = False,
+        auxiliary_head: bool = False,
     ) -> None:
         super().__init__()
         require_integer(1, size=size, channels=channels, patch=patch, classes=classes)
         if size % patch:
             raise ValueError(f"patch is {patch}; it must divide size, which is {size}")
         _require_sizes(dim=dim, depth=depth, heads=heads)
+        require_choice(FEATURES, time_embedding=time_embedding)
         self.size, self.channels, self.patch = size, channels, patch
         self.tokens_in = nn.Linear(channels * patch**2, dim)
         self.register_buffer("positions", _grid_positions(size // patch, dim), persistent=False)
         self.time = TimeEmbedding(dim)
-        self.label = nn.Embedding(classes + null_class, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.label = nn.Embedding(classes, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, double_norm=double_norm) for _ in range(depth)
+        )
+        self.norm = AdaptiveLayerNorm(double_norm=double_norm)
         self.modulation = Modulation(dim, 2)
-        self.tokens_out = nn.Linear(dim, channels * patch**2)
-        nn.init.normal_(self.label.weight, std=0.02)
         # F starts at 0, the mean of the velocity for normalised data.
-        nn.init.zeros_(self.tokens_out.weight)
-        nn.init.zeros_(self.tokens_out.bias)
-        # Drawn last, so that the weights above do not depend on it.
-        self.end = TimeEmbedding(dim)
-        self.end.zero_output()
+        self.tokens_out = zero_init(nn.Linear(dim, channels * patch**2))
+        nn.init.normal_(self.label.weight, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, end: Tensor | None = None) -> Tensor:
+        # The rest is drawn last, so that the weights above depend only on the seed.
+        self.end = TimeEmbedding(dim, zero=True)
+        self.guidance = GuidanceEmbedding(dim) if guidance_input else None
+        if time_embedding == "fourier":
+            self.time.features = fourier_features(dim)
+        self.null_label = nn.Parameter(torch.zeros(dim)) if null_class else None
+        self.velocity_out = (
+            zero_init(nn.Linear(dim, channels * patch**2)) if auxiliary_head else None
+        )
+        self.log_weight = LogWeight(dim) if learned_weight else None
+        copies = {"velocity_out": "tokens_out"}
+        allow_absent(self, {**dict.fromkeys(OPTIONAL_PARTS), **copies})
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
+    ) -> Tensor:
+        return self._image(self.tokens_out(self._tokens(x, t, condition, end)))
+
+    @property
+    def heads(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """heads(x, t, condition, end=None) -> (F, velocity at (x, t)), each like x.
+
+        The auxiliary head of iMF (2512.02012); it shares all blocks. None without auxiliary_head.
+        """
+        return None if self.velocity_out is None else self._heads
+
+    def _heads(
+        self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.velocity_out is not None
+        h = self._tokens(x, t, condition, end)
+        return self._image(self.tokens_out(h)), self._image(self.velocity_out(h))
+
+    def _tokens(self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None) -> Tensor:
+        """What the output layers read: (batch, tokens, dim)."""
         if x.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (batch, {self.channels}, "
@@ -105,16 +174,39 @@ class DiT(nn.Module):
         p = self.patch
         h = rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
         h = self.tokens_in(h) + self.positions
-        embedding = self.time(t) + self.label(condition)
+        embedding = self._embedding(t, condition, end)
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.norm(h, *self.modulation(embedding))
+
+    def _embedding(self, t: Tensor, condition: Condition, end: Tensor | None) -> Tensor:
+        labels = condition.condition if isinstance(condition, GuidedCondition) else condition
+        embedding = self.time(t) + self._label(labels)
         if end is not None:
             check_like("end", end, "t", t)
             require_precise_time(end)
             embedding = embedding + self.end(t - end)
-        for block in self.blocks:
-            h = block(h, embedding)
-        shift, scale = self.modulation(embedding)
-        f = self.tokens_out(self.norm(h) * (1 + scale) + shift)
-        return rearrange(f, "b (y x) (c p q) -> b c (y p) (x q)", y=self.size // p, p=p, q=p)
+        if isinstance(condition, GuidedCondition):
+            if self.guidance is None:
+                raise ValueError(
+                    "the condition is a GuidedCondition, but this network has no guidance input; "
+                    "build it with guidance_input=True, or pass the labels alone"
+                )
+            scale, low, high = condition.scale, condition.low, condition.high
+            for name, value in (("scale", scale), ("low", low), ("high", high)):
+                check_like(name, value, "t", t)
+            embedding = embedding + self.guidance(scale, low, high)
+        return embedding
+
+    def _label(self, labels: Tensor) -> Tensor:
+        if self.null_label is None:
+            return self.label(labels)
+        table = torch.cat([self.label.weight, self.null_label[None]])
+        return nn.functional.embedding(labels, table)
+
+    def _image(self, tokens: Tensor) -> Tensor:
+        p = self.patch
+        return rearrange(tokens, "b (y x) (c p q) -> b c (y p) (x q)", y=self.size // p, p=p, q=p)
 
 
 def _require_sizes(*, dim: int, depth: int, heads: int) -> None:
@@ -127,35 +219,21 @@ def _require_sizes(*, dim: int, depth: int, heads: int) -> None:
         raise ValueError(f"heads is {heads}; it must divide dim, which is {dim}")
 
 
-class Modulation(nn.Module):
-    """AdaLN-zero: embedding (batch, dim) -> `chunks` tensors (batch, 1, dim), initially zero."""
-
-    def __init__(self, dim: int, chunks: int) -> None:
-        super().__init__()
-        self.chunks = chunks
-        self.linear = nn.Linear(dim, chunks * dim)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(nn.functional.silu(embedding))[:, None].chunk(self.chunks, dim=-1)
-
-
 class Block(nn.Module):
     """Attention and MLP, each modulated by time and label: (batch, tokens, dim) -> the same."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, double_norm: bool) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(dim, elementwise_affine=False)
+        self.norm_attention = AdaptiveLayerNorm(double_norm=double_norm)
         self.attention = Attention(dim, heads)
-        self.norm_mlp = nn.LayerNorm(dim, elementwise_affine=False)
+        self.norm_mlp = AdaptiveLayerNorm(double_norm=double_norm)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.modulation = Modulation(dim, 6)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding)
-        h = h + gate_a * self.attention(self.norm_attention(h) * (1 + scale_a) + shift_a)
-        return h + gate_m * self.mlp(self.norm_mlp(h) * (1 + scale_m) + shift_m)
+        h = h + gate_a * self.attention(self.norm_attention(h, shift_a, scale_a))
+        return h + gate_m * self.mlp(self.norm_mlp(h, shift_m, scale_m))
 
 
 class Attention(nn.Module):

@@ -14,5 +14,6 @@ class ModelConfig(ABC):
     def build(self, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A TrigFlow network with new weights, for samples of that shape and integer labels.
 
-        Its forward is `net(x, t, labels) -> F` (see rcm.trigflow.Network).
+        Its forward is `net(x, t, labels, end=None) -> F` (see rcm.trigflow.Network). It may have
+        the attributes `log_weight`, sCM's w(t), and `heads`, which returns F and a velocity.
         """

@@ -3,13 +3,18 @@
 from collections.abc import Callable
 
 from rcm.data.digits import DigitsConfig
+from rcm.guidance import Guidance
 from rcm.methods.ayf import AYF
 from rcm.methods.dcm import DCM
 from rcm.methods.dmd import DMD
 from rcm.methods.flow_matching import FlowMatching
+from rcm.methods.improved_mean_flow import ImprovedMeanFlow
+from rcm.methods.lcm import LCM
+from rcm.methods.mean_flow import MeanFlow
 from rcm.methods.rcm import RCM
 from rcm.methods.scm import SCM
 from rcm.methods.sct import SCT
+from rcm.methods.tvm import TVM
 from rcm.models.dit import DiTConfig
 from rcm.time_pairs import UniformEnd
 from rcm.time_sampling import LogNormal
@@ -114,11 +119,67 @@ def _ayf() -> AYF:
     )
 
 
+def _lcm() -> LCM:
+    return LCM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+    )
+
+
+def _meanflow() -> MeanFlow:
+    # The paper's times, LogNormal(mean=-0.4, std=1), almost never reach the noise that one-step
+    # sampling starts from, and its weight 1 / (e + 1e-3) gives errors near zero, which are those
+    # at end = t, up to 1000 times the weight of the others.
+    return MeanFlow(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        time_pairs=UniformEnd(times=TIMES),
+        tangent_warmup=300,
+        norm="rms",
+        power=0.5,
+        eps=0.01,
+    )
+
+
+def _imeanflow() -> ImprovedMeanFlow:
+    return ImprovedMeanFlow(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        guidance=Guidance(scale=1.0, max_scale=8.0),
+        time_pairs=UniformEnd(times=TIMES),
+        tangent_warmup=300,
+        norm="rms",
+        power=0.5,
+        eps=0.01,
+    )
+
+
+def _tvm() -> TVM:
+    return TVM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        time_pairs=UniformEnd(times=TIMES),
+        flow_matching_times=TIMES,
+    )
+
+
 METHODS: dict[str, Callable[[], Distillation]] = {
     "rcm": _rcm,
     "scm": _scm,
     "sct": _sct,
     "dmd": _dmd,
     "dcm": _dcm,
+    "lcm": _lcm,
+    "meanflow": _meanflow,
+    "imeanflow": _imeanflow,
     "ayf": _ayf,
+    "tvm": _tvm,
 }

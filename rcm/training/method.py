@@ -192,6 +192,13 @@ class Distillation(Method):
         super().__post_init__()
         require_number("[]", MIN_SIGMA_MAX, math.inf, sigma_max=self.sigma_max)
 
+    def require_no_guidance(self, reason: str) -> None:
+        """Raise ValueError if the guidance is active, where it would have no effect."""
+        if self.guidance.active:
+            raise ValueError(
+                f"guidance is active; it must have scale 1 and no max_scale, because {reason}"
+            )
+
     @property
     @abstractmethod
     def max_steps(self) -> int:

@@ -47,6 +47,7 @@ VALUES = {
     "model.dim": (*NOT_POSITIVE_INTEGERS, "62", "65540"),
     "model.depth": (*NOT_POSITIVE_INTEGERS, "1001"),
     "model.heads": (*NOT_POSITIVE_INTEGERS, "3", "128"),
+    "model.time-embedding": ("x", "Fourier"),
     "teacher.iterations": NOT_POSITIVE_INTEGERS,
     "teacher.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     **{f"teacher.optimizer.{name}": values for name, values in OPTIMIZER.items()},
@@ -79,8 +80,15 @@ VALUES = {
     "student.rollout-length": ("x", ""),
     "student.ema.decay": NOT_FRACTIONS,
     "student.ema.std": ("0.05",),  # beside a decay
+    "student.guidance.scale": ("-1", "1001", "nan", "x"),
+    "student.guidance.max-scale": ("0.5", "1", "1001", "nan", "x"),
+    "student.guidance.interval": ("1 0.5", "-1 1", "0 2", "nan 1", "1"),
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
+FLAGS = {
+    f"model.{name}"
+    for name in ("double-norm", "learned-weight", "null-class", "guidance-input", "auxiliary-head")
+} | {"student.alternate"}
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +107,8 @@ def options_of(settings: dict, prefix: str = "") -> list[str]:
 
 def test_the_table_has_every_option() -> None:
     settings = asdict(PRESETS["digits"].config("rcm"))
-    assert {"preset", "method", "teacher-run", *VALUES} == set(options_of(settings))
+    others = {"preset", "method", "teacher-run", "student.start"}  # names
+    assert {*others, *VALUES, *FLAGS} == set(options_of(settings))
 
 
 @pytest.mark.parametrize("option", VALUES)
@@ -111,6 +120,16 @@ def test_a_value_that_is_not_allowed_is_rejected(
         assert train.main([f"--{option}", *(value.split() or [""])]) == 2, value
         assert f"--{option}" in one_line_of(capsys), value
         assert list(tmp_path.iterdir()) == [], value
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS))
+def test_a_flag_takes_no_value(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([f"--{flag}", "x"]) == 2
+    assert "Unrecognized options: x" in one_line_of(capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,61 +1,10 @@
-"""The DiT: derivatives, initialisation, tokens and errors."""
+"""The DiT: initialisation, tokens and errors."""
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from rcm.models.dit import DiT, DiTConfig
-
-LAST_LABEL_WEIGHT = 0.024912172928452492  # drawn from seed 0 before the network had an end
-
-
-def randomised(**options: int | bool) -> DiT:
-    """A DiT with random weights instead of its initial zeros."""
-    net = DiT(**options).double()  # type: ignore[arg-type]
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return net
-
-
-def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, t, labels and an end below t, in float64."""
-    x, t = torch.randn(3, 1, 8, 8).double(), torch.rand(3).double()
-    return x, t, torch.tensor([0, 5, 9]), torch.rand(3) * t
-
-
-def test_derivative_along_x_t_and_end_is_the_difference_quotient() -> None:
-    net = randomised()
-    x, t, labels, end = example()
-    primals, tangents = (x, t, end), tuple(torch.randn_like(p) for p in (x, t, end))
-
-    def f(x: Tensor, t: Tensor, end: Tensor) -> Tensor:
-        return net(x, t, labels, end=end)
-
-    def shifted(h: float) -> Tensor:
-        return f(*(p + h * d for p, d in zip(primals, tangents, strict=True)))
-
-    _, derivative = torch.func.jvp(f, primals, tangents)  # type: ignore[misc]
-    quotient = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
-    assert derivative.norm() > 1e-2
-    torch.testing.assert_close(derivative, quotient, atol=1e-7, rtol=1e-6)
-
-
-def test_the_end_matters_only_through_its_distance_and_starts_without_effect() -> None:
-    x, t, labels, end = example()
-    net = randomised()
-    net.time.zero_output()
-    f = net(x, t, labels, end=end)
-    assert not torch.equal(f, net(x, t, labels, end=end / 2))
-    torch.testing.assert_close(f, net(x, t / 2, labels, end=end - t / 2))
-    net.end.zero_output()
-    assert torch.equal(net(x, t, labels, end=end), net(x, t, labels))
-
-
-def test_weights_drawn_from_a_seed_do_not_depend_on_the_end() -> None:
-    """The label table is drawn last of what a network of one time has."""
-    torch.manual_seed(0)
-    label: nn.Embedding = DiT().label
-    assert label.weight[-1, -1].item() == LAST_LABEL_WEIGHT
+from tests.rcm.models.networks import randomised
 
 
 def test_output_starts_at_zero_and_every_parameter_gets_a_gradient() -> None:
@@ -82,13 +31,6 @@ def test_tokens_are_placed_back_at_their_patches() -> None:
     assert change[:4, 4:].all()
     assert not change[4:].any()
     assert not change[:4, :4].any()
-
-
-def test_null_class_is_one_more_label() -> None:
-    x, t, null = torch.randn(1, 1, 8, 8), torch.rand(1), torch.tensor([10])
-    assert DiT(null_class=True)(x, t, null).shape == x.shape
-    with pytest.raises(IndexError):
-        DiT()(x, t, null)
 
 
 def test_invalid_input_raises() -> None:
