@@ -86,7 +86,9 @@ class GaussianMixture:
         """The exact teacher: the velocities of all modes, weighted by their posterior given x."""
         cos, sin = cos_sin(t, x)
         variance = (cos * self.std) ** 2 + sin**2
-        centred = x[:, None] - (cos * self.means.to(x.dtype).flatten()).unflatten(1, (-1, x.shape[1]))
+        centred = x[:, None] - (cos * self.means.to(x.dtype).flatten()).unflatten(
+            1, (-1, x.shape[1])
+        )
         posterior = torch.softmax(
             self.weights.to(x.dtype).log() - centred.square().sum(2) / (2 * variance), dim=1
         )

@@ -66,9 +66,7 @@ class Perturbed(nn.Module):
         return self.network(x, t, condition, end=end) + torch.stack(functions, -1) @ self.weights
 
 
-def antithetic(
-    x0: Tensor, noise: Tensor, t: Tensor, data: Gaussian
-) -> tuple[Tensor, Tensor]:
+def antithetic(x0: Tensor, noise: Tensor, t: Tensor, data: Gaussian) -> tuple[Tensor, Tensor]:
     """Each x0 and noise, then the pair that is as probable and leads to the same x at t.
 
     x0, noise: (batch, elements); t: (batch,) -> (2 batch, elements) each. The means of x0 and of
