@@ -96,7 +96,7 @@ class GaussianMixture:
         distance = (posterior[..., None] * centred).sum(1)
         return cos * sin * (1 - self.std**2) / variance * distance - sin * mean
 
-    def ode_point(self, x: Tensor, t: Tensor, end: Tensor, steps: int = 400) -> Tensor:
+    def ode_point(self, x: Tensor, t: Tensor, end: Tensor, steps: int = 100) -> Tensor:
         """The point at `end` of the ODE through (x, t), by Runge-Kutta's fourth-order method."""
         dt = ((end - t) / steps).to(x.dtype)
         for step in range(steps):

@@ -49,7 +49,7 @@ class GivenStep(Step):
 
 
 class Perturbed(nn.Module):
-    """F plus a combination of smooth functions of (x, t, end); the weights, which are zero, are its parameter."""
+    """F plus a sum of smooth functions of (x, t, end), whose weights are zero and trained."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
