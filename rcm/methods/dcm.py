@@ -37,14 +37,14 @@ class DCM(ConsistencyModel):
     """The squared error is a sum over the elements (l2) or an average (rms)."""
     target_decay: float | None = None
     """Compare with a moving average of the student that has this decay, not with the student."""
-    consistency_weight: float = 1.0
-    """Weight of the consistency loss."""
+    discrete_weight: float = 1.0
+    """Weight of the discrete consistency loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_integer(1, MAX_TEACHER_STEPS, teacher_steps=self.teacher_steps)
         require_integer(1, self.teacher_steps, skip=self.skip)
-        require_positive(shift=self.shift, consistency_weight=self.consistency_weight)
+        require_positive(shift=self.shift, discrete_weight=self.discrete_weight)
         require_choice(get_args(Solver), solver=self.solver)
         require_choice(get_args(TangentNorm), norm=self.norm)
         if self.target_decay is not None:
@@ -80,4 +80,4 @@ class DCM(ConsistencyModel):
             solver=self.solver,
             norm=self.norm,
         )
-        return self.consistency_weight * loss
+        return self.discrete_weight * loss

@@ -6,12 +6,14 @@ descends the difference of the two scores on its own samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
+from rcm.losses.consistency import TangentNorm
 from rcm.losses.flow_matching import flow_matching_loss
 from rcm.losses.loss import Loss
 from rcm.losses.score import score_loss
@@ -35,17 +37,22 @@ class DMD(ConsistencyModel):
     score_times: TimeDistribution
     """p_D, the noise levels of the DMD loss, the critic and the rollout."""
     critic_start: int = 0
-    """Iteration at which the critic's training starts. It should precede the start of DMD."""
+    """Iteration at which the critic's training starts; it should precede the start of DMD."""
+    critic_norm: TangentNorm = "rms"
+    """The critic's loss is an average over the elements (rms) or a sum (l2), as in rCM's code."""
     student_every: int = 1
     """Once DMD has started, the student is trained once in this many iterations."""
     alternate: bool = False
-    """Train the student or the critic in an iteration, as rCM's code does, instead of both."""
+    """As in rCM's code, an iteration trains the student or the critic instead of both; dmd and rcm
+    then start both DMD and the critic's training at once."""
     score_weight: float = 1.0
     """Weight of the DMD loss."""
     rollout_steps: int = 2
     """Maximum number of steps of the student's samples for DMD and the critic."""
     rollout_length: RolloutLength = "random"
     """Draw the number of steps, or cycle through 1, 2, ... with a network's updates."""
+    rollout_at_mid_times: bool = False
+    """Evaluate the steps 2, 3, ... of a rollout at mid_times instead of random times."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,11 +61,27 @@ class DMD(ConsistencyModel):
         require_positive(score_weight=self.score_weight)
         require_integer(1, MAX_ROLLOUT_STEPS, rollout_steps=self.rollout_steps)
         require_choice(get_args(RolloutLength), rollout_length=self.rollout_length)
+        require_choice(get_args(TangentNorm), critic_norm=self.critic_norm)
+        if self.alternate and self.student_every == 1:
+            raise ValueError(
+                "student_every is 1; with alternate it must be at least 2, or the critic is never "
+                "trained"
+            )
+        if self.rollout_at_mid_times and self.rollout_steps > self.max_steps:
+            raise ValueError(
+                f"rollout_steps is {self.rollout_steps}; with rollout_at_mid_times it must be at "
+                f"most {self.max_steps}, because there are {self.max_steps - 1} mid_times"
+            )
 
     @property
     def score_start(self) -> int:
         """Iteration at which DMD starts."""
         return 0
+
+    @property
+    def student_every_start(self) -> int:
+        """Iteration from which on student_every applies."""
+        return self.score_start
 
     def shortened(self) -> Self:
         return replace(super().shortened(), critic_start=0)
@@ -70,18 +93,22 @@ class DMD(ConsistencyModel):
 
     def losses(self, step: Step) -> Losses:
         if self.trains_student(step.iteration):
-            yield "student", {"dmd": self.score(step)}
+            yield "student", self.student_losses(step)
         if self.trains_critic(step.iteration):
             yield "critic", {"flow matching": self.critic(step)}
 
     def trains_student(self, iteration: int) -> bool:
-        after = iteration - self.score_start
+        after = iteration - self.student_every_start
         return after < 0 or after % self.student_every == 0
 
     def trains_critic(self, iteration: int) -> bool:
         if self.alternate:
             return not self.trains_student(iteration)
         return iteration >= self.critic_start
+
+    def student_losses(self, step: Step) -> dict[str, Loss]:
+        """The losses of the student in an iteration that trains it."""
+        return {"dmd": self.score(step)}
 
     def score(self, step: Step) -> Loss:
         """The weighted DMD loss of a rollout."""
@@ -100,10 +127,12 @@ class DMD(ConsistencyModel):
         with torch.no_grad():
             generated = self.rollout(step, "critic")
         t = step.times(self.score_times)
-        return flow_matching_loss(step.critic, generated, step.noise(), t, step.condition)
+        return flow_matching_loss(
+            step.critic, generated, step.noise(), t, step.condition, norm=self.critic_norm
+        )
 
     def rollout(self, step: Step, role: str) -> Tensor:
-        """Samples of the student after 1 to `rollout_steps` steps at random times.
+        """Samples of the student after 1 to `rollout_steps` steps.
 
         Its length follows the updates of the role that it trains.
         """
@@ -111,7 +140,10 @@ class DMD(ConsistencyModel):
             steps = step.updates[role] % self.rollout_steps + 1
         else:
             steps = step.integer(1, self.rollout_steps)
-        times = rollout_times(steps, len(step.x0), self.score_times, step.generator)
+        if self.rollout_at_mid_times:
+            times = torch.tensor([math.pi / 2, *self.mid_times[: steps - 1]], dtype=torch.float64)
+        else:
+            times = rollout_times(steps, len(step.x0), self.score_times, step.generator)
         noise = step.noise()
         return consistency_sample(
             step.student, noise, times, step.condition, noise_source=step.generator

@@ -26,6 +26,10 @@ class FlowMatching(Method):
         super().__post_init__()
         require_number("[)", 0, 1, label_dropout=self.label_dropout)
 
+    @property
+    def trains_null_condition(self) -> bool:
+        return self.label_dropout > 0
+
     def roles(self) -> dict[str, Role]:
         return {"teacher": Trained(optimizer=self.optimizer, ema=self.ema, start=SCRATCH)}
 

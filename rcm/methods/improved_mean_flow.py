@@ -25,7 +25,7 @@ from rcm.validation import require_number
 class ImprovedMeanFlow(MeanFlow):
     """iMF: MeanFlow along its own velocity, with guidance as an input."""
 
-    guidance_is_input: ClassVar[bool] = True
+    guides_student: ClassVar[bool] = True
 
     velocity: Velocity = "data"
     eps: float = 0.01

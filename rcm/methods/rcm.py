@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from rcm.losses.consistency import Form, TangentNorm
+from rcm.losses.loss import Loss
 from rcm.methods.dmd import DMD
 from rcm.methods.scm import SCM
-from rcm.training.method import Losses, Step
+from rcm.training.method import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,11 @@ class RCM(DMD, SCM):
         return self.tangent_warmup
 
     def shortened(self) -> Self:
-        return replace(super().shortened(), tangent_warmup=1)
+        iterations = 3 if self.alternate else 2
+        return replace(super().shortened(), iterations=iterations, tangent_warmup=1)
 
-    def losses(self, step: Step) -> Losses:
-        if self.trains_student(step.iteration):
-            terms = {"consistency": self.consistency(step)}
-            if step.iteration >= self.score_start:
-                terms["dmd"] = self.score(step)
-            yield "student", terms
-        if self.trains_critic(step.iteration):
-            yield "critic", {"flow matching": self.critic(step)}
+    def student_losses(self, step: Step) -> dict[str, Loss]:
+        losses = {"consistency": self.consistency(step)}
+        if step.iteration >= self.score_start:
+            losses["dmd"] = self.score(step)
+        return losses

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from rcm.derivatives import Derivative, central_difference, exact_jvp
 from rcm.training.method import Distillation
@@ -38,6 +39,9 @@ class WithTangent(WithDerivative):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_integer(0, tangent_warmup=self.tangent_warmup)
+
+    def shortened(self) -> Self:
+        return replace(super().shortened(), tangent_warmup=1)
 
     def warmup(self, iteration: int) -> float:
         """Factor in [0, 1] of the second term of the tangent."""

@@ -33,7 +33,10 @@ MAX_DIM, MAX_DEPTH = 2**16, 1000
 Condition = Tensor | GuidedCondition
 Features = Literal["positional", "fourier"]
 FEATURES = get_args(Features)
-OPTIONAL_PARTS = ("end", "null_label", "guidance", "log_weight")
+OPTIONAL_PARTS = {
+    **dict.fromkeys(("end", "null_label", "guidance", "log_weight")),
+    "velocity_out": "tokens_out",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,6 @@ class DiTConfig(ModelConfig):
     """Low frequencies, or random ones as in EDM, with which dF/dt is several times as large."""
     learned_weight: bool = False
     """Add the adaptive weight w(t) of sCM, trained with the student."""
-    null_class: bool = False
-    """Add a label that means no label, for classifier-free guidance."""
-    guidance_input: bool = False
-    """Take the guidance scale and its interval as inputs (iMF)."""
     auxiliary_head: bool = False
     """Add a second output, the velocity at (x, t), next to that of a flow map (iMF)."""
 
@@ -141,8 +140,7 @@ class DiT(nn.Module):
             zero_init(nn.Linear(dim, channels * patch**2)) if auxiliary_head else None
         )
         self.log_weight = LogWeight(dim) if learned_weight else None
-        copies = {"velocity_out": "tokens_out"}
-        allow_absent(self, {**dict.fromkeys(OPTIONAL_PARTS), **copies})
+        allow_absent(self, OPTIONAL_PARTS)
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None

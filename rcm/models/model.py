@@ -10,6 +10,11 @@ from torch import nn
 class ModelConfig(ABC):
     """Settings of a network; the base class of each network's own config."""
 
+    null_class: bool = False
+    """Add a label that means no label, for classifier-free guidance."""
+    guidance_input: bool = False
+    """Take the guidance scale and its interval as inputs (iMF)."""
+
     @abstractmethod
     def build(self, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A TrigFlow network with new weights, for samples of that shape and integer labels.

@@ -1,6 +1,7 @@
 """The preset `digits`: from 1797 real digits to a few-step student in a few minutes on a CPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from rcm.data.digits import DigitsConfig
 from rcm.guidance import Guidance
@@ -14,6 +15,7 @@ from rcm.methods.mean_flow import MeanFlow
 from rcm.methods.rcm import RCM
 from rcm.methods.scm import SCM
 from rcm.methods.sct import SCT
+from rcm.methods.staged import StagedRCM
 from rcm.methods.tvm import TVM
 from rcm.models.dit import DiTConfig
 from rcm.time_pairs import UniformEnd
@@ -24,16 +26,21 @@ from rcm.training.method import Distillation
 from rcm.training.optimization import OptimizerConfig
 
 TIMES = LogNormal(mean=0.0, std=1.6)
+MODEL = DiTConfig(dim=64, depth=3, heads=4)
+# A teacher without the optional parts loads into these too.
+MODELS = {
+    "imeanflow": replace(MODEL, null_class=True, guidance_input=True, auxiliary_head=True),
+}
 
 
-def digits(method: str) -> RunConfig:
+def config(method: str) -> RunConfig:
     """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
     return RunConfig(
         preset="digits",
         method=method,
         threads=1,
         data=DigitsConfig(),
-        model=DiTConfig(dim=64, depth=3, heads=4),
+        model=MODELS.get(method, MODEL),
         teacher=FlowMatching(
             iterations=4000,
             batch=64,
@@ -80,6 +87,27 @@ def _rcm() -> RCM:
         score_times=TIMES,
         tangent_warmup=600,
         critic_start=300,
+        score_weight=0.1,
+    )
+
+
+def _rcm_staged() -> StagedRCM:
+    return StagedRCM(
+        iterations=1200,
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-4),
+        critic_optimizer=OptimizerConfig(lr=1e-4),
+        ema=EMAConfig(decay=0.995),
+        discrete_iterations=200,
+        teacher_steps=16,
+        shift=1.0,
+        solver="heun",
+        norm="rms",
+        continuous_iterations=600,
+        times=TIMES,
+        tangent_warmup=400,
+        score_times=TIMES,
+        critic_start=600,
         score_weight=0.1,
     )
 
@@ -173,6 +201,7 @@ def _tvm() -> TVM:
 
 METHODS: dict[str, Callable[[], Distillation]] = {
     "rcm": _rcm,
+    "rcm-staged": _rcm_staged,
     "scm": _scm,
     "sct": _sct,
     "dmd": _dmd,

@@ -41,11 +41,14 @@ class RunConfig:
     """Iterations between sample grids and scores of the student."""
     checkpoint_every: int
     """Iterations between checkpoints."""
+    probe_every: int = 10
+    """Iterations between probes of the student, which notice a collapse."""
 
     def __post_init__(self) -> None:
         require_integer(0, MAX_SEED, seed=self.seed)
         require_integer(1, MAX_THREADS, threads=self.threads)
         require_integer(1, report_every=self.report_every, checkpoint_every=self.checkpoint_every)
+        require_integer(1, probe_every=self.probe_every)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
         for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
@@ -54,6 +57,21 @@ class RunConfig:
                     f"{name}.batch is {batch}; it must be at most {self.data.size}, the number of "
                     f"samples of {self.data.name}"
                 )
+        self._require_null_class()
+
+    def _require_null_class(self) -> None:
+        if not self.model.null_class:
+            rule = "which needs a label that means no label: set model.null_class"
+            if self.student.guidance.active:
+                raise ValueError(f"student.guidance is active, {rule}")
+            if self.teacher.trains_null_condition:
+                raise ValueError(f"the teacher is trained without labels too, {rule}")
+        guides_student = self.student.guidance.active and self.student.guides_student
+        if guides_student and not self.model.guidance_input:
+            raise ValueError(
+                f"student.guidance is active, which is an input of the student of {self.method}: "
+                "set model.guidance_input"
+            )
 
     def shortened(self) -> RunConfig:
         """The same run with two iterations in each phase, for a dry run."""
@@ -63,6 +81,7 @@ class RunConfig:
             student=self.student.shortened(),
             report_every=2,
             checkpoint_every=2,
+            probe_every=1,
         )
 
 

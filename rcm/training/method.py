@@ -170,6 +170,11 @@ class Method(ABC):
         The trainer minimises the sum of the batch means of the losses.
         """
 
+    @property
+    def trains_null_condition(self) -> bool:
+        """Whether the result knows the empty condition, so that it can be guided."""
+        return False
+
     def shortened(self) -> Self:
         """The same method with few iterations that exercise every loss, for a dry run."""
         return replace(self, iterations=2)
@@ -180,11 +185,13 @@ class Distillation(Method):
     """Settings of a method that trains a few-step student."""
 
     result: ClassVar[str] = "student"
+    guides_student: ClassVar[bool] = False
+    """Whether the guidance is an input of the student instead of the teacher's."""
 
     start: str = TEACHER
     """The student's first weights: teacher, scratch, or the folder of a run for its student."""
     guidance: Guidance = field(default_factory=Guidance)
-    """Classifier-free guidance of the teacher."""
+    """Classifier-free guidance of the teacher, or of a student that takes it as an input."""
     sigma_max: float = 80.0
     """Noise level at which sampling starts."""
 

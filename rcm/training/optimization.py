@@ -57,7 +57,7 @@ class OptimizerConfig:
         updates, because a critic may start late or be trained more often than the student.
         """
         if self.schedule == "constant":
-            risen = min(update, self.warmup) / max(1, self.warmup) if self.warmup else 1.0
+            risen = min(1.0, update / self.warmup) if self.warmup else 1.0
             return FIRST_FACTOR + (1 - FIRST_FACTOR) * risen
         rise = min(1.0, (update + 1) / max(1, self.warmup))
         return rise * 0.5 * (1 + math.cos(math.pi * progress))
@@ -80,7 +80,8 @@ class Optimization:
 
         Returns metrics: "grad_norm" before clipping; "clipped", 1 if clipping acted;
         "nonfinite_grads", the number of elements set to zero; with several terms also
-        "grad_norm_NAME" of each and "grad_ratio_NAME", its ratio to the first.
+        "grad_norm_NAME" of each, over its finite elements, and "grad_ratio_NAME", its ratio to the
+        first. Terms share no graph: each has its own backward pass.
 
         Raises:
             RunError: a loss or the gradient is not finite; the weights are unchanged.
@@ -102,17 +103,15 @@ class Optimization:
         if len(terms) == 1:
             next(iter(terms.values())).backward()
             return {}
-        norms: dict[str, float] = {}
-        before: list[Tensor | None] = [None] * len(self._parameters())
+        parameters, norms = self._parameters(), {}
         for name, loss in terms.items():
+            before = [None if p.grad is None else p.grad.clone() for p in parameters]
             loss.backward()
-            gradients = [p.grad for p in self._parameters()]
-            norms[name] = _norm(
-                g if old is None else g - old
-                for g, old in zip(gradients, before, strict=True)
-                if g is not None
+            norms[name] = _finite_norm(
+                p.grad if old is None else p.grad - old
+                for p, old in zip(parameters, before, strict=True)
+                if p.grad is not None
             )
-            before = [None if g is None else g.clone() for g in gradients]
         first = next(iter(norms.values()))
         metrics = {f"grad_norm_{name}": norm for name, norm in norms.items()}
         others = list(norms.items())[1:]
@@ -121,10 +120,10 @@ class Optimization:
     def _clip(self, terms: str, iteration: int) -> dict[str, float]:
         zeroed = 0
         if self.config.nonfinite == "zero":
-            for parameter in self._parameters():
-                if parameter.grad is not None:
-                    zeroed += int((~parameter.grad.isfinite()).sum())
-                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            zeroed = int(sum((~gradient.isfinite()).sum() for gradient in gradients))
+            for gradient in gradients:
+                gradient.nan_to_num_(0.0, 0.0, 0.0)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.clip)
         if not norm.isfinite():
             raise RunError(f"iteration {iteration + 1}: the {terms} gradient is {norm.item()}")
@@ -145,6 +144,7 @@ class Optimization:
         self.optimizer.load_state_dict(state["adamw"])
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+def _finite_norm(tensors: Iterable[Tensor]) -> float:
+    """Norm of all finite elements."""
+    norms = [torch.linalg.vector_norm(x.nan_to_num(0.0, 0.0, 0.0)) for x in tensors]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

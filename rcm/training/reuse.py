@@ -39,11 +39,12 @@ def with_teacher_settings(
     settings of a config.json.
 
     Raises:
-        OptionError: a setting of the teacher was given together with another run's teacher.
+        OptionError: a setting of the teacher was given together with another run's teacher, or a
+            teacher that was not trained without labels shall be guided.
         RunError: the other run is missing or unfinished, or has other data.
     """
     if config.teacher_run is None:
-        return config
+        return _guidable(config)
     other = Path(config.teacher_run)
     source = run if (run / TEACHER_WEIGHTS).exists() else other
     found = _config_of(source, read_config)
@@ -53,7 +54,7 @@ def with_teacher_settings(
             f"--teacher is {other}, which brings the settings of its teacher; leave out the "
             "options --teacher.*"
         )
-    return replace(config, teacher=found.teacher)
+    return _guidable(replace(config, teacher=found.teacher))
 
 
 def weights_of_other_runs(
@@ -85,6 +86,17 @@ def weights_of_other_runs(
         load_into(build(), load_weights(source), str(source))
         found[name] = source.read_bytes()
     return found
+
+
+def _guidable(config: RunConfig) -> RunConfig:
+    """The config, checked: guidance of a teacher needs its prediction for the empty condition."""
+    guided = config.student.guidance.active and "teacher" in config.student.roles()
+    if guided and not config.teacher.trains_null_condition:
+        raise OptionError(
+            "--student.guidance is active, but the teacher is not trained without labels; train "
+            "one with --model.null-class --teacher.label-dropout 0.1"
+        )
+    return config
 
 
 def _config_of(run: Path, read_config: Callable[[dict[str, Any]], RunConfig]) -> RunConfig:
