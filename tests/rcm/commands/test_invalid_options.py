@@ -66,6 +66,7 @@ VALUES = {
     "student.tangent-warmup": NOT_COUNTS,
     "student.difference-step": NOT_POSITIVE,
     "student.critic-start": NOT_COUNTS,
+    "student.critic-norm": ("x", "L2"),
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),
     "student.tangent-norm-eps": NOT_POSITIVE,
@@ -83,7 +84,7 @@ VALUES = {
 FLAGS = {
     f"model.{name}"
     for name in ("double-norm", "learned-weight", "null-class", "guidance-input", "auxiliary-head")
-} | {"student.alternate"}
+} | {"student.alternate", "student.rollout-at-mid-times"}
 
 
 @pytest.fixture(autouse=True)
