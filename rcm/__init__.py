@@ -3,10 +3,12 @@
 Mathematics, in reading order:
 
     trigflow             the path, its velocity, networks F(x, t), and flow maps
+    norms                normalisations whose JVP has the right gradient
     derivatives          derivatives of networks: exact, or by differences
     time_conversions     TrigFlow's t, EDM's σ, rectified flow's u, timesteps of DDPM
     time_precision       checks that a network does not round its time
     time_sampling        distributions of the training time
+    time_pairs           distributions of the two times of a flow map
     predictions          F from a prediction of eps, v, x0 or flow, and the inverse
     network_conversions  networks of rectified flow, EDM and DDPM as TrigFlow networks, and back
     guidance             classifier-free guidance

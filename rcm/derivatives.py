@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rcm.norms import DifferentiableNorms
+
 
 class Derivative(Protocol):
     """(function, primals, tangents, scale) -> (value, scale · derivative along the tangents).
@@ -50,12 +52,16 @@ def exact_jvp(
 
     `scale` multiplies the tangents before differentiation (sCM, 2410.11081 §4.2, "JVP
     rearrangement"): dF/dt alone overflows in half precision where cos(t) sin(t) dF/dt does not.
+
+    With gradients, PyTorch's layer_norm is replaced by one whose JVP has the right gradient, and
+    norms of batch statistics raise NotImplementedError (rcm/norms.py).
     """
     directions = tuple(
         _scaled(tangent, scale).to(primal.dtype)
         for primal, tangent in zip(primals, tangents, strict=True)
     )
-    with _restored_random_state(primals[0], always=False):
+    norms = DifferentiableNorms() if torch.is_grad_enabled() else nullcontext()
+    with _restored_random_state(primals[0], always=False), norms:
         value, derivative = torch.func.jvp(  # type: ignore[misc]
             function, primals, directions
         )

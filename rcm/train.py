@@ -31,9 +31,11 @@ from rcm import command_line
 from rcm.data.dataset import Dataset
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
+from rcm.evaluation.probes import Probes
 from rcm.evaluation.report import save_grid, save_report, table
 from rcm.presets import DEFAULT_PRESET, PRESETS, config_from_settings
 from rcm.training.checkpoint import load_weights, save_weights, write_atomically
+from rcm.training.collapse import CollapseError, CollapseWatch, OnCollapse
 from rcm.training.config import RunConfig
 from rcm.training.loop import train
 from rcm.training.method import SCRATCH, TEACHER, Method
@@ -56,6 +58,8 @@ class Arguments:
     """Build everything and run a few steps of each phase in a temporary folder."""
     method: str
     """The distillation method."""
+    on_collapse: OnCollapse = "stop"
+    """Stop a run whose student collapses, or explain it and continue."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
@@ -74,10 +78,10 @@ def main(argv: list[str]) -> int:
         )
         if arguments.dry_run:
             with _temporary_folder() as folder:
-                run(folder / "dry-run", config.shortened())
+                run(folder / "dry-run", config.shortened(), arguments.on_collapse)
             print("dry run: everything was built and works")
         else:
-            run(arguments.run, config)
+            run(arguments.run, config, arguments.on_collapse)
     except (OptionError, RunError) as error:
         return command_line.report(error)
     except KeyboardInterrupt as interrupt:
@@ -123,12 +127,13 @@ def _known(kind: str, name: str, known: Iterable[str]) -> str:
     raise OptionError(f"unknown {kind} {name!r}{hint}. {kind.capitalize()}s: {', '.join(known)}")
 
 
-def run(path: Path, config: RunConfig) -> None:
+def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None:
     """Do what is left of a run: teacher, student, report.
 
     Raises:
         OptionError: the machine lacks the device or the memory, or the folder cannot be used.
-        RunError: it cannot start or continue; the message says what to do.
+        RunError: it cannot start or continue, or the student collapsed; the message says what to
+            do.
     """
     require_device(config)
     require_memory(config)
@@ -140,7 +145,9 @@ def run(path: Path, config: RunConfig) -> None:
         try:
             for name, content in borrowed.items():
                 write_atomically(path / name, content)
-            _run_in(folder, config)
+            _run_in(folder, config, on_collapse)
+        except CollapseError:
+            raise
         except RunError as error:
             raise RunError(f"{error}; {folder.describe_last_checkpoint()}") from error
         except OSError as error:
@@ -182,7 +189,7 @@ def build_network(config: RunConfig) -> nn.Module:
     return network.to(config.device)
 
 
-def _run_in(folder: RunFolder, config: RunConfig) -> None:
+def _run_in(folder: RunFolder, config: RunConfig, on_collapse: OnCollapse) -> None:
     started = time.monotonic()
     data = _load_data(config)
     evaluator = Evaluator(data, config.data.classifier(data), config.student)
@@ -218,7 +225,13 @@ def _run_in(folder: RunFolder, config: RunConfig) -> None:
             folder.log(distillation.name, distillation.iteration, metrics)
             tqdm.write(f"{distillation.iteration:5d}  {name:15s}  {score}")
 
-    train(distillation, folder, config, report)
+    probes = Probes(data, evaluator.classifier, config.student, teacher)
+    watch = CollapseWatch(
+        probes.measure, probes.teacher_rmse(), every=config.probe_every, on_collapse=on_collapse
+    )
+    if "student" in restored:
+        watch.load_state_dict(restored["student"]["watch"])
+    train(distillation, folder, config, report, watch)
     scores = {f"real {config.data.name}, half against half": evaluator.real_scores()}
     for steps in TEACHER_STEPS:
         reference = steps == REFERENCE_STEPS

@@ -7,7 +7,8 @@ guidance. LCM is the discrete consistency loss with
     c_skip  = σ² / (s² + σ²),  c_out = s / √(s² + σ²)
 
 instead of x̂0, one DDIM step over 20 timesteps, and a pseudo-Huber distance. f is x at timestep 0,
-whatever the network, and almost x̂0 at all others.
+whatever the network, and almost x̂0 at all others. s, σ, the timesteps and the distance are those of
+diffusers' training scripts and its LCMScheduler.
 
     f                   lcm_network(net, schedule), a TrigFlow network whose x̂0 is f
     loss                lcm_loss, at timesteps from lcm_timesteps

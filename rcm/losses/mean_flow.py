@@ -42,8 +42,6 @@ from rcm.trigflow import (
 )
 from rcm.validation import require_number, require_positive
 
-Guidance = tuple[Tensor, Tensor, Tensor]
-
 
 def mean_velocity(f: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Rectified flow's U = Z F - (C - S) x: f, x (batch, ...), t (batch,) -> (batch, ...).
@@ -65,7 +63,7 @@ def mean_flow_loss(
     *,
     teacher: Network | None = None,
     improved: bool = False,
-    guidance: Guidance | None = None,
+    guidance: tuple[Tensor, Tensor, Tensor] | None = None,
     null_condition: Callable[[Any], Any] | None = None,
     warmup: float = 1.0,
     norm: TangentNorm = "l2",
@@ -170,7 +168,7 @@ def _guided(
     v: Tensor,
     condition: Any,
     null: Any,
-    guidance: Guidance,
+    guidance: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """(v_c, v + (1 - 1/w) (v_c - v_u)), velocities of TrigFlow (batch, ...) each."""
     scale, low, high = guidance

@@ -33,7 +33,10 @@ MAX_DIM, MAX_DEPTH = 2**16, 1000
 Condition = Tensor | GuidedCondition
 Features = Literal["positional", "fourier"]
 FEATURES = get_args(Features)
-OPTIONAL_PARTS = ("end", "null_label", "guidance", "log_weight")
+OPTIONAL_PARTS = {
+    **dict.fromkeys(("end", "null_label", "guidance", "log_weight")),
+    "velocity_out": "tokens_out",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +140,7 @@ class DiT(nn.Module):
             zero_init(nn.Linear(dim, channels * patch**2)) if auxiliary_head else None
         )
         self.log_weight = LogWeight(dim) if learned_weight else None
-        copies = {"velocity_out": "tokens_out"}
-        allow_absent(self, {**dict.fromkeys(OPTIONAL_PARTS), **copies})
+        allow_absent(self, OPTIONAL_PARTS)
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None

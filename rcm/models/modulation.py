@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from rcm.models.embeddings import zero_init
+from rcm.norms import layer_norm
 
 # b starts at 0, where pnorm has the slope eps^-½ and the third derivative -3 eps^-3/2 along b. The
 # usual 1e-8 multiplies the first gradients by 10⁴, and the first step of Adam takes b from 0 to
@@ -43,18 +44,13 @@ class AdaptiveLayerNorm(nn.Module):
         scale = 1 + scale
         if self.double_norm:
             scale, shift = pixel_norm(scale), pixel_norm(shift)
-        return layer_norm(h) * scale + shift
+        return _layer_norm(h) * scale + shift
 
 
-def layer_norm(h: Tensor) -> Tensor:
-    """(h - mean) / sqrt(variance + 1e-5) over the last dimension, with all derivatives.
-
-    The JVP of torch's layer_norm is exact, but its own derivative is not: it takes the saved mean
-    and variance for constants (pytorch/pytorch#196700). Where autograd can differentiate the
-    tangent, this is a composition of operations that are right.
-    """
+def _layer_norm(h: Tensor) -> Tensor:
+    """Over the last dimension; PyTorch's is faster, but its JVP has a wrong gradient."""
     if torch.is_grad_enabled() and forward_ad.unpack_dual(h).tangent is not None:
-        return nn.functional.rms_norm(h - h.mean(-1, keepdim=True), h.shape[-1:], eps=1e-5)
+        return layer_norm(h, h.shape[-1:])
     return nn.functional.layer_norm(h, h.shape[-1:])
 
 

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rcm.presets.digits import METHODS as DIGITS_METHODS
-from rcm.presets.digits import digits
+from rcm.presets import digits
 from rcm.training.config import RunConfig, updated
 from rcm.training.method import Distillation
 
@@ -20,7 +19,7 @@ class Preset:
     default_method: str
 
 
-PRESETS = {"digits": Preset(digits, DIGITS_METHODS, "rcm")}
+PRESETS = {"digits": Preset(digits.config, digits.METHODS, "rcm")}
 DEFAULT_PRESET = "digits"
 
 

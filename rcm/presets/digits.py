@@ -33,7 +33,7 @@ MODELS = {
 }
 
 
-def digits(method: str) -> RunConfig:
+def config(method: str) -> RunConfig:
     """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
     return RunConfig(
         preset="digits",

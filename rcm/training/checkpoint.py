@@ -83,13 +83,16 @@ class Checkpoints:
             old.unlink()
         return path
 
-    def paths(self) -> list[Path]:
-        """Complete checkpoints, newest first."""
+    def paths(self, before: tuple[str, int] | None = None) -> list[Path]:
+        """Complete checkpoints, newest first; all, or those before a phase's iteration."""
         found = []
         for record in self.folder.glob("*.json"):
             phase, _, iteration = record.stem.partition("-")
             if phase in self.phases and iteration.isdigit():
                 found.append((self.phases.index(phase), int(iteration), record.with_suffix(".pt")))
+        if before is not None:
+            end = (self.phases.index(before[0]), before[1])
+            found = [entry for entry in found if entry[:2] < end]
         return [path for _, _, path in sorted(found, reverse=True)]
 
     def latest(self) -> tuple[dict[str, Any] | None, list[str]]:

@@ -41,11 +41,14 @@ class RunConfig:
     """Iterations between sample grids and scores of the student."""
     checkpoint_every: int
     """Iterations between checkpoints."""
+    probe_every: int = 10
+    """Iterations between probes of the student, which notice a collapse."""
 
     def __post_init__(self) -> None:
         require_integer(0, MAX_SEED, seed=self.seed)
         require_integer(1, MAX_THREADS, threads=self.threads)
         require_integer(1, report_every=self.report_every, checkpoint_every=self.checkpoint_every)
+        require_integer(1, probe_every=self.probe_every)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
         for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
@@ -78,6 +81,7 @@ class RunConfig:
             student=self.student.shortened(),
             report_every=2,
             checkpoint_every=2,
+            probe_every=1,
         )
 
 

@@ -1,4 +1,4 @@
-"""The training loop: steps a trainer to its end with metrics, checkpoints and reports."""
+"""The training loop: steps a trainer to its end with metrics, probes, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -7,39 +7,69 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from rcm.errors import RunError
+from rcm.training.collapse import PATIENCE, CollapseError, CollapseWatch
 from rcm.training.config import RunConfig
 from rcm.training.run_folder import RunFolder
 from rcm.training.trainer import Trainer
 
 
 def train(
-    trainer: Trainer, folder: RunFolder, config: RunConfig, report: Callable[[], None] | None = None
+    trainer: Trainer,
+    folder: RunFolder,
+    config: RunConfig,
+    report: Callable[[], None] | None = None,
+    watch: CollapseWatch | None = None,
 ) -> None:
     """Continue until `trainer.iterations`; call `report` every `config.report_every` iterations.
 
+    watch probes a student before the first iteration and every `watch.every` iterations.
+
     Raises:
-        RunError: a loss, a gradient or an averaged weight is not finite.
+        RunError: a loss, a gradient, an averaged weight or a probe is not finite.
+        CollapseError: the student collapsed, and the watch is to stop then.
         OSError: a file cannot be written.
     """
     progress = tqdm(
         desc=trainer.name, total=trainer.iterations, initial=trainer.iteration, disable=None
     )
     with progress:
+        if watch is not None and trainer.iteration == 0:
+            folder.log(trainer.name, 0, watch.probe(trainer))
         while trainer.iteration < trainer.iterations:
             metrics = trainer.step()
             folder.log(trainer.name, trainer.iteration, metrics)
             progress.update()
             if "loss" in metrics:
                 progress.set_postfix(loss=f"{metrics['loss']:.3g}")
+            if watch is not None and trainer.iteration % watch.every == 0:
+                folder.log(trainer.name, trainer.iteration, watch.probe(trainer))
+                if watch.collapsed:
+                    _handle_collapse(watch, trainer, folder)
             reports = trainer.iteration % config.report_every == 0
-            done = trainer.iteration == trainer.iterations
-            saves = done or trainer.iteration % config.checkpoint_every == 0
+            saves = trainer.iteration == trainer.iterations or (
+                trainer.iteration % config.checkpoint_every == 0
+                and (watch is None or watch.allows_checkpoint)
+            )
             if reports or saves:
                 _require_finite_weights(trainer)
             if reports and report is not None:
                 report()
             if saves:
-                folder.save_checkpoint(trainer.name, trainer.iteration, trainer.state_dict())
+                state = trainer.state_dict()
+                if watch is not None:
+                    state["watch"] = watch.state_dict()
+                folder.save_checkpoint(trainer.name, trainer.iteration, state)
+
+
+def _handle_collapse(watch: CollapseWatch, trainer: Trainer, folder: RunFolder) -> None:
+    if watch.on_collapse == "continue" and watch.streak > PATIENCE:
+        return  # this collapse has been explained
+    explanation = watch.explain(trainer.iteration, folder.metrics(trainer.name))
+    if watch.on_collapse == "continue":
+        tqdm.write(explanation)
+        return
+    good = folder.describe_good_checkpoint(trainer.name, watch.streak_start(trainer.iteration))
+    raise CollapseError(f"{explanation}; {good}")
 
 
 def _require_finite_weights(trainer: Trainer) -> None:

@@ -51,6 +51,11 @@ class RunFolder:
         self._metrics.write(line.encode() + b"\n")
         self._metrics.flush()
 
+    def metrics(self, phase: str) -> list[dict[str, Any]]:
+        """The lines of a phase in metrics.jsonl so far."""
+        lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
+        return [line for line in map(json.loads, lines) if line["phase"] == phase]
+
     def save_checkpoint(self, phase: str, iteration: int, state: dict[str, Any]) -> None:
         """Save a state and the current length of metrics.jsonl."""
         os.fsync(self._metrics.fileno())
@@ -75,6 +80,11 @@ class RunFolder:
         if not paths:
             return "there is no checkpoint yet"
         return f"the last intact checkpoint is {paths[0]}"
+
+    def describe_good_checkpoint(self, phase: str, before: int) -> str:
+        """For error messages: where the last checkpoint before an iteration of a phase is."""
+        paths = self.checkpoints.paths(before=(phase, before))
+        return f"the last good checkpoint is {paths[0]}" if paths else "there is no good checkpoint"
 
     def close(self) -> None:
         self._metrics.close()

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rcm.data.dataset import Dataset
 from rcm.errors import RunError
 from rcm.losses.loss import Loss
+from rcm.time_precision import require_unrounded_time
 from rcm.training.batches import Batches
 from rcm.training.ema import EMA
 from rcm.training.method import SCRATCH, Averaged, Method, Role, Step, Trained
@@ -60,8 +62,20 @@ def load_into(network: nn.Module, weights: Weights, source: str) -> None:
         raise RunError(f"{source} do not fit the model: {problem[:300]}") from error
 
 
+def _require_unrounded_time(role: str, network: nn.Module, data: Dataset) -> None:
+    x, condition = data.samples[:1], data.labels[:1]
+    t = torch.ones(1, device=x.device)
+    try:
+        require_unrounded_time(network, x, t, condition)
+    except ValueError as error:
+        raise RunError(f"the {role} cannot be used: {error}") from error
+
+
 class Trainer:
-    """Trains the networks of a method. A restored trainer takes the same steps."""
+    """Trains the networks of a method. A restored trainer takes the same steps.
+
+    Raises RunError if a network rounds its time below float32.
+    """
 
     def __init__(
         self,
@@ -72,6 +86,8 @@ class Trainer:
         *,
         seed: int,
     ) -> None:
+        for role, network in networks.items():
+            _require_unrounded_time(role, network, data)
         self.name, self.method, self.networks = name, method, networks
         self.iteration = 0
         self.batches = Batches(data, method.batch, seed)

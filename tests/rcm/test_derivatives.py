@@ -75,7 +75,8 @@ def test_central_difference_is_of_second_order(case: Case) -> None:
     torch.testing.assert_close(order, torch.full((2,), 2.0).double(), atol=0.1, rtol=0)
 
 
-def test_differences_stay_within_the_times_of_trigflow() -> None:
+@pytest.mark.parametrize("scale", [None, torch.ones(4, dtype=torch.float64)])
+def test_differences_stay_within_the_times_of_trigflow(scale: Tensor | None) -> None:
     """At t = 0 and t = π/2 they are one-sided; a quadratic then shows half the step."""
     t = torch.tensor([0.0, 0.004, 0.8, torch.pi / 2], dtype=torch.float64)
     seen = []
@@ -84,7 +85,7 @@ def test_differences_stay_within_the_times_of_trigflow() -> None:
         seen.append(t)
         return t**2
 
-    _, d = central_difference(0.01)(quadratic, (t,), (torch.ones_like(t),))
+    _, d = central_difference(0.01)(quadratic, (t,), (torch.ones_like(t),), scale)
     torch.testing.assert_close(
         d - 2 * t, torch.tensor([0.01, 0.006, 0.0, -0.01], dtype=torch.float64)
     )

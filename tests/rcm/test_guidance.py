@@ -140,7 +140,7 @@ def test_guidance_keeps_the_dtype_of_the_network() -> None:
 
     x, condition = torch.ones(2, 3, dtype=torch.bfloat16), torch.full((2, 1), 3.0).bfloat16()
     f = guided(net, torch.zeros_like, 4.0)(x, torch.zeros(2), condition)
-    assert torch.equal(f, torch.full((2, 3), 12.0, dtype=torch.bfloat16))
+    torch.testing.assert_close(f, torch.full((2, 3), 12.0, dtype=torch.bfloat16))
 
 
 # ---- the setting -------------------------------------------------------------------------------

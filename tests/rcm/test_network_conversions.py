@@ -256,6 +256,22 @@ def test_the_tangent_of_a_converted_network_is_exact(
     torch.testing.assert_close(tangent, difference, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["rectified flow", "rectified flow, 1000 u", "EDM"])
+def test_the_tangent_of_a_converted_flow_map_is_exact_in_both_times(name: str) -> None:
+    from_, to, t = CONVERSIONS[name]
+    net, x, t = two_time_network(), inputs(t[10:-10]), t[10:-10]
+    direction = inputs(t), torch.randn_like(t), torch.randn_like(t)
+    tangents = [
+        torch.func.jvp(
+            lambda x, t, end, f=f: f(x, t, None, end=end),  # type: ignore[misc]
+            (x, t, t / 3),
+            direction,
+        )[1]
+        for f in (from_(to(net)), net)
+    ]
+    torch.testing.assert_close(*tangents, atol=1e-10, rtol=1e-10)
+
+
 @every_conversion
 def test_the_tangent_of_a_network_of_each_convention_is_a_derivative(
     from_: Convert, to: Convert, t: Tensor

@@ -1,5 +1,7 @@
 """Steps along ODEs that have closed-form solutions: of a Gaussian and of a single data point."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,13 +58,15 @@ def test_ddim_step_to_zero_is_the_denoiser() -> None:
     torch.testing.assert_close(step, denoise(net, x, t, None))
 
 
-def test_gradients_flow_through_all_evaluations() -> None:
+@pytest.mark.parametrize("solver", ["euler", "ddim", "heun"])
+def test_gradients_flow_through_all_evaluations(solver: Solver) -> None:
     """For F = w x, Heun's step is (1 + w dt + (w dt)²/2) x."""
-    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    dt, w = -0.4, torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     x = torch.ones(1, 1, dtype=torch.float64)
-    t, t_next = torch.tensor([1.0, 0.6], dtype=torch.float64)[:, None]
-    ode_step(lambda x, t, condition: w * x, x, t, t_next, None, "heun").sum().backward()
-    torch.testing.assert_close(w.grad, torch.tensor(-0.4 + 0.7 * 0.16, dtype=torch.float64))
+    t, t_next = torch.tensor([1.0, 1.0 + dt], dtype=torch.float64)[:, None]
+    ode_step(lambda x, t, condition: w * x, x, t, t_next, None, solver).sum().backward()
+    expected = {"euler": dt, "ddim": math.sin(dt), "heun": dt + 0.7 * dt**2}[solver]
+    torch.testing.assert_close(w.grad, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("solver", ["euler", "ddim", "heun"])

@@ -44,6 +44,7 @@ VALUES = {
     "threads": (*NOT_POSITIVE_INTEGERS, "1025"),
     "report-every": NOT_POSITIVE_INTEGERS,
     "checkpoint-every": NOT_POSITIVE_INTEGERS,
+    "probe-every": NOT_POSITIVE_INTEGERS,
     "model.dim": (*NOT_POSITIVE_INTEGERS, "62", "65540"),
     "model.depth": (*NOT_POSITIVE_INTEGERS, "1001"),
     "model.heads": (*NOT_POSITIVE_INTEGERS, "3", "128"),
@@ -53,11 +54,12 @@ VALUES = {
     **{f"teacher.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"teacher.times.{name}": values for name, values in TIMES.items()},
     "teacher.label-dropout": NOT_FRACTIONS,
-    "teacher.ema.decay": ("0.9",),
+    "teacher.ema.decay": ("x",),
     "teacher.ema.std": (*NOT_POSITIVE, "0.29", "1e-200"),
     "student.iterations": NOT_POSITIVE_INTEGERS,
     "student.batch": (*NOT_POSITIVE_INTEGERS, "1798"),
     "student.sigma-max": (*NOT_POSITIVE_OR_INFINITE, "1e-4"),
+    "student.start": (),  # a folder, which the command looks for
     "student.student-every": NOT_POSITIVE_INTEGERS,
     **{f"student.optimizer.{name}": values for name, values in OPTIMIZER.items()},
     **{f"student.critic-optimizer.{name}": values for name, values in OPTIMIZER.items()},
@@ -82,15 +84,16 @@ VALUES = {
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
 FLAGS = {
-    f"model.{name}"
-    for name in ("double-norm", "learned-weight", "null-class", "guidance-input", "auxiliary-head")
-} | {"student.alternate", "student.rollout-at-mid-times"}
+    *("student.alternate", "student.rollout-at-mid-times"),
+    *("model.double-norm", "model.learned-weight"),
+    *("model.null-class", "model.guidance-input", "model.auxiliary-head"),
+}
 
 
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an option is accepted, the command ends with status 0 instead of training."""
-    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
 
 
 def options_of(settings: dict, prefix: str = "") -> list[str]:
@@ -103,8 +106,7 @@ def options_of(settings: dict, prefix: str = "") -> list[str]:
 
 def test_the_table_has_every_option() -> None:
     settings = asdict(PRESETS["digits"].config("rcm"))
-    others = {"preset", "method", "teacher-run", "student.start"}  # names
-    assert {*others, *VALUES, *FLAGS} == set(options_of(settings))
+    assert {"preset", "method", "teacher-run", *VALUES, *FLAGS} == set(options_of(settings))
 
 
 @pytest.mark.parametrize("option", VALUES)
@@ -139,6 +141,7 @@ def test_a_flag_takes_no_value(
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),
+        (["--on-collapse", "go"], "--on-collapse: "),
         (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),

@@ -24,7 +24,9 @@ def test_a_folder_of_other_settings_is_rejected(
 def test_a_folder_of_another_preset_is_rejected(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setitem(PRESETS, "other", lambda: replace(PRESETS["digits"](), preset="other"))
+    digits = PRESETS["digits"]
+    other = replace(digits, config=lambda method: replace(digits.config(method), preset="other"))
+    monkeypatch.setitem(PRESETS, "other", other)
     assert train.main(["other", "--run", str(finished), *TINY]) == 1
     assert "preset = digits there, other now" in error_of(capsys)
 

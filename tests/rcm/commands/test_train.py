@@ -26,7 +26,7 @@ def test_a_run_writes_all_its_files(finished: Path) -> None:
     for name in expected:
         assert (finished / name).stat().st_size > 0, name
     lines = metrics(finished)
-    steps = [(line["phase"], line["iteration"]) for line in lines if "samples" not in line]
+    steps = [(line["phase"], line["iteration"]) for line in lines if "loss" in line]
     assert steps == [("teacher", i + 1) for i in range(12)] + [
         ("student", i + 1) for i in range(10)
     ]
@@ -150,7 +150,7 @@ def test_a_run_uses_the_threads_of_its_config(
 ) -> None:
     used: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(train, "_run_in", lambda folder, config: None)
+    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
     assert start(tmp_path / "default") == 0
     assert start(tmp_path / "three", "--threads", "3") == 0
     assert used == [1, 3]

@@ -8,12 +8,15 @@ import pytest
 from rcm import train
 from rcm.training.trainer import Trainer
 
-TINY = [
+ANY_METHOD = [
     *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
-    *("--teacher.iterations", "12", "--student.iterations", "10"),
-    *("--teacher.batch", "16", "--student.batch", "16"),
-    *("--student.tangent-warmup", "4", "--student.critic-start", "2"),
+    *("--student.iterations", "10", "--student.batch", "16"),
     *("--report-every", "5", "--checkpoint-every", "4"),
+]
+TINY = [
+    *ANY_METHOD,
+    *("--teacher.iterations", "12", "--teacher.batch", "16"),
+    *("--student.tangent-warmup", "4", "--student.critic-start", "2"),
 ]
 
 # An interrupted run ends in the same bytes of these.
@@ -22,6 +25,12 @@ RESULTS = ("metrics.jsonl", "student.safetensors", "report.json")
 
 def start(folder: Path, *options: str) -> int:
     return train.main(["--run", str(folder), *TINY, *options])
+
+
+def start_method(folder: Path, method: str, teacher: Path, *options: str) -> int:
+    """A run of any method with the teacher of another run."""
+    run = ["--method", method, "--teacher", str(teacher), "--run", str(folder)]
+    return train.main([*run, *ANY_METHOD, *options])
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rcm.guidance import guided
 from rcm.losses.lcm import lcm_loss, lcm_network, lcm_timesteps
 from rcm.predictions import f_from_prediction
 from rcm.sampling import consistency_sample
@@ -88,6 +89,34 @@ def test_loss_is_the_pseudo_huber_distance_after_a_ddim_step(
         )
         torch.testing.assert_close(loss.value, expected)
         torch.testing.assert_close(loss.diagnostics["lcm"], expected)
+
+
+def test_each_sample_can_have_its_own_guidance_scale(
+    schedule: VPSchedule, data: tuple[Tensor, Tensor]
+) -> None:
+    student, teacher = SmoothNetwork(5).double(), SmoothNetwork(5).double()
+    condition = torch.randn(6, 5, dtype=torch.float64)
+    scale = torch.tensor([1.0, 2.0, 3.0, 5.0, 8.0, 15.0], dtype=torch.float64)
+
+    def conditional(x: Tensor, t: Tensor, condition: Tensor, end: Tensor | None = None) -> Tensor:
+        return teacher(x, t) + condition
+
+    def value(samples: slice, w: float | Tensor) -> Tensor:
+        return lcm_loss(
+            student,
+            data[0][samples],
+            data[1][samples],
+            TIMESTEP[samples],
+            TIMESTEP[samples] - 10,
+            condition[samples],
+            schedule=schedule,
+            teacher=guided(conditional, torch.zeros_like, w),
+        ).value
+
+    together = value(slice(None), scale)
+    for i in range(6):
+        torch.testing.assert_close(value(slice(i, i + 1), scale[i].item())[0], together[i])
+    assert not torch.isclose(together[1:], value(slice(None), 1.0)[1:], rtol=1e-3).any()
 
 
 def test_only_f_of_the_student_carries_gradients(

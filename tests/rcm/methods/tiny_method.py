@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,48 +19,46 @@ from rcm.training.trainer import Trainer, Weights, build_networks
 METHODS = tuple(PRESETS["digits"].methods)
 
 
-def tiny_config(method: str, iterations: int, teacher_run: Path | None = None) -> RunConfig:
-    """The method's preset, in which few iterations exercise every loss."""
+def tiny_config(
+    method: str, iterations: int, teacher_run: Path | None = None, **settings: Any
+) -> RunConfig:
+    """The method's preset with other settings, in which few iterations exercise every loss."""
     config = PRESETS["digits"].config(method)
+    student = replace(config.student.shortened(), batch=8, iterations=iterations, **settings)
+    model = replace(config.model, dim=16, depth=1, heads=2)  # type: ignore[call-arg]
     return replace(
         config,
         teacher_run=None if teacher_run is None else str(teacher_run),
-        model=replace(config.model, dim=16, depth=1, heads=2),  # type: ignore[call-arg]
-        student=replace(config.student.shortened(), batch=8, iterations=iterations),
+        model=replace(model, null_class=model.null_class or student.guidance.active),
+        student=student,
         report_every=100,
         checkpoint_every=2,
     )
 
 
-def random_weights(config: RunConfig) -> Weights:
+def random_weights() -> Weights:
     """Random weights of a network without optional parts, in place of a trained teacher."""
-    plain = PRESETS["digits"].config("scm").model
-    plain = replace(plain, dim=16, depth=1, heads=2)  # type: ignore[call-arg]
-    network = build_network(
-        replace(config, model=plain, student=PRESETS["digits"].config("scm").student)
-    )
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.1 * torch.randn(weight.shape, generator=generator)
-        for name, weight in network.state_dict().items()
+        for name, weight in build_network(tiny_config("scm", 1)).state_dict().items()
     }
 
 
 def save_teacher_run(folder: Path) -> None:
     """Write what other runs need of a run whose teacher is finished."""
-    config = tiny_config("scm", 1)
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    save_weights(folder / "teacher.safetensors", random_weights(config))
+    (folder / "config.json").write_text(json.dumps(asdict(tiny_config("scm", 1))))
+    save_weights(folder / "teacher.safetensors", random_weights())
 
 
-def tiny_trainer(method: str, iterations: int) -> Trainer:
+def tiny_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
     """A trainer of the student, at its first iteration."""
-    config = tiny_config(method, iterations)
+    config = tiny_config(method, iterations, **settings)
     digits = load_digits()
     data = Dataset(digits.samples[:64].to(torch.get_default_dtype()), digits.labels[:64], 10)
     networks = build_networks(
         config.student.roles(),
         lambda: build_network(config),
-        {TEACHER: random_weights(config)},
+        {TEACHER: random_weights()},
     )
     return Trainer("student", config.student, networks, data, seed=1)

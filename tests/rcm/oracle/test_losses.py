@@ -30,10 +30,16 @@ TEACHER = trigflow(StandIn("teacher").requires_grad_(False))
 SCM_T = ORACLE["scm_t"][:, 0]
 
 
-def scm_tangent(warmup: float) -> Tangent:
-    x, f_teacher = ORACLE["scm_xt"], ORACLE["scm_F_teacher"]
-    student = trigflow(StandIn("student"))
-    return consistency_tangent(student, x, SCM_T, f_teacher, CONDITION, warmup=warmup, form="rcm")
+def scm_tangent(warmup: float, dtype: torch.dtype = torch.float64) -> Tangent:
+    return consistency_tangent(
+        trigflow(StandIn("student").to(dtype)),
+        ORACLE["scm_xt"].to(dtype),
+        SCM_T,
+        ORACLE["scm_F_teacher"].to(dtype),
+        CONDITION.to(dtype),
+        warmup=warmup,
+        form="rcm",
+    )
 
 
 def scm_loss(student: StandIn, teacher: Network, warmup: float, dtype: torch.dtype) -> Loss:
@@ -106,6 +112,7 @@ def test_consistency_loss_of_a_float32_network() -> None:
     teacher = with_guidance(trigflow(StandIn("teacher").float().requires_grad_(False)))
     loss = scm_loss(student, teacher, 1.0, torch.float32)
     assert_recorded("f32_scm_r1_loss", SCALE * loss.value, tolerance=1e-5)
+    assert_recorded("f32_scm_r1_g", scm_tangent(1.0, torch.float32).g, tolerance=1e-5)
 
 
 # ---- discrete consistency loss -----------------------------------------------------------------
@@ -198,7 +205,8 @@ def test_score_loss_of_a_float32_network() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_flow_matching_loss_of_the_critic_and_its_gradient(steps: int) -> None:
-    fake, sample = StandIn("fake"), ORACLE[f"critic{steps}_sample"]
+    fake, sample = StandIn("fake"), rollout(StandIn("student"), steps).detach()
+    assert_recorded(f"critic{steps}_sample", sample)
     x = interpolate(sample, SCORE_NOISE, SCORE_T)
     assert_recorded(f"critic{steps}_xt", x)
     assert_recorded(f"critic{steps}_x0_fake", denoise(trigflow(fake), x, SCORE_T, CONDITION))

@@ -14,7 +14,7 @@ from rcm.methods import dmd, scm
 from rcm.presets.released import METHODS
 from rcm.sampling import consistency_sample
 from rcm.time_conversions import u_from_t
-from rcm.time_sampling import LogNormal, ShiftedUniform
+from rcm.time_sampling import LogNormal, ShiftedUniform, TimeDistribution
 from rcm.training.ema import power_decay, power_gamma
 from rcm.training.method import Step
 from rcm.training.trainer import Trainer
@@ -219,22 +219,29 @@ def test_power_function_decay(name: str, rate: float) -> None:
 # ---- times -------------------------------------------------------------------------------------
 
 
+def draw(distribution: TimeDistribution, recorded: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Times from recorded normal or uniform numbers."""
+    numbers = ORACLE[recorded].flatten()
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, lambda *size, **options: numbers)
+    return distribution(len(numbers), torch.Generator())
+
+
 @pytest.mark.parametrize(("name", "mean"), [("pG_0p7", 0.7), ("pG_1p5", 1.5)])
 def test_times_of_the_consistency_loss(
-    name: str, mean: float, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    name: str, mean: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    normals = ORACLE["time_normals"]
-    monkeypatch.setattr(torch, "randn", lambda *size, **options: normals)
-    t = LogNormal(mean=mean, std=1.6)(len(normals), generator)
+    distribution = LogNormal(mean=mean, std=1.6)
+    t = draw(distribution, "time_normals", monkeypatch)
     assert_recorded(f"{name}_t", t)
     assert_recorded(f"{name}_u", u_from_t(t))
+    if mean == 0.7:
+        assert_recorded("scm_t", draw(distribution, "scm_normal", monkeypatch))
 
 
-def test_times_of_the_score_loss(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uniforms = ORACLE["time_uniforms"]
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: uniforms)
-    t = ShiftedUniform(shift=5.0)(len(uniforms), generator)
+def test_times_of_the_score_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution = ShiftedUniform(shift=5.0)
+    t = draw(distribution, "time_uniforms", monkeypatch)
     assert_recorded("pD_t", t)
     assert_recorded("pD_u", u_from_t(t))
+    assert_recorded("dmd_t", draw(distribution, "d_uniform", monkeypatch))

@@ -1,0 +1,55 @@
+"""Normalisations whose JVP has the right gradient.
+
+The JVP of PyTorch's layer_norm, batch_norm and instance_norm is exact, but the gradient through it
+is silently wrong: it takes the saved mean and standard deviation for constants (seen in torch 2.13;
+pytorch/pytorch#196700 and #196699). rms_norm and group_norm are right.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Functions that normalise by batch statistics if this argument is True.
+_BATCH_STATISTICS: dict[Any, str] = {
+    nn.functional.batch_norm: "training",
+    nn.functional.instance_norm: "use_input_stats",
+}
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """torch.layer_norm as rms_norm(x - mean), with statistics in float32 or better."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
+    y = nn.functional.rms_norm(centred, normalized_shape, eps=eps)
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    # CUDA's autocast leaves the result of layer_norm in float32.
+    return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
+
+
+class DifferentiableNorms(TorchFunctionMode):
+    """Inside, every module's normalisations have the right gradient through a JVP, or raise."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.functional.layer_norm, torch.layer_norm):
+            return layer_norm(*args, **kwargs)
+        name = _BATCH_STATISTICS.get(func)
+        if name is not None and kwargs[name]:
+            raise NotImplementedError(
+                f"the gradient through the JVP of {func.__name__} with {name}=True is wrong in "
+                "PyTorch: use central_difference(h) or another normalisation"
+            )
+        return func(*args, **kwargs)

@@ -1,0 +1,58 @@
+"""How the students of some methods are sampled."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from rcm.guidance import Guidance, GuidedCondition
+from rcm.methods.lcm import SCHEDULE
+from tests.rcm.methods.tiny_method import tiny_config
+
+NOISE, LABELS = torch.ones(2, 1, 8, 8), torch.tensor([3, 4])
+
+
+class Calls:
+    """A network that records its arguments and returns zero."""
+
+    def __init__(self) -> None:
+        self.times: list[Tensor] = []
+        self.conditions: list[Any] = []
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
+        self.times.append(t)
+        self.conditions.append(condition)
+        return torch.zeros_like(x)
+
+
+def test_lcm_samples_at_the_timesteps_of_its_paper() -> None:
+    net, method = Calls(), tiny_config("lcm", 1).student
+    method.sample(net, NOISE, LABELS, 4, Generator().manual_seed(0))
+    timesteps = [SCHEDULE.timestep(t)[0].item() for t in net.times]
+    assert timesteps == pytest.approx([999, 759, 499, 259], abs=1e-2)
+    with pytest.raises(ValueError, match=r"steps is 51; it must be an integer in 1\.\.50"):
+        method.sample(net, NOISE, LABELS, 51, Generator())
+
+
+def test_imeanflow_samples_with_its_guidance_as_an_input() -> None:
+    net, method = Calls(), tiny_config("imeanflow", 1).student
+    guided = replace(
+        method, guidance=Guidance(max_scale=8.0, interval=(0.2, 1.4)), sample_scale=3.0
+    )  # type: ignore[call-arg]
+    guided.sample(net, NOISE, LABELS, 2, Generator())
+    for condition in net.conditions:
+        assert isinstance(condition, GuidedCondition)
+        assert torch.equal(condition.condition, LABELS)
+        assert condition.scale.tolist() == [3.0, 3.0]
+        assert condition.low.tolist() == pytest.approx([0.2, 0.2])
+        assert condition.high.tolist() == pytest.approx([1.4, 1.4])
+
+
+def test_imeanflow_without_guidance_takes_the_labels_alone() -> None:
+    net, method = Calls(), replace(tiny_config("imeanflow", 1).student, guidance=Guidance())
+    method.sample(net, NOISE, LABELS, 2, Generator())
+    assert all(torch.equal(condition, LABELS) for condition in net.conditions)
+    assert net.times[0].tolist() == pytest.approx([math.atan(80)] * 2)

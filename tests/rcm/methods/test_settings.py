@@ -1,0 +1,66 @@
+"""Settings of methods act: the guidance, the target, the velocity and the derivative."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from rcm.guidance import Guidance
+from tests.rcm.methods.tiny_method import METHODS, tiny_config, tiny_trainer
+
+GUIDED = Guidance(scale=3.0)
+UNGUIDED = {"sct", "tvm"}
+
+
+def losses(method: str, **settings: Any) -> list[float]:
+    """The losses of the student in three iterations; the last two have the full tangent."""
+    trainer = tiny_trainer(method, 3, **settings)
+    return [trainer.step()["loss"] for _ in range(3)]
+
+
+def methods_with(setting: str) -> list[str]:
+    configs = {method: tiny_config(method, 1).student for method in METHODS}
+    return [m for m, student in configs.items() if setting in {f.name for f in fields(student)}]
+
+
+@pytest.mark.parametrize("method", sorted(UNGUIDED))
+def test_a_method_without_a_teacher_refuses_guidance(method: str) -> None:
+    with pytest.raises(ValueError, match="guidance is active; it must have scale 1"):
+        tiny_config(method, 1, guidance=GUIDED)
+
+
+def test_a_mean_flow_of_data_refuses_guidance() -> None:
+    with pytest.raises(ValueError, match="data and noise has none"):
+        tiny_config("meanflow", 1, velocity="data", guidance=GUIDED)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - UNGUIDED))
+def test_guidance_changes_what_the_student_learns(method: str) -> None:
+    assert losses(method, guidance=GUIDED) != losses(method, guidance=Guidance())
+
+
+@pytest.mark.parametrize("method", methods_with("difference_step"))
+def test_a_central_difference_gives_nearly_the_losses_of_the_exact_derivative(method: str) -> None:
+    exact, difference = losses(method), losses(method, difference_step=0.01)
+    assert difference != exact
+    assert difference == pytest.approx(exact, rel=0.01)
+
+
+def test_the_three_objectives_of_ayf_differ() -> None:
+    found = {tuple(losses("ayf", objective=o)) for o in ("emd", "lmd", "unstopped-lmd")}
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("method", ["meanflow", "imeanflow"])
+def test_a_mean_flow_is_distilled_or_trained_on_data(method: str) -> None:
+    assert losses(method, velocity="teacher") != losses(method, velocity="data")
+    assert "teacher" in tiny_config(method, 1, velocity="teacher").student.roles()
+    assert "teacher" not in tiny_config(method, 1, velocity="data").student.roles()
+
+
+def test_the_target_of_dcm_is_the_student_or_its_average() -> None:
+    student = losses("dcm")
+    assert losses("dcm", target_decay=0.0) == student
+    average = losses("dcm", target_decay=0.9)
+    assert average[:1] == student[:1]  # before the first update they are equal
+    assert average[1:] != student[1:]
