@@ -201,11 +201,11 @@ def _tvm() -> TVM:
 
 METHODS: dict[str, Callable[[], Distillation]] = {
     "rcm": _rcm,
-    "rcm-staged": _rcm_staged,
     "scm": _scm,
     "sct": _sct,
     "dmd": _dmd,
     "dcm": _dcm,
+    "rcm-staged": _rcm_staged,
     "lcm": _lcm,
     "meanflow": _meanflow,
     "imeanflow": _imeanflow,

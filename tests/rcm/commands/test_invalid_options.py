@@ -68,6 +68,7 @@ VALUES = {
     "student.tangent-warmup": NOT_COUNTS,
     "student.difference-step": NOT_POSITIVE,
     "student.critic-start": NOT_COUNTS,
+    "student.critic-norm": ("x", "L2"),
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),
     "student.tangent-norm-eps": NOT_POSITIVE,
@@ -83,7 +84,7 @@ VALUES = {
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
 FLAGS = {
-    "student.alternate",
+    *("student.alternate", "student.rollout-at-mid-times"),
     *("model.double-norm", "model.learned-weight"),
     *("model.null-class", "model.guidance-input", "model.auxiliary-head"),
 }
