@@ -36,7 +36,7 @@ def test_a_run_trains_every_network_and_writes_its_files(finished: Path, method:
     assert max(line["iteration"] for line in lines) == ITERATIONS
     trained = {key for line in lines for key in line if key.endswith("loss")}
     assert "loss" in trained
-    assert ("critic_loss" in trained) == ("critic" in tiny_config(method, 1).student.roles())
+    assert ("critic_loss" in trained) == ("critic" in tiny_config(method, 4).student.roles())
 
 
 def test_the_student_of_a_run_can_be_sampled(finished: Path, tmp_path: Path) -> None:

@@ -41,13 +41,13 @@ def random_weights() -> Weights:
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.1 * torch.randn(weight.shape, generator=generator)
-        for name, weight in build_network(tiny_config("scm", 1)).state_dict().items()
+        for name, weight in build_network(tiny_config("scm", 4)).state_dict().items()
     }
 
 
 def save_teacher_run(folder: Path) -> None:
     """Write what other runs need of a run whose teacher is finished."""
-    (folder / "config.json").write_text(json.dumps(asdict(tiny_config("scm", 1))))
+    (folder / "config.json").write_text(json.dumps(asdict(tiny_config("scm", 4))))
     save_weights(folder / "teacher.safetensors", random_weights())
 
 
