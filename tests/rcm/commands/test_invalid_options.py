@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rcm import train
+from rcm import run, train
 from rcm.presets import PRESETS
 from tests.rcm.commands.tiny_run import one_line_of
 
@@ -93,7 +93,7 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an option is accepted, the command ends with status 0 instead of training."""
-    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
+    monkeypatch.setattr(run, "_run_in", lambda *arguments: None)
 
 
 def options_of(settings: dict, prefix: str = "") -> list[str]:

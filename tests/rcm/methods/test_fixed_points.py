@@ -150,13 +150,13 @@ def test_every_method_has_a_case() -> None:
 
 @cases(GIVEN_X)
 def test_the_exact_map_has_no_gradient(name: str, case: Settings) -> None:
-    found = gradients(replace(METHODS[name](), **case), exact_student(name, DATA))
+    found = gradients(replace(METHODS[name], **case), exact_student(name, DATA))
     assert max(found.values()) < 1e-10
 
 
 @cases(EXPECTED)
 def test_the_exact_map_has_no_expected_gradient(name: str, case: Settings) -> None:
-    method, student = replace(METHODS[name](), **case), exact_student(name, DATA)
+    method, student = replace(METHODS[name], **case), exact_student(name, DATA)
     assert max(gradients(method, student, expected=True).values()) < 1e-10
     assert min(gradients(method, student).values()) > 1e-2
 
@@ -169,7 +169,7 @@ def test_the_gradient_of_the_exact_map_vanishes_with_the_solvers_error(
     settings, long, short, order = case
     student = exact_student(name, DATA)
     coarse, fine = (
-        sum(gradients(replace(METHODS[name](), **settings | steps), student, batch=2000).values())
+        sum(gradients(replace(METHODS[name], **settings | steps), student, batch=2000).values())
         for steps in (long, short)
     )
     assert fine < 1e-4
@@ -179,7 +179,7 @@ def test_the_gradient_of_the_exact_map_vanishes_with_the_solvers_error(
 @pytest.mark.parametrize("wrong", WRONG_MAPS)
 @cases(ALL)
 def test_a_wrong_map_has_a_gradient(name: str, case: Settings, wrong: str) -> None:
-    method = replace(METHODS[name](), **case)
+    method = replace(METHODS[name], **case)
     found = gradients(method, *WRONG_MAPS[wrong], expected=case in EXPECTED.get(name, []))
     assert min(found.values()) > 1e-3
 
@@ -187,7 +187,7 @@ def test_a_wrong_map_has_a_gradient(name: str, case: Settings, wrong: str) -> No
 @cases({name: GIVEN_X[name][:1] for name in GIVEN_X if name != "imeanflow"})
 def test_the_exact_map_of_the_guided_teacher_has_no_gradient(name: str, case: Settings) -> None:
     """Velocities of one std are affine in the mean, so guidance moves the mean of the data."""
-    method, scale, null_mean = METHODS[name](), 2.0, -0.2
+    method, scale, null_mean = METHODS[name], 2.0, -0.2
     guided_data = Gaussian(null_mean + scale * (DATA.mean - null_mean), DATA.std)
 
     def teacher(x: Tensor, t: Tensor, label: Tensor, end: Tensor | None = None) -> Tensor:
@@ -196,7 +196,7 @@ def test_the_exact_map_of_the_guided_teacher_has_no_gradient(name: str, case: Se
 
     student = exact_student(name, guided_data)
     for guidance in (Guidance(scale=scale), Guidance()):
-        method = replace(METHODS[name](), **case | {"guidance": guidance})
+        method = replace(METHODS[name], **case | {"guidance": guidance})
         found = gradients(method, student, guided_data, teacher=teacher)
         if guidance.active:
             assert max(found.values()) < 1e-10
@@ -204,7 +204,7 @@ def test_the_exact_map_of_the_guided_teacher_has_no_gradient(name: str, case: Se
             assert min(found.values()) > 1e-2
 
 
-@cases({name: [{}] for name in METHODS if "critic" in METHODS[name]().roles()})
+@cases({name: [{}] for name in METHODS if "critic" in METHODS[name].roles()})
 def test_the_velocity_of_the_students_samples_has_no_expected_gradient_as_a_critic(
     name: str, case: Settings
 ) -> None:
@@ -219,7 +219,7 @@ def test_the_velocity_of_the_students_samples_has_no_expected_gradient_as_a_crit
         step = GivenStep(
             networks, generated, (first_noise, noise), t.repeat(2), t.repeat(2), iteration=0
         )
-        loss = replace(METHODS[name](), rollout_steps=1).critic(step)
+        loss = replace(METHODS[name], rollout_steps=1).critic(step)
         found += torch.autograd.grad(loss.value.mean(), critic.weights)
     assert found[0].norm() < 1e-10
     assert found[1].norm() > 1e-2
