@@ -45,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "tangent_warmup": 150,
 }
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "rcm-staged": {"discrete_iterations": 150, "continuous_iterations": 250},
     # These have no derivative, and need more iterations to carry the data to the noise.
     "dcm": {"iterations": 1200},
     "lcm": {"iterations": 1000, "skip": 40},
