@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": OptimizerConfig(lr=1e-3),
     "critic_optimizer": OptimizerConfig(lr=1e-3),
     "critic_start": 0,
+    "score_weight": 1.0,
     "ema": EMAConfig(decay=0.98),
     "guidance": Guidance(),
     "tangent_warmup": 150,
