@@ -140,7 +140,10 @@ def test_a_flag_takes_no_value(
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),
-        (["--on-collapse", "go"], "--on-collapse: "),
+        (
+            ["--on-collapse", "go"],
+            "invalid choice 'go' for argument '--on-collapse'. Expected one of",
+        ),
         (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.rcm.commands.conftest import _small_data  # noqa: F401 (an automatic fixture)
-from tests.rcm.methods.tiny_method import save_teacher_run
+from tests.rcm.methods.digits_methods import save_teacher_run
 
 
 @pytest.fixture(scope="package")

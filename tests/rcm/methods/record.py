@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.rcm.methods.tiny_method import METHODS, tiny_trainer
+from tests.rcm.methods.digits_methods import METHODS, digits_trainer
 
 RECORD = Path(__file__).with_name("recorded_losses.json")
 ITERATIONS = 20
@@ -20,7 +20,7 @@ def losses(method: str) -> list[dict[str, float]]:
     """The losses of every iteration, by the name of the metric."""
     torch.set_default_dtype(torch.float64)
     try:
-        trainer = tiny_trainer(method, ITERATIONS)
+        trainer = digits_trainer(method, ITERATIONS)
         metrics = [trainer.step() for _ in range(ITERATIONS)]
     finally:
         torch.set_default_dtype(torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rcm.training.checkpoint import Checkpoints
 from rcm.training.trainer import Trainer
-from tests.rcm.methods.tiny_method import METHODS, tiny_trainer
+from tests.rcm.methods.digits_methods import METHODS, digits_trainer
 
 
 def tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_network_and_average_is_restored(method: str, tmp_path: Path) -> None:
-    trainer, restored = tiny_trainer(method, 6), tiny_trainer(method, 6)
+    trainer, restored = digits_trainer(method, 6), digits_trainer(method, 6)
     before = tensors(trainer)
     for _ in range(4):
         trainer.step()

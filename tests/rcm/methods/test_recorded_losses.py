@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from tests.rcm.methods.digits_methods import METHODS
 from tests.rcm.methods.record import RECORD, losses
-from tests.rcm.methods.tiny_method import METHODS
 
 RECORDED = json.loads(RECORD.read_text())
 same_torch = pytest.mark.skipif(

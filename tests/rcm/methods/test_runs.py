@@ -6,7 +6,7 @@ import pytest
 
 from rcm import sample, train
 from tests.rcm.commands.tiny_run import RESULTS, Killed, metrics, stop_at
-from tests.rcm.methods.tiny_method import METHODS, tiny_config
+from tests.rcm.methods.digits_methods import METHODS, digits_config
 
 ITERATIONS = 6
 
@@ -24,7 +24,7 @@ def method(request: pytest.FixtureRequest) -> str:
 def finished(method: str, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp(method) / "finished"
-    train.run(folder, tiny_config(method, ITERATIONS, teacher_run))
+    train.run(folder, digits_config(method, ITERATIONS, teacher_run))
     return folder
 
 
@@ -36,7 +36,7 @@ def test_a_run_trains_every_network_and_writes_its_files(finished: Path, method:
     assert max(line["iteration"] for line in lines) == ITERATIONS
     trained = {key for line in lines for key in line if key.endswith("loss")}
     assert "loss" in trained
-    assert ("critic_loss" in trained) == ("critic" in tiny_config(method, 1).student.roles())
+    assert ("critic_loss" in trained) == ("critic" in digits_config(method, 4).student.roles())
 
 
 def test_the_student_of_a_run_can_be_sampled(finished: Path, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_student_of_a_run_can_be_sampled(finished: Path, tmp_path: Path) -> 
 def test_a_killed_run_resumes_to_the_same_bytes(
     finished: Path, method: str, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(method, ITERATIONS, teacher_run)
+    config = digits_config(method, ITERATIONS, teacher_run)
     with monkeypatch.context() as patch:
         stop_at(patch, "student", 4, Killed)  # after the checkpoint of iteration 2
         with pytest.raises(Killed):

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from rcm.guidance import Guidance, GuidedCondition
 from rcm.methods.lcm import SCHEDULE
-from tests.rcm.methods.tiny_method import tiny_config
+from tests.rcm.methods.digits_methods import digits_config
 
 NOISE, LABELS = torch.ones(2, 1, 8, 8), torch.tensor([3, 4])
 
@@ -29,7 +29,7 @@ class Calls:
 
 
 def test_lcm_samples_at_the_timesteps_of_its_paper() -> None:
-    net, method = Calls(), tiny_config("lcm", 1).student
+    net, method = Calls(), digits_config("lcm", 4).student
     method.sample(net, NOISE, LABELS, 4, Generator().manual_seed(0))
     timesteps = [SCHEDULE.timestep(t)[0].item() for t in net.times]
     assert timesteps == pytest.approx([999, 759, 499, 259], abs=1e-2)
@@ -38,7 +38,7 @@ def test_lcm_samples_at_the_timesteps_of_its_paper() -> None:
 
 
 def test_imeanflow_samples_with_its_guidance_as_an_input() -> None:
-    net, method = Calls(), tiny_config("imeanflow", 1).student
+    net, method = Calls(), digits_config("imeanflow", 4).student
     guided = replace(
         method, guidance=Guidance(max_scale=8.0, interval=(0.2, 1.4)), sample_scale=3.0
     )  # type: ignore[call-arg]
@@ -52,7 +52,7 @@ def test_imeanflow_samples_with_its_guidance_as_an_input() -> None:
 
 
 def test_imeanflow_without_guidance_takes_the_labels_alone() -> None:
-    net, method = Calls(), replace(tiny_config("imeanflow", 1).student, guidance=Guidance())
+    net, method = Calls(), replace(digits_config("imeanflow", 4).student, guidance=Guidance())
     method.sample(net, NOISE, LABELS, 2, Generator())
     assert all(torch.equal(condition, LABELS) for condition in net.conditions)
     assert net.times[0].tolist() == pytest.approx([math.atan(80)] * 2)

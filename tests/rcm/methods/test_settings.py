@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rcm.guidance import Guidance
-from tests.rcm.methods.tiny_method import METHODS, tiny_config, tiny_trainer
+from tests.rcm.methods.digits_methods import METHODS, digits_config, digits_trainer
 
 GUIDED = Guidance(scale=3.0)
 UNGUIDED = {"sct", "tvm"}
@@ -14,24 +14,24 @@ UNGUIDED = {"sct", "tvm"}
 
 def losses(method: str, **settings: Any) -> list[float]:
     """The losses of the student in three iterations; the last two have the full tangent."""
-    trainer = tiny_trainer(method, 3, **settings)
+    trainer = digits_trainer(method, 3, **settings)
     return [trainer.step()["loss"] for _ in range(3)]
 
 
 def methods_with(setting: str) -> list[str]:
-    configs = {method: tiny_config(method, 1).student for method in METHODS}
+    configs = {method: digits_config(method, 4).student for method in METHODS}
     return [m for m, student in configs.items() if setting in {f.name for f in fields(student)}]
 
 
 @pytest.mark.parametrize("method", sorted(UNGUIDED))
 def test_a_method_without_a_teacher_refuses_guidance(method: str) -> None:
     with pytest.raises(ValueError, match="guidance is active; it must have scale 1"):
-        tiny_config(method, 1, guidance=GUIDED)
+        digits_config(method, 4, guidance=GUIDED)
 
 
 def test_a_mean_flow_of_data_refuses_guidance() -> None:
     with pytest.raises(ValueError, match="data and noise has none"):
-        tiny_config("meanflow", 1, velocity="data", guidance=GUIDED)
+        digits_config("meanflow", 4, velocity="data", guidance=GUIDED)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - UNGUIDED))
@@ -54,8 +54,8 @@ def test_the_three_objectives_of_ayf_differ() -> None:
 @pytest.mark.parametrize("method", ["meanflow", "imeanflow"])
 def test_a_mean_flow_is_distilled_or_trained_on_data(method: str) -> None:
     assert losses(method, velocity="teacher") != losses(method, velocity="data")
-    assert "teacher" in tiny_config(method, 1, velocity="teacher").student.roles()
-    assert "teacher" not in tiny_config(method, 1, velocity="data").student.roles()
+    assert "teacher" in digits_config(method, 4, velocity="teacher").student.roles()
+    assert "teacher" not in digits_config(method, 4, velocity="data").student.roles()
 
 
 def test_the_target_of_dcm_is_the_student_or_its_average() -> None:

@@ -19,7 +19,7 @@ from rcm.training.trainer import Trainer, Weights, build_networks
 METHODS = tuple(PRESETS["digits"].methods)
 
 
-def tiny_config(
+def digits_config(
     method: str, iterations: int, teacher_run: Path | None = None, **settings: Any
 ) -> RunConfig:
     """The method's preset with other settings, in which few iterations exercise every loss."""
@@ -41,19 +41,19 @@ def random_weights() -> Weights:
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.1 * torch.randn(weight.shape, generator=generator)
-        for name, weight in build_network(tiny_config("scm", 1)).state_dict().items()
+        for name, weight in build_network(digits_config("scm", 4)).state_dict().items()
     }
 
 
 def save_teacher_run(folder: Path) -> None:
     """Write what other runs need of a run whose teacher is finished."""
-    (folder / "config.json").write_text(json.dumps(asdict(tiny_config("scm", 1))))
+    (folder / "config.json").write_text(json.dumps(asdict(digits_config("scm", 4))))
     save_weights(folder / "teacher.safetensors", random_weights())
 
 
-def tiny_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
+def digits_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
     """A trainer of the student, at its first iteration."""
-    config = tiny_config(method, iterations, **settings)
+    config = digits_config(method, iterations, **settings)
     digits = load_digits()
     data = Dataset(digits.samples[:64].to(torch.get_default_dtype()), digits.labels[:64], 10)
     networks = build_networks(
