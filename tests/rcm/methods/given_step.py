@@ -49,12 +49,15 @@ class GivenStep(Step):
 
 
 class Perturbed(nn.Module):
-    """F plus a sum of smooth functions of (x, t, end), whose weights are zero and trained."""
+    """F plus a sum of smooth functions of (x, t, end), whose weights are trained.
 
-    def __init__(self, network: Network) -> None:
+    The first function is constant. The other weights are zero at first.
+    """
+
+    def __init__(self, network: Network, constant: float = 0.0) -> None:
         super().__init__()
         self.network = network
-        self.weights = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+        self.weights = nn.Parameter(torch.tensor([constant, 0, 0, 0, 0, 0], dtype=torch.float64))
 
     def forward(
         self, x: Tensor, t: Tensor, condition: object = None, end: Tensor | None = None

@@ -5,6 +5,7 @@ import torch
 from torch import Generator
 
 from rcm.methods.dmd import DMD
+from rcm.methods.samplers import FlowMap
 from rcm.presets.digits import METHODS
 from tests.rcm.analytic_networks import Gaussian, GaussianMixture
 from tests.rcm.methods.toy import (
@@ -64,9 +65,9 @@ def test_the_exact_ode_leads_noise_to_the_modes(generator: Generator) -> None:
 # ---- the methods -------------------------------------------------------------------------------
 
 
-# The errors of the denoiser, the teacher in one step, are 0.08, 0.19, 0.41, 0.66 and 0.93. Students
-# that learn only the velocity, or a wrong map, are above the last three bounds.
-LARGEST_ERRORS = (0.2, 0.35, 0.3, 0.4, 0.47)
+# At t = 0.3, 0.6, 0.9, 1.2 and 1.5. Those of the denoiser, which is the teacher in one step, are
+# 0.08, 0.19, 0.41, 0.66 and 0.93. Flow maps keep the velocity that they start with at small t.
+LARGEST_ERRORS = {True: (0.08, 0.25, 0.3, 0.4, 0.47), False: (0.2, 0.35, 0.3, 0.4, 0.47)}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,13 +80,15 @@ def test_a_student_learns_the_exact_map_and_all_modes(name: str, start: PlaneNet
         # DMD alone follows no ODE and may lose modes.
         assert found.rarest > 0.15 or type(method) is DMD
     if type(method) is not DMD:
-        for error, largest in zip(errors(method, student), LARGEST_ERRORS, strict=True):
+        bounds = LARGEST_ERRORS[isinstance(method, FlowMap)]
+        for error, largest in zip(errors(method, student), bounds, strict=True):
             assert error < largest
 
 
 def test_the_denoiser_is_no_solution(start: PlaneNetwork) -> None:
     of_denoiser = errors(None, MIXTURE.velocity)
-    assert all(e > 1.3 * b for e, b in zip(of_denoiser[2:], LARGEST_ERRORS[2:], strict=True))
+    for bounds in LARGEST_ERRORS.values():
+        assert all(e > 1.3 * b for e, b in zip(of_denoiser[2:], bounds[2:], strict=True))
     found = coverages(toy_method("scm"), start)[0]
     assert found.variation > 0.5
     assert found.outside > 0.5

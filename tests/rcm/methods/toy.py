@@ -40,11 +40,13 @@ SETTINGS: dict[str, Any] = {
     "optimizer": OptimizerConfig(lr=1e-3),
     "critic_optimizer": OptimizerConfig(lr=1e-3),
     "critic_start": 0,
+    "score_weight": 1.0,
     "ema": EMAConfig(decay=0.98),
     "guidance": Guidance(),
     "tangent_warmup": 150,
 }
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "rcm-staged": {"discrete_iterations": 150, "continuous_iterations": 250},
     # These have no derivative, and need more iterations to carry the data to the noise.
     "dcm": {"iterations": 1200},
     "lcm": {"iterations": 1000, "skip": 40},
