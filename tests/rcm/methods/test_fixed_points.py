@@ -8,6 +8,9 @@ the weights of smooth perturbations of the student is then zero:
     to order p  up to the error of one step of the teacher's solver, if it is discrete
 
 A wrong map has a gradient in all cases.
+
+Given x, Gaussian data are symmetric about their mean. For other data, a normalised tangent or a
+weighted error of data and noise has an expected gradient at the exact map.
 """
 
 from dataclasses import replace
