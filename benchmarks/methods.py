@@ -33,7 +33,7 @@ ITERATIONS = {
     "ayf": 600,
     "tvm": 600,
 }
-WARMUP = {"scm": 400, "sct": 300, "rcm": 400, "rcm-staged": 200, "meanflow": 150, "ayf": 150}
+WARMUP = {"scm": 400, "sct": 300, "rcm": 400, "meanflow": 150, "ayf": 150}
 EXTRA = {
     "rcm": ["--student.critic-start", "200"],
     "rcm-staged": [
