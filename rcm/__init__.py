@@ -24,6 +24,7 @@ Training:
     training          loop, optimizer, averaged weights, checkpoints, run folder, config
     evaluation        metrics of samples, the protocol of a run, its report
     presets           functions that return a config
+    run               a run from its settings to its report
     train, sample     the two commands
 
 Each part imports only from those above it, except that the methods use the tools of `training`.

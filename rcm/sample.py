@@ -20,7 +20,6 @@ from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
 from rcm.presets import config_from_settings
-from rcm.train import build_network
 from rcm.training.checkpoint import load_weights
 from rcm.training.config import RunConfig
 from rcm.training.resources import require_device
@@ -75,7 +74,7 @@ def sample(arguments: Arguments) -> None:
     if not weights.exists():
         raise RunError(f"{weights} does not exist yet; wait for the first report of the run")
     torch.set_num_threads(config.threads)
-    student = build_network(config)
+    student = config.build_network()
     student.load_state_dict(load_weights(weights))
     classes = config.data.classes
     labels = torch.arange(classes).repeat_interleave(arguments.num // classes)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from rcm.data.dataset import Classifier, Dataset
 from rcm.evaluation.evaluator import NOISE_SEED, REFERENCE_STEPS, sample_student
 from rcm.evaluation.metrics import label_agreement, same_noise_rmse
-from rcm.guidance import guided
+from rcm.guidance import GuidedCondition, guided
 from rcm.losses.consistency import jvp_cosine
 from rcm.sampling import heun_sample, heun_times
 from rcm.training.method import Distillation
@@ -42,15 +42,32 @@ class Probes:
         # Drawn on the CPU, so that every device samples from the same noise.
         generator = Generator().manual_seed(NOISE_SEED + 2)
         self.noise = torch.randn(x0.shape, generator=generator).to(x0)
-        scale = config.guidance.draw(count, generator)
-        if scale is not None:
-            scale = scale.to(x0.device)
-            teacher = guided(teacher, data.null_condition, scale, config.guidance.interval)
-        self.teacher = teacher
+        self._record_call_of_sampler()
+        self.teacher = self._guided(teacher, data, generator)
         self.teacher_samples = self._teacher_samples(REFERENCE_STEPS)
         self.t = (torch.arange(count, dtype=torch.float64, device=x0.device) + 0.5) / count
         self.t *= math.pi / 2
         self.x = interpolate(x0, self.noise, self.t)
+
+    def _record_call_of_sampler(self) -> None:
+        """Note the condition and the end that the method's sampler passes to a student."""
+
+        def recorder(x: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
+            self.condition, self.end = condition, end
+            return torch.zeros_like(x)
+
+        sample_student(recorder, self.noise, self.labels, 1, self.config)
+
+    def _guided(self, teacher: Network, data: Dataset, generator: Generator) -> Network:
+        """The teacher with the guidance that the student's samples have."""
+        if isinstance(self.condition, GuidedCondition):
+            given = self.condition
+            return guided(teacher, data.null_condition, given.scale, (given.low, given.high))
+        scale = self.config.guidance.draw(len(self.labels), generator)
+        if scale is None:
+            return teacher
+        interval = self.config.guidance.interval
+        return guided(teacher, data.null_condition, scale.to(self.noise.device), interval)
 
     def _teacher_samples(self, steps: int) -> Tensor:
         times = heun_times(steps, sigma_max=self.config.sigma_max)
@@ -62,26 +79,19 @@ class Probes:
 
     def measure(self, student: Network, check_jvp: bool = True) -> dict[str, float]:
         """probe_rmse and probe_agreement, and jvp_cosine if check_jvp, of a student."""
-        passed: list[tuple[Any, Tensor | None]] = []
-
-        def recorded(x: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
-            passed.append((condition, end))
-            second_time = {} if end is None else {"end": end}
-            return student(x, t, condition, **second_time)
-
         devices = [self.noise.device] if self.noise.is_cuda else []
         with torch.random.fork_rng(devices):  # dropout draws from the global random numbers
-            samples = sample_student(recorded, self.noise, self.labels, 1, self.config)
+            samples = sample_student(student, self.noise, self.labels, 1, self.config)
             metrics = {
                 "probe_rmse": same_noise_rmse(samples, self.teacher_samples),
                 "probe_agreement": label_agreement(self.classifier.logits(samples), self.labels),
             }
             if check_jvp:
-                metrics["jvp_cosine"] = self._jvp_cosine(student, *passed[-1])
+                metrics["jvp_cosine"] = self._jvp_cosine(student)
         return metrics
 
     @torch.no_grad()
-    def _jvp_cosine(self, student: Network, condition: Any, end: Tensor | None) -> float:
+    def _jvp_cosine(self, student: Network) -> float:
         ode_velocity = self.teacher(self.x, network_time(self.t, self.x), self.labels)
-        cosine = jvp_cosine(student, self.x, self.t, ode_velocity, condition, end=end)
+        cosine = jvp_cosine(student, self.x, self.t, ode_velocity, self.condition, end=self.end)
         return cosine.double().mean().item()

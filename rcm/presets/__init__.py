@@ -15,7 +15,7 @@ class Preset:
 
     config: Callable[[str], RunConfig]
     """method -> config; a name from `methods`."""
-    methods: Mapping[str, Callable[[], Distillation]]
+    methods: Mapping[str, Distillation]
     default_method: str
 
 

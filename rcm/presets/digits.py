@@ -1,7 +1,7 @@
 """The preset `digits`: from 1797 real digits to a few-step student in a few minutes on a CPU."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from rcm.data.digits import DigitsConfig
 from rcm.guidance import Guidance
@@ -33,6 +33,60 @@ MODELS = {
 }
 
 
+# The settings that all students share.
+_STUDENT: dict[str, Any] = {
+    "iterations": 1200,
+    "batch": 64,
+    "optimizer": OptimizerConfig(lr=1e-4),
+    "ema": EMAConfig(decay=0.995),
+}
+_CRITIC: dict[str, Any] = {"critic_optimizer": OptimizerConfig(lr=1e-4), "score_times": TIMES}
+_DISCRETE: dict[str, Any] = {"teacher_steps": 16, "shift": 1.0, "solver": "heun", "norm": "rms"}
+# The MeanFlow paper's times, LogNormal(mean=-0.4, std=1), almost never reach the noise that
+# one-step sampling starts from. Its weight 1 / (e + 1e-3) gives errors near zero, which are those
+# at end = t, up to 1000 times the weight of the others.
+_MEAN_FLOW: dict[str, Any] = {
+    "time_pairs": UniformEnd(times=TIMES),
+    "tangent_warmup": 300,
+    "norm": "rms",
+    "power": 0.5,
+    "eps": 0.01,
+}
+
+METHODS: dict[str, Distillation] = {
+    "rcm": RCM(
+        **_STUDENT,
+        **_CRITIC,
+        times=TIMES,
+        tangent_warmup=600,
+        critic_start=300,
+        score_weight=0.1,
+    ),
+    "rcm-staged": StagedRCM(
+        **_STUDENT,
+        **_CRITIC,
+        **_DISCRETE,
+        times=TIMES,
+        discrete_iterations=200,
+        continuous_iterations=600,
+        tangent_warmup=400,
+        critic_start=600,
+        score_weight=0.1,
+    ),
+    "scm": SCM(**_STUDENT, times=TIMES, tangent_warmup=600),
+    "sct": SCT(**_STUDENT, times=TIMES, tangent_warmup=600),
+    "dmd": DMD(**_STUDENT | {"iterations": 300}, **_CRITIC),
+    "dcm": DCM(**_STUDENT, **_DISCRETE),
+    "lcm": LCM(**_STUDENT),
+    "meanflow": MeanFlow(**_STUDENT, **_MEAN_FLOW),
+    "imeanflow": ImprovedMeanFlow(
+        **_STUDENT, **_MEAN_FLOW, guidance=Guidance(scale=1.0, max_scale=8.0)
+    ),
+    "ayf": AYF(**_STUDENT, time_pairs=UniformEnd(times=TIMES), tangent_warmup=300),
+    "tvm": TVM(**_STUDENT, time_pairs=UniformEnd(times=TIMES), flow_matching_times=TIMES),
+}
+
+
 def config(method: str) -> RunConfig:
     """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
     return RunConfig(
@@ -48,167 +102,7 @@ def config(method: str) -> RunConfig:
             times=LogNormal(mean=-0.4, std=1.4),
             ema=EMAConfig(std=0.1),
         ),
-        student=METHODS[method](),
+        student=METHODS[method],
         report_every=300,
         checkpoint_every=200,
     )
-
-
-def _scm() -> SCM:
-    return SCM(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        times=TIMES,
-        tangent_warmup=600,
-    )
-
-
-def _sct() -> SCT:
-    return SCT(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        times=TIMES,
-        tangent_warmup=600,
-    )
-
-
-def _rcm() -> RCM:
-    return RCM(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        critic_optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        times=TIMES,
-        score_times=TIMES,
-        tangent_warmup=600,
-        critic_start=300,
-        score_weight=0.1,
-    )
-
-
-def _rcm_staged() -> StagedRCM:
-    return StagedRCM(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        critic_optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        discrete_iterations=200,
-        teacher_steps=16,
-        shift=1.0,
-        solver="heun",
-        norm="rms",
-        continuous_iterations=600,
-        times=TIMES,
-        tangent_warmup=400,
-        score_times=TIMES,
-        critic_start=600,
-        score_weight=0.1,
-    )
-
-
-def _dmd() -> DMD:
-    return DMD(
-        iterations=300,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        critic_optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        score_times=TIMES,
-    )
-
-
-def _dcm() -> DCM:
-    return DCM(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        teacher_steps=16,
-        shift=1.0,
-        solver="heun",
-        norm="rms",
-    )
-
-
-def _ayf() -> AYF:
-    return AYF(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        time_pairs=UniformEnd(times=TIMES),
-        tangent_warmup=300,
-    )
-
-
-def _lcm() -> LCM:
-    return LCM(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-    )
-
-
-def _meanflow() -> MeanFlow:
-    # The paper's times, LogNormal(mean=-0.4, std=1), almost never reach the noise that one-step
-    # sampling starts from, and its weight 1 / (e + 1e-3) gives errors near zero, which are those
-    # at end = t, up to 1000 times the weight of the others.
-    return MeanFlow(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        time_pairs=UniformEnd(times=TIMES),
-        tangent_warmup=300,
-        norm="rms",
-        power=0.5,
-        eps=0.01,
-    )
-
-
-def _imeanflow() -> ImprovedMeanFlow:
-    return ImprovedMeanFlow(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        guidance=Guidance(scale=1.0, max_scale=8.0),
-        time_pairs=UniformEnd(times=TIMES),
-        tangent_warmup=300,
-        norm="rms",
-        power=0.5,
-        eps=0.01,
-    )
-
-
-def _tvm() -> TVM:
-    return TVM(
-        iterations=1200,
-        batch=64,
-        optimizer=OptimizerConfig(lr=1e-4),
-        ema=EMAConfig(decay=0.995),
-        time_pairs=UniformEnd(times=TIMES),
-        flow_matching_times=TIMES,
-    )
-
-
-METHODS: dict[str, Callable[[], Distillation]] = {
-    "rcm": _rcm,
-    "rcm-staged": _rcm_staged,
-    "scm": _scm,
-    "sct": _sct,
-    "dmd": _dmd,
-    "dcm": _dcm,
-    "lcm": _lcm,
-    "meanflow": _meanflow,
-    "imeanflow": _imeanflow,
-    "ayf": _ayf,
-    "tvm": _tvm,
-}

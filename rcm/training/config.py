@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any
 
+import torch
 import tyro
+from torch import nn
 
-from rcm.data.dataset import DataConfig
+from rcm.data.dataset import DataConfig, Dataset
+from rcm.errors import RunError
 from rcm.models.model import ModelConfig
 from rcm.training.method import Distillation, Method
 from rcm.validation import MAX_SEED, require_integer
@@ -72,6 +75,29 @@ class RunConfig:
                 f"student.guidance is active, which is an input of the student of {self.method}: "
                 "set model.guidance_input"
             )
+
+    def load_data(self) -> Dataset:
+        """The data set, on the device.
+
+        Raises:
+            RunError: a sample contains NaN or infinity.
+        """
+        data = self.data.load()
+        bad = int((~data.samples.isfinite()).flatten(1).any(1).sum())
+        if bad:
+            raise RunError(
+                f"{bad} of the {len(data.labels)} samples of {self.data.name} contain NaN or "
+                "infinity"
+            )
+        return data.to(torch.device(self.device))
+
+    def build_network(self) -> nn.Module:
+        """The network of every role, with weights drawn from the seed, on the device."""
+        # Drawn on the CPU, so that every device starts from the same weights.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            network = self.model.build(self.data.sample_shape, self.data.classes)
+        return network.to(self.device)
 
     def shortened(self) -> RunConfig:
         """The same run with two iterations in each phase, for a dry run."""

@@ -11,7 +11,7 @@ from tests.rcm.commands.tiny_run import RESULTS, Killed, error_of, metrics, star
 pytestmark = pytest.mark.xdist_group("train")
 
 LONGER = ("--probe-every", "2", "--checkpoint-every", "3", "--student.iterations", "20")
-RISING = {0: 10.0, 2: 9.0, 4: 9.0, 6: 11.0, 8: 9.0, 10: 11.0, 12: 12.0, 14: 13.0}
+RISING = {0: 10.0, 2: 9.0, 4: 9.0, 6: 16.0, 8: 9.0, 10: 16.0, 12: 17.0, 14: 18.0}
 CONTINUE = ("--on-collapse", "continue")
 
 
@@ -55,8 +55,8 @@ def test_a_stopped_run_resumes_from_the_last_good_checkpoint(
     message = error_of(capsys)
     assert "iteration 14: the student collapsed" in message
     assert (
-        "its starting value 10 in 3 probes in a row since iteration 10, the last 11, 12, 13."
-        in message
+        "exceeded 15, 1.5 times its starting value, in 3 probes in a row since iteration 10, "
+        "the last 16, 17, 18." in message
     )
     assert message.endswith("student-0000009.pt")
     assert "the last intact checkpoint" not in message
@@ -96,7 +96,7 @@ def test_a_run_that_went_on_and_then_stops_has_no_good_checkpoint(
 def test_the_last_iteration_is_saved_after_an_exceeding_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure_as(monkeypatch, {0: 10.0, **dict.fromkeys(range(2, 20), 9.0), 20: 11.0})
+    measure_as(monkeypatch, {0: 10.0, **dict.fromkeys(range(2, 20), 9.0), 20: 16.0})
     assert start(tmp_path, *LONGER) == 0
     assert student_checkpoints(tmp_path)[-1] == "student-0000020"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rcm import train
+from rcm import run, train
 from rcm.presets import PRESETS
 from tests.rcm.commands.tiny_run import one_line_of
 
@@ -68,6 +68,7 @@ VALUES = {
     "student.tangent-warmup": NOT_COUNTS,
     "student.difference-step": NOT_POSITIVE,
     "student.critic-start": NOT_COUNTS,
+    "student.critic-norm": ("x", "L2"),
     "student.form": ("x", ""),
     "student.tangent-norm": ("x", "L2"),
     "student.tangent-norm-eps": NOT_POSITIVE,
@@ -83,7 +84,7 @@ VALUES = {
     "student.mid-times": ("1.5 1.5", "1.0 1.4", "1.57", "1.5 0", "-1", "nan", "x"),
 }
 FLAGS = {
-    "student.alternate",
+    *("student.alternate", "student.rollout-at-mid-times"),
     *("model.double-norm", "model.learned-weight"),
     *("model.null-class", "model.guidance-input", "model.auxiliary-head"),
 }
@@ -92,7 +93,7 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an option is accepted, the command ends with status 0 instead of training."""
-    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
+    monkeypatch.setattr(run, "_run_in", lambda *arguments: None)
 
 
 def options_of(settings: dict, prefix: str = "") -> list[str]:

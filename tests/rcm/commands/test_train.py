@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcm import train
+from rcm import run, train
 from rcm.evaluation.evaluator import Evaluator
 from rcm.training.trainer import Trainer
 from tests.rcm.commands.tiny_run import TINY, error_of, metrics, start, stop_at
@@ -150,7 +150,7 @@ def test_a_run_uses_the_threads_of_its_config(
 ) -> None:
     used: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(train, "_run_in", lambda *arguments: None)
+    monkeypatch.setattr(run, "_run_in", lambda *arguments: None)
     assert start(tmp_path / "default") == 0
     assert start(tmp_path / "three", "--threads", "3") == 0
     assert used == [1, 3]

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from rcm.data.dataset import Dataset
 from rcm.evaluation.probes import PROBES, Probes
-from rcm.guidance import Guidance
+from rcm.guidance import Guidance, GuidedCondition
 from rcm.methods.samplers import ConsistencyModel, FlowMap
 from rcm.training.ema import EMAConfig
 from rcm.training.method import Losses, Role, Step
@@ -131,16 +131,43 @@ def test_probes_are_the_same_in_every_run(data: Dataset, gaussian: Gaussian) -> 
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
-def test_probes_of_a_student_with_guidance_follow_the_guided_teacher(data: Dataset) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GuidanceAsInput(OneTime):
+    def sample(
+        self, student: Network, noise: Tensor, condition: Any, steps: int, noise_source: Generator
+    ) -> Tensor:
+        scale = torch.full((len(noise),), 3.0)
+        condition = GuidedCondition(condition, scale, 0 * scale, 0 * scale + math.pi / 2)
+        return super().sample(student, noise, condition, steps, noise_source)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [OneTime(**SETTINGS, guidance=Guidance(scale=3.0)), GuidanceAsInput(**SETTINGS)],
+    ids=["of the teacher", "as an input"],
+)
+def test_probes_of_a_student_with_guidance_follow_the_guided_teacher(
+    data: Dataset, config: OneTime
+) -> None:
     def teacher(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         shift = torch.where(labels == data.classes, 0.0, 1.0).to(x)
         return -torch.sin(t).view(-1, 1, 1, 1) * shift.view(-1, 1, 1, 1) + 0 * x
 
     plain = probes(data, teacher)  # type: ignore[arg-type]
-    config = OneTime(**SETTINGS, guidance=Guidance(scale=3.0))
     guided = probes(data, teacher, config)  # type: ignore[arg-type]
     ratio = guided.teacher_samples.mean() / plain.teacher_samples.mean()
     assert ratio.item() == pytest.approx(3, rel=0.05)
+
+    conditions: list[Any] = []
+
+    def student(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        conditions.append(condition)
+        return 0 * x
+
+    guided.measure(student)  # type: ignore[arg-type]
+    kind = GuidedCondition if isinstance(config, GuidanceAsInput) else Tensor
+    assert len(conditions) > 2
+    assert all(isinstance(condition, kind) for condition in conditions)
 
 
 def test_probing_leaves_random_numbers_and_gradients_alone(data: Dataset) -> None:

@@ -10,7 +10,6 @@ import torch
 from rcm.data.dataset import Dataset
 from rcm.data.digits import load_digits
 from rcm.presets import PRESETS
-from rcm.train import build_network
 from rcm.training.checkpoint import save_weights
 from rcm.training.config import RunConfig
 from rcm.training.method import TEACHER
@@ -41,7 +40,7 @@ def random_weights() -> Weights:
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.1 * torch.randn(weight.shape, generator=generator)
-        for name, weight in build_network(digits_config("scm", 4)).state_dict().items()
+        for name, weight in digits_config("scm", 4).build_network().state_dict().items()
     }
 
 
@@ -58,7 +57,7 @@ def digits_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
     data = Dataset(digits.samples[:64].to(torch.get_default_dtype()), digits.labels[:64], 10)
     networks = build_networks(
         config.student.roles(),
-        lambda: build_network(config),
+        config.build_network,
         {TEACHER: random_weights()},
     )
     return Trainer("student", config.student, networks, data, seed=1)

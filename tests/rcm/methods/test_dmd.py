@@ -14,7 +14,7 @@ from rcm.methods.dmd import DMD
 from rcm.time_sampling import LogNormal
 from rcm.training.ema import EMAConfig
 from rcm.training.optimization import OptimizerConfig
-from tests.rcm.methods.tiny_trainer import FEATURES, phases, tiny_trainer
+from tests.rcm.methods.smooth_trainer import FEATURES, phases, smooth_trainer
 
 METHOD = DMD(
     iterations=8,
@@ -27,26 +27,26 @@ METHOD = DMD(
 
 
 def test_both_networks_are_trained_in_every_iteration() -> None:
-    assert phases(tiny_trainer(METHOD)) == "df df df df df df df df"
+    assert phases(smooth_trainer(METHOD)) == "df df df df df df df df"
 
 
 def test_the_student_can_be_trained_less_often() -> None:
-    assert phases(tiny_trainer(replace(METHOD, student_every=3))) == "df f f df f f df f"
+    assert phases(smooth_trainer(replace(METHOD, student_every=3))) == "df f f df f f df f"
 
 
 def test_the_critic_can_start_later() -> None:
-    assert phases(tiny_trainer(replace(METHOD, critic_start=6))) == "d d d d d d df df"
+    assert phases(smooth_trainer(replace(METHOD, critic_start=6))) == "d d d d d d df df"
 
 
 def test_student_and_critic_can_alternate() -> None:
     method = replace(METHOD, student_every=4, alternate=True)
-    assert phases(tiny_trainer(method)) == "d f f f d f f f"
+    assert phases(smooth_trainer(method)) == "d f f f d f f f"
 
 
 def test_the_critic_is_trained_on_samples_of_the_updated_student(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer, weights = tiny_trainer(METHOD), []
+    trainer, weights = smooth_trainer(METHOD), []
     sample = dmd.consistency_sample
 
     def watched(net: Any, *args: Any, **options: Any) -> Tensor:
@@ -74,7 +74,7 @@ def rollouts(method: DMD, monkeypatch: pytest.MonkeyPatch) -> Rollouts:
         return sample(net, noise, times, *args, **options)
 
     monkeypatch.setattr(dmd, "consistency_sample", watched)
-    phases(tiny_trainer(method))
+    phases(smooth_trainer(method))
     return seen
 
 
@@ -111,7 +111,7 @@ def test_rollouts_can_use_the_times_of_the_sampler(monkeypatch: pytest.MonkeyPat
 def test_critic_norm_l2_sums_over_the_elements() -> None:
     def loss(norm: TangentNorm) -> float:
         torch.manual_seed(0)
-        return tiny_trainer(replace(METHOD, critic_norm=norm)).step()["critic_loss"]
+        return smooth_trainer(replace(METHOD, critic_norm=norm)).step()["critic_loss"]
 
     assert loss("l2") == pytest.approx(FEATURES * loss("rms"), rel=1e-5)
 

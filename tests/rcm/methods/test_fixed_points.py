@@ -160,13 +160,13 @@ def test_every_method_has_a_case() -> None:
 
 @cases(GIVEN_X)
 def test_the_exact_map_has_no_gradient(name: str, case: Settings) -> None:
-    found = gradients(replace(METHODS[name](), **case), exact_student(name, DATA))
+    found = gradients(replace(METHODS[name], **case), exact_student(name, DATA))
     assert max(norms(found)) < 1e-10
 
 
 @cases(EXPECTED)
 def test_the_exact_map_has_no_expected_gradient(name: str, case: Settings) -> None:
-    method, student = replace(METHODS[name](), **case), exact_student(name, DATA)
+    method, student = replace(METHODS[name], **case), exact_student(name, DATA)
     assert max(norms(gradients(method, student, expected=True))) < 1e-10
     assert min(norms(gradients(method, student))) > 1e-2
 
@@ -180,9 +180,7 @@ def test_the_gradient_of_the_exact_map_vanishes_with_the_solvers_error(
     student = exact_student(name, DATA)
     coarse, fine = (
         norms(
-            gradients(
-                replace(METHODS[name](), **settings | steps), student, iteration=0, batch=2000
-            )
+            gradients(replace(METHODS[name], **settings | steps), student, iteration=0, batch=2000)
         )
         for steps in (long, short)
     )
@@ -193,7 +191,7 @@ def test_the_gradient_of_the_exact_map_vanishes_with_the_solvers_error(
 @pytest.mark.parametrize("wrong", WRONG_MAPS)
 @cases(ALL)
 def test_a_wrong_map_has_a_gradient(name: str, case: Settings, wrong: str) -> None:
-    method = replace(METHODS[name](), **case)
+    method = replace(METHODS[name], **case)
     found = gradients(method, *WRONG_MAPS[wrong], expected=case in EXPECTED.get(name, []))
     assert min(norms(found)) > 1e-3
 
@@ -204,7 +202,7 @@ def test_a_constant_added_to_the_exact_map_is_taken_back(
     name: str, case: Settings, constant: float
 ) -> None:
     """It moves samples in one step, from pure noise, by -constant."""
-    method = replace(METHODS[name](), **case)
+    method = replace(METHODS[name], **case)
     student, samples = exact_student(name, DATA), Gaussian(DATA.mean - constant, DATA.std)
     expected = case in EXPECTED.get(name, [])
     found = gradients(method, student, samples, constant=constant, expected=expected)
@@ -215,7 +213,7 @@ def test_a_constant_added_to_the_exact_map_is_taken_back(
 @cases({name: GIVEN_X[name][:1] for name in GIVEN_X if name != "imeanflow"})
 def test_the_exact_map_of_the_guided_teacher_has_no_gradient(name: str, case: Settings) -> None:
     """Velocities of one std are affine in the mean, so guidance moves the mean of the data."""
-    method, scale, null_mean = METHODS[name](), 2.0, -0.2
+    method, scale, null_mean = METHODS[name], 2.0, -0.2
     guided_data = Gaussian(null_mean + scale * (DATA.mean - null_mean), DATA.std)
 
     def teacher(x: Tensor, t: Tensor, label: Tensor, end: Tensor | None = None) -> Tensor:
@@ -224,7 +222,7 @@ def test_the_exact_map_of_the_guided_teacher_has_no_gradient(name: str, case: Se
 
     student = exact_student(name, guided_data)
     for guidance in (Guidance(scale=scale), Guidance()):
-        method = replace(METHODS[name](), **case | {"guidance": guidance})
+        method = replace(METHODS[name], **case | {"guidance": guidance})
         found = gradients(method, student, guided_data, teacher=teacher)
         if guidance.active:
             assert max(norms(found)) < 1e-10
@@ -232,7 +230,7 @@ def test_the_exact_map_of_the_guided_teacher_has_no_gradient(name: str, case: Se
             assert min(norms(found)) > 1e-2
 
 
-@cases({name: [{}] for name in METHODS if "critic" in METHODS[name]().roles()})
+@cases({name: [{}] for name in METHODS if "critic" in METHODS[name].roles()})
 def test_the_velocity_of_the_students_samples_has_no_expected_gradient_as_a_critic(
     name: str, case: Settings
 ) -> None:
@@ -246,7 +244,7 @@ def test_the_velocity_of_the_students_samples_has_no_expected_gradient_as_a_crit
         networks = {"student": OTHER.flow_map_network, "critic": critic}
         data, times = torch.zeros_like(generated), t.repeat(2)
         step = GivenStep(networks, data, (first_noise, noise), times, times, iteration=0)
-        loss = replace(METHODS[name](), rollout_steps=1).critic(step)
+        loss = replace(METHODS[name], rollout_steps=1).critic(step)
         found += torch.autograd.grad(loss.value.mean(), critic.weights)
     assert found[0].norm() < 1e-10
     assert found[1].norm() > 1e-2

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rcm import sample, train
+from rcm import sample
+from rcm.run import run
 from tests.rcm.commands.tiny_run import RESULTS, Killed, metrics, stop_at
 from tests.rcm.methods.digits_methods import METHODS, digits_config
 
@@ -24,7 +25,7 @@ def method(request: pytest.FixtureRequest) -> str:
 def finished(method: str, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp(method) / "finished"
-    train.run(folder, digits_config(method, ITERATIONS, teacher_run))
+    run(folder, digits_config(method, ITERATIONS, teacher_run))
     return folder
 
 
@@ -52,7 +53,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     with monkeypatch.context() as patch:
         stop_at(patch, "student", 4, Killed)  # after the checkpoint of iteration 2
         with pytest.raises(Killed):
-            train.run(tmp_path / "run", config)
-    train.run(tmp_path / "run", config)
+            run(tmp_path / "run", config)
+    run(tmp_path / "run", config)
     for name in RESULTS:
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name

@@ -14,7 +14,7 @@ from rcm.presets import PRESETS, config_from_settings
 from rcm.time_sampling import LogNormal
 from rcm.training.ema import EMAConfig
 from rcm.training.optimization import OptimizerConfig
-from tests.rcm.methods.tiny_trainer import phases, tiny_trainer
+from tests.rcm.methods.smooth_trainer import phases, smooth_trainer
 
 TIMES = LogNormal(mean=0.0, std=1.0)
 METHOD = StagedRCM(
@@ -33,16 +33,16 @@ METHOD = StagedRCM(
 
 
 def test_stages_follow_each_other_and_the_critic_starts_before_dmd() -> None:
-    assert phases(tiny_trainer(METHOD)) == "x x x c c cf cf cdf cdf"
+    assert phases(smooth_trainer(METHOD)) == "x x x c c cf cf cdf cdf"
 
 
 def test_the_critic_may_start_in_the_first_stage() -> None:
-    assert phases(tiny_trainer(replace(METHOD, critic_start=2))).startswith("x x xf cf")
+    assert phases(smooth_trainer(replace(METHOD, critic_start=2))).startswith("x x xf cf")
 
 
 def test_student_and_critic_alternate_once_the_critic_starts() -> None:
     method = replace(METHOD, alternate=True, student_every=2, iterations=11)
-    assert phases(tiny_trainer(method)) == "x x x c c c f cd f cd f"
+    assert phases(smooth_trainer(method)) == "x x x c c c f cd f cd f"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_stages_can_be_left_out(discrete: int, continuous: int, expected: str) -
         continuous_iterations=continuous,
         critic_start=8,
     )
-    assert phases(tiny_trainer(method)).startswith(expected)
+    assert phases(smooth_trainer(method)).startswith(expected)
 
 
 def test_the_tangent_warm_up_starts_with_the_second_stage(
@@ -69,12 +69,12 @@ def test_the_tangent_warm_up_starts_with_the_second_stage(
         return loss(*args, warmup=warmup, **options)
 
     monkeypatch.setattr(scm, "consistency_loss", watched)
-    phases(tiny_trainer(METHOD))
+    phases(smooth_trainer(METHOD))
     assert seen == [0, 0.5, 1, 1, 1, 1]
 
 
 def test_one_optimizer_and_one_average_continue_through_all_stages() -> None:
-    trainer = tiny_trainer(METHOD)
+    trainer = smooth_trainer(METHOD)
     adamw = trainer.optimizations["student"].optimizer
     phases(trainer)
     assert {int(state["step"]) for state in adamw.state.values()} == {METHOD.iterations}
@@ -87,7 +87,7 @@ def test_one_optimizer_and_one_average_continue_through_all_stages() -> None:
 def test_each_loss_has_a_weight_of_its_own(weight: str, iteration: int) -> None:
     def loss(**weights: float) -> float:
         torch.manual_seed(0)
-        trainer = tiny_trainer(replace(METHOD, **weights))  # type: ignore[arg-type]
+        trainer = smooth_trainer(replace(METHOD, **weights))  # type: ignore[arg-type]
         trainer.iteration = iteration
         return trainer.step()["loss"]
 
@@ -96,7 +96,7 @@ def test_each_loss_has_a_weight_of_its_own(weight: str, iteration: int) -> None:
 
 
 def test_the_target_of_the_first_stage_may_be_a_moving_average() -> None:
-    trainer = tiny_trainer(replace(METHOD, target_decay=0.9))
+    trainer = smooth_trainer(replace(METHOD, target_decay=0.9))
     phases(trainer)
     assert trainer.averages["target"].updates == METHOD.iterations
 
@@ -104,7 +104,7 @@ def test_the_target_of_the_first_stage_may_be_a_moving_average() -> None:
 @pytest.mark.parametrize("alternate", [False, True])
 def test_a_dry_run_computes_every_loss(alternate: bool) -> None:
     method = replace(METHOD, student_every=5, alternate=alternate).shortened()
-    assert set(phases(tiny_trainer(method))) >= set("xcdf")
+    assert set(phases(smooth_trainer(method))) >= set("xcdf")
     assert method.iterations <= 4
 
 

@@ -125,7 +125,7 @@ def pretrained(iterations: int = 600) -> PlaneNetwork:
 
 def toy_method(name: str) -> Distillation:
     """A method with settings for the mixture."""
-    method = METHODS[name]()
+    method = METHODS[name]
     known = {field.name for field in fields(method)}
     settings = {key: value for key, value in SETTINGS.items() if key in known}
     return replace(method, **settings | OWN_SETTINGS.get(name, {}))

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from rcm.errors import RunError
-from rcm.training.collapse import CollapseWatch, OnCollapse, first_moved
+from rcm.training.collapse import TOLERANCE, CollapseWatch, OnCollapse, first_moved
 
 EVERY = 5
 
 
 def watch(
-    rmse: list[float], teacher_rmse: float = 0.0, on_collapse: OnCollapse = "stop"
+    relative_rmse: list[float], teacher_rmse: float = 0.0, on_collapse: OnCollapse = "stop"
 ) -> CollapseWatch:
-    """A watch whose probes measure these values, one after another."""
-    values = iter(rmse)
+    """A watch whose probes measure these values, one after another; all but the first one are
+    divided by the tolerance.
+    """
+    first, *others = relative_rmse
+    values = iter([first, *(TOLERANCE * rmse for rmse in others)])
 
     def measure(student: object, check_jvp: bool) -> dict[str, float]:
         return {"probe_rmse": next(values), "checked": float(check_jvp)}
@@ -36,7 +39,7 @@ def collapsed_after_each_probe(watched: CollapseWatch, probes: int) -> list[bool
     return collapsed
 
 
-def test_three_probes_in_a_row_above_the_start_are_a_collapse() -> None:
+def test_three_probes_in_a_row_above_the_limit_are_a_collapse() -> None:
     rmse = [0.5, 0.6, 0.6, 0.4, 0.6, 0.6, 0.51, 0.4]
     expected = [False, False, False, False, False, False, True, False]
     assert collapsed_after_each_probe(watch(rmse), len(rmse)) == expected
@@ -49,14 +52,14 @@ def test_a_student_may_move_as_far_away_as_the_teacher_in_one_step() -> None:
     assert not any(collapsed_after_each_probe(watch(rmse, teacher_rmse=0.5), len(rmse)))
 
 
-def test_the_start_is_reported_once() -> None:
+def test_the_limit_is_reported_once() -> None:
     watched = watch([0.2, 0.3], teacher_rmse=0.5)
-    assert watched.probe(trainer(0))["probe_rmse_start"] == 0.5
-    assert "probe_rmse_start" not in watched.probe(trainer(EVERY))
+    assert watched.probe(trainer(0))["probe_rmse_limit"] == 0.5 * TOLERANCE
+    assert "probe_rmse_limit" not in watched.probe(trainer(EVERY))
 
 
 def test_a_restored_watch_continues_to_count() -> None:
-    first, second = watch([0.5, 0.6, 0.6]), watch([0.6])
+    first, second = watch([0.5, 0.6, 0.6]), watch([TOLERANCE * 0.6])
     assert not any(collapsed_after_each_probe(first, 3))
     second.load_state_dict(first.state_dict())
     second.probe(trainer(3 * EVERY))
@@ -144,8 +147,8 @@ def test_the_explanation_says_what_happened_and_what_to_do() -> None:
     text = watched.explain(25, [*lines(loss=[1.0] * 25), *probes])
     assert text.startswith("iteration 25: the student collapsed.")
     assert (
-        "its starting value 0.5 in 3 probes in a row since iteration 15, the last 0.6, 0.7, 0.8."
-        in text
+        "exceeded 0.75, 1.5 times its starting value, in 3 probes in a row since iteration 15, "
+        "the last 0.6, 0.7, 0.8." in text
     )
     assert "None of tangent_norm, jvp_norm" in text
     for advice in ("--student.optimizer.lr", "tangent warm-up", "--on-collapse continue"):

@@ -10,7 +10,7 @@ from tests.rcm.analytic_networks import SmoothNetwork
 FEATURES = 4
 
 
-def tiny_trainer(method: Method) -> Trainer:
+def smooth_trainer(method: Method) -> Trainer:
     """Samples have FEATURES numbers, and one label. Every role has weights of its own."""
     networks = {role: SmoothNetwork(FEATURES, width=8) for role in method.roles()}
     data = Dataset(torch.randn(32, FEATURES), torch.zeros(32, dtype=torch.int64), 1)
