@@ -3,8 +3,12 @@
 DMD + sCM can be unstable while the student is far from a consistency model. The stages approach it
 by losses of increasing difficulty: dCM needs no derivative of the student, sCM no critic.
 
+The tangent warm-up starts with sCM. It can be short or 0, because its first iterations pull the
+student back to the teacher's velocity, and dCM has left that behind.
+
 One optimizer trains the student: its moments, its learning rates and the moving average continue
-from stage to stage. The tangent warm-up starts with sCM.
+from stage to stage. A gradient that is much larger than in the stage before makes AdamW's first
+updates larger than its learning rate. Weights or clipping keep the stages comparable.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ TINY_MODEL = ("--model.dim", "16", "--model.depth", "1", "--model.heads", "2")
             "set model.null_class",
         ),
         (
-            "--method imeanflow --model.no-guidance-input",
+            "--method imeanflow --model.no-guidance-input --student.guidance.max-scale 2",
             "--student.guidance is active, which is an input of the student of imeanflow: set "
             "model.guidance_input",
         ),

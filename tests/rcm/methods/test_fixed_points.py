@@ -30,6 +30,7 @@ from tests.rcm.analytic_networks import Gaussian
 from tests.rcm.methods.given_step import GivenStep, Perturbed, antithetic
 
 Settings = dict[str, Any]
+RANDOM_SCALES = Guidance(max_scale=8.0)
 
 GIVEN_X: dict[str, list[Settings]] = {
     "scm": [{}, {"form": "rcm", "tangent_norm": "l2"}],
@@ -42,12 +43,12 @@ GIVEN_X: dict[str, list[Settings]] = {
         for objective in ("emd", "lmd", "unstopped-lmd")
     ],
     "meanflow": [{}, {"norm": "l2", "power": 1.0}],
-    "imeanflow": [{"velocity": "teacher"}],
+    "imeanflow": [{"velocity": "teacher"}, {"velocity": "teacher", "guidance": RANDOM_SCALES}],
 }
 EXPECTED: dict[str, list[Settings]] = {
     "sct": [{}, {"tangent_norm": "l2"}],
     "meanflow": [{"velocity": "data"}, {"velocity": "data", "norm": "l2", "power": 1.0}],
-    "imeanflow": [{}, {"guidance": Guidance()}],
+    "imeanflow": [{}, {"guidance": RANDOM_SCALES}],
     "tvm": [{}],
 }
 # Settings, those of long steps, those of steps half as long, and the order of the solver.
