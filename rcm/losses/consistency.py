@@ -31,7 +31,15 @@ import torch
 from torch import Tensor
 
 from rcm.derivatives import Derivative, central_difference, exact_jvp
-from rcm.losses.loss import Loss, all_finite, per_sample, zero_outside
+from rcm.losses.loss import (
+    Loss,
+    Norm,
+    all_finite,
+    per_sample,
+    sample_norm,
+    squared_norm,
+    zero_outside,
+)
 from rcm.trigflow import (
     Network,
     check_end,
@@ -44,7 +52,6 @@ from rcm.trigflow import (
 )
 
 Form = Literal["scm", "rcm"]
-TangentNorm = Literal["rms", "l2"]
 
 
 @dataclass(frozen=True)
@@ -138,21 +145,7 @@ def consistency_tangent(
     return Tangent(f, jvp, g)
 
 
-def squared_norm(tensor: Tensor, norm: TangentNorm) -> Tensor:
-    """Mean ("rms") or sum ("l2") of the squares of each sample: (batch, ...) -> (batch,)."""
-    if norm == "rms":
-        return per_sample(tensor).square().mean(1)
-    if norm == "l2":
-        return per_sample(tensor).square().sum(1)
-    raise ValueError(f"tangent norm {norm!r} is unknown; allowed are 'rms' and 'l2'")
-
-
-def sample_norm(tensor: Tensor, norm: TangentNorm) -> Tensor:
-    """Root mean square ("rms") or Euclidean norm ("l2") per sample: (batch, ...) -> (batch,)."""
-    return squared_norm(tensor, norm).sqrt()
-
-
-def normalize_tangent(g: Tensor, *, norm: TangentNorm, eps: float) -> Tensor:
+def normalize_tangent(g: Tensor, *, norm: Norm, eps: float) -> Tensor:
     """ĝ = g / (‖g‖ + eps) per sample (sCM §4.2, "tangent normalization", c = eps).
 
     Raises ValueError unless eps is positive.
@@ -164,7 +157,7 @@ def normalize_tangent(g: Tensor, *, norm: TangentNorm, eps: float) -> Tensor:
     return g / (sample_norm(g, norm).view(-1, *[1] * (g.ndim - 1)) + eps)
 
 
-def move_along(f: Tensor, g_hat: Tensor, finite: Tensor, norm: TangentNorm) -> Tensor:
+def move_along(f: Tensor, g_hat: Tensor, finite: Tensor, norm: Norm) -> Tensor:
     """‖F - sg(F + ĝ)‖² per sample, 0 outside of finite: F with gradients, ĝ (batch, ...)."""
     # F - sg(F) is exactly zero and carries the gradient. F + ĝ would round ĝ to the spacing of F.
     return squared_norm(zero_outside(finite, f - f.detach() - g_hat), norm)
@@ -181,7 +174,7 @@ def consistency_loss(
     teacher: Network | None = None,
     warmup: float = 1.0,
     form: Form = "scm",
-    tangent_norm: TangentNorm = "rms",
+    tangent_norm: Norm = "rms",
     tangent_norm_eps: float = 0.1,
     log_weight: Callable[[Tensor], Tensor] | None = None,
     derivative: Derivative = exact_jvp,

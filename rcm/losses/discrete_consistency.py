@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rcm.losses.consistency import TangentNorm, squared_norm
-from rcm.losses.loss import Loss, all_finite, zero_outside
+from rcm.losses.loss import Loss, Norm, all_finite, squared_norm, zero_outside
 from rcm.ode import Solver, ode_step
 from rcm.time_conversions import t_from_u
 from rcm.time_sampling import shift_u
@@ -54,7 +53,7 @@ def discrete_consistency_loss(
     teacher: Network,
     target: Network | None = None,
     solver: Solver = "euler",
-    norm: TangentNorm = "l2",
+    norm: Norm = "l2",
 ) -> Loss:
     """‖x̂0(x, t₀) - sg x̂0(x', t_k)‖² per sample, where x' is k ode_steps of the teacher from x.
 

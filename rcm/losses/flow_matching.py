@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rcm.losses.consistency import TangentNorm, squared_norm
-from rcm.losses.loss import Loss
+from rcm.losses.loss import Loss, Norm, squared_norm
 from rcm.trigflow import Network, check_like, check_times, interpolate, network_time, velocity
 
 
@@ -19,7 +18,7 @@ def flow_matching_loss(
     t: Tensor,
     condition: Any,
     *,
-    norm: TangentNorm = "rms",
+    norm: Norm = "rms",
 ) -> Loss:
     """Train a teacher on data, or a critic (the "fake score") on the student's samples.
 

@@ -23,14 +23,8 @@ import torch
 from torch import Tensor
 
 from rcm.derivatives import Derivative, exact_jvp
-from rcm.losses.consistency import (
-    TangentNorm,
-    move_along,
-    normalize_tangent,
-    sample_norm,
-    squared_norm,
-)
-from rcm.losses.loss import Loss, all_finite, zero_outside
+from rcm.losses.consistency import move_along, normalize_tangent
+from rcm.losses.loss import Loss, Norm, all_finite, sample_norm, squared_norm, zero_outside
 from rcm.trigflow import (
     Network,
     check_end,
@@ -100,7 +94,7 @@ def lagrangian_flow_map_loss(
     teacher: Network,
     stopped: bool = True,
     warmup: float = 1.0,
-    tangent_norm: TangentNorm = "rms",
+    tangent_norm: Norm = "rms",
     tangent_norm_eps: float = 0.1,
     derivative: Derivative = exact_jvp,
 ) -> Loss:

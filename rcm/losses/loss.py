@@ -1,4 +1,4 @@
-"""The result type of every loss, and helpers for batches with non-finite samples.
+"""The result type of every loss, norms of samples, and helpers for non-finite samples.
 
 A loss returns one value per sample, unreduced, and named diagnostics. Losses can be added and
 scaled like the formulas in the papers; rCM (2510.08431) is
@@ -7,11 +7,14 @@ scaled like the formulas in the papers; rCM (2510.08431) is
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rcm.trigflow import check_like
+
+Norm = Literal["rms", "l2"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,17 @@ def zero_outside(mask: Tensor, tensor: Tensor) -> Tensor:
     """
     mask = mask.view(-1, *[1] * (tensor.ndim - 1))
     return torch.where(mask, tensor, torch.zeros_like(tensor))
+
+
+def squared_norm(tensor: Tensor, norm: Norm) -> Tensor:
+    """Mean ("rms") or sum ("l2") of the squares of each sample: (batch, ...) -> (batch,)."""
+    if norm == "rms":
+        return per_sample(tensor).square().mean(1)
+    if norm == "l2":
+        return per_sample(tensor).square().sum(1)
+    raise ValueError(f"norm {norm!r} is unknown; allowed are 'rms' and 'l2'")
+
+
+def sample_norm(tensor: Tensor, norm: Norm) -> Tensor:
+    """Root mean square ("rms") or Euclidean norm ("l2") per sample: (batch, ...) -> (batch,)."""
+    return squared_norm(tensor, norm).sqrt()

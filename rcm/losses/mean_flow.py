@@ -28,8 +28,7 @@ from torch import Tensor
 
 from rcm.derivatives import Derivative, exact_jvp
 from rcm.guidance import TIME_ROUNDING, GuidedCondition
-from rcm.losses.consistency import TangentNorm, sample_norm, squared_norm
-from rcm.losses.loss import Loss, all_finite, zero_outside
+from rcm.losses.loss import Loss, Norm, all_finite, sample_norm, squared_norm, zero_outside
 from rcm.trigflow import (
     Network,
     check_end,
@@ -66,7 +65,7 @@ def mean_flow_loss(
     guidance: tuple[Tensor, Tensor, Tensor] | None = None,
     null_condition: Callable[[Any], Any] | None = None,
     warmup: float = 1.0,
-    norm: TangentNorm = "l2",
+    norm: Norm = "l2",
     power: float = 1.0,
     eps: float = 1e-3,
     derivative: Derivative = exact_jvp,

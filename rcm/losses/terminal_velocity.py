@@ -26,8 +26,7 @@ from torch import Tensor
 
 from rcm.derivatives import Derivative, exact_jvp
 from rcm.guidance import GuidedCondition
-from rcm.losses.consistency import squared_norm
-from rcm.losses.loss import Loss, all_finite, zero_outside
+from rcm.losses.loss import Loss, all_finite, squared_norm, zero_outside
 from rcm.losses.mean_flow import check_scale, guided_at_all_times, mean_velocity
 from rcm.trigflow import (
     Network,

@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rcm.losses.consistency import TangentNorm, consistency_loss
+from rcm.losses.consistency import consistency_loss
 from rcm.losses.lagrangian import lagrangian_flow_map_loss
 from rcm.losses.loss import Loss
 from rcm.methods.samplers import FlowMap
-from rcm.methods.tangents import WithTangent
+from rcm.methods.tangents import WithNormalizedTangent
 from rcm.time_pairs import TimePairDistribution
 from rcm.training.method import Frozen, Losses, Role, Step, Trained
-from rcm.validation import require_choice, require_number, require_positive
+from rcm.validation import require_choice, require_number
 
 Objective = Literal["emd", "lmd", "unstopped-lmd"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AYF(WithTangent, FlowMap):
+class AYF(WithNormalizedTangent, FlowMap):
     """AYF: flow map distillation."""
 
     time_pairs: TimePairDistribution
@@ -31,17 +31,11 @@ class AYF(WithTangent, FlowMap):
     """Eulerian, Lagrangian, or Lagrangian with gradients through the derivative and teacher."""
     tangent_limit: float = 0.99
     """Largest factor of the tangent's second term; below 1 the loss contains flow matching."""
-    tangent_norm: TangentNorm = "rms"
-    """Norm that normalises the tangent: rms averages over the elements, l2 sums."""
-    tangent_norm_eps: float = 0.1
-    """Added to the norm of the tangent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(get_args(Objective), objective=self.objective)
         require_number("[]", 0, 1, tangent_limit=self.tangent_limit)
-        require_choice(get_args(TangentNorm), tangent_norm=self.tangent_norm)
-        require_positive(tangent_norm_eps=self.tangent_norm_eps)
 
     def roles(self) -> dict[str, Role]:
         student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from rcm.losses.consistency import TangentNorm
 from rcm.losses.discrete_consistency import discrete_consistency_loss, discrete_times
-from rcm.losses.loss import Loss
+from rcm.losses.loss import Loss, Norm
 from rcm.methods.samplers import ConsistencyModel
 from rcm.ode import Solver
 from rcm.training.ema import EMAConfig
@@ -33,7 +32,7 @@ class DCM(ConsistencyModel):
     """Shift of the steps towards noise; 1 is none."""
     solver: Solver = "euler"
     """Solver of the teacher's ODE."""
-    norm: TangentNorm = "l2"
+    norm: Norm = "l2"
     """The squared error is a sum over the elements (l2) or an average (rms)."""
     target_decay: float | None = None
     """Compare with a moving average of the student that has this decay, not with the student."""
@@ -46,7 +45,7 @@ class DCM(ConsistencyModel):
         require_integer(1, self.teacher_steps, skip=self.skip)
         require_positive(shift=self.shift, discrete_weight=self.discrete_weight)
         require_choice(get_args(Solver), solver=self.solver)
-        require_choice(get_args(TangentNorm), norm=self.norm)
+        require_choice(get_args(Norm), norm=self.norm)
         if self.target_decay is not None:
             require_number("[)", 0, 1, target_decay=self.target_decay)
 

@@ -13,9 +13,8 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from rcm.losses.consistency import TangentNorm
 from rcm.losses.flow_matching import flow_matching_loss
-from rcm.losses.loss import Loss
+from rcm.losses.loss import Loss, Norm
 from rcm.losses.score import score_loss
 from rcm.methods.samplers import ConsistencyModel
 from rcm.sampling import consistency_sample
@@ -38,7 +37,7 @@ class DMD(ConsistencyModel):
     """p_D, the noise levels of the DMD loss, the critic and the rollout."""
     critic_start: int = 0
     """Iteration at which the critic's training starts; it should precede the start of DMD."""
-    critic_norm: TangentNorm = "rms"
+    critic_norm: Norm = "rms"
     """The critic's loss is an average over the elements (rms) or a sum (l2), as in rCM's code."""
     student_every: int = 1
     """Once DMD has started, the student is trained once in this many iterations."""
@@ -61,7 +60,7 @@ class DMD(ConsistencyModel):
         require_positive(score_weight=self.score_weight)
         require_integer(1, MAX_ROLLOUT_STEPS, rollout_steps=self.rollout_steps)
         require_choice(get_args(RolloutLength), rollout_length=self.rollout_length)
-        require_choice(get_args(TangentNorm), critic_norm=self.critic_norm)
+        require_choice(get_args(Norm), critic_norm=self.critic_norm)
         if self.alternate and self.student_every == 1:
             raise ValueError(
                 "student_every is 1; with alternate it must be at least 2, or the critic is never "

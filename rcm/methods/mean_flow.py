@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rcm.losses.consistency import TangentNorm
-from rcm.losses.loss import Loss
+from rcm.losses.loss import Loss, Norm
 from rcm.losses.mean_flow import mean_flow_loss
 from rcm.methods.samplers import FlowMap
 from rcm.methods.tangents import WithTangent
@@ -27,7 +26,7 @@ class MeanFlow(WithTangent, FlowMap):
     """Distribution of the start t and the end of the flow map."""
     velocity: Velocity = "teacher"
     """Whose velocity the student averages: the teacher's, or that of data and noise."""
-    norm: TangentNorm = "l2"
+    norm: Norm = "l2"
     """The squared error is a sum over the elements (l2) or an average (rms)."""
     power: float = 1.0
     """Each sample's squared error e is divided by (e + eps)^power; 0 is the plain error."""
@@ -37,7 +36,7 @@ class MeanFlow(WithTangent, FlowMap):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(get_args(Velocity), velocity=self.velocity)
-        require_choice(get_args(TangentNorm), norm=self.norm)
+        require_choice(get_args(Norm), norm=self.norm)
         require_number("[)", 0, math.inf, power=self.power)
         require_positive(eps=self.eps)
         self.check_guidance()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from rcm.losses.consistency import Form, TangentNorm
-from rcm.losses.loss import Loss
+from rcm.losses.consistency import Form
+from rcm.losses.loss import Loss, Norm
 from rcm.methods.dmd import DMD
 from rcm.methods.scm import SCM
 from rcm.training.method import Step
@@ -21,7 +21,7 @@ class RCM(DMD, SCM):
     """rCM: a consistency loss and a DMD regulariser with a critic."""
 
     form: Form = "rcm"
-    tangent_norm: TangentNorm = "l2"
+    tangent_norm: Norm = "l2"
     """Norm of the tangent; l2 sums over the elements, as the DMD loss does."""
 
     @property

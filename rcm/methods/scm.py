@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from rcm.losses.consistency import Form, TangentNorm, consistency_loss
+from rcm.losses.consistency import Form, consistency_loss
 from rcm.losses.loss import Loss
 from rcm.methods.samplers import ConsistencyModel
-from rcm.methods.tangents import WithTangent
+from rcm.methods.tangents import WithNormalizedTangent
 from rcm.time_sampling import TimeDistribution
 from rcm.training.method import Frozen, Losses, Role, Step, Trained
 from rcm.trigflow import Network
@@ -16,27 +16,20 @@ from rcm.validation import require_choice, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class SCM(WithTangent, ConsistencyModel):
+class SCM(WithNormalizedTangent, ConsistencyModel):
     """sCM: consistency distillation."""
 
     times: TimeDistribution
     """p_G, the noise levels of the consistency loss."""
     form: Form = "scm"
     """Form of the tangent during its warm-up; see rcm/losses/consistency.py."""
-    tangent_norm: TangentNorm = "rms"
-    """Norm that normalises the tangent: rms averages over the elements, l2 sums."""
-    tangent_norm_eps: float = 0.1
-    """Added to the norm of the tangent; c in the sCM paper."""
     consistency_weight: float = 1.0
     """Weight of the consistency loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(get_args(Form), form=self.form)
-        require_choice(get_args(TangentNorm), tangent_norm=self.tangent_norm)
-        require_positive(
-            tangent_norm_eps=self.tangent_norm_eps, consistency_weight=self.consistency_weight
-        )
+        require_positive(consistency_weight=self.consistency_weight)
 
     def roles(self) -> dict[str, Role]:
         student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, get_args
 
 from rcm.derivatives import Derivative, central_difference, exact_jvp
+from rcm.losses.loss import Norm
 from rcm.training.method import Distillation
-from rcm.validation import require_integer, require_positive
+from rcm.validation import require_choice, require_integer, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +47,18 @@ class WithTangent(WithDerivative):
     def warmup(self, iteration: int) -> float:
         """Factor in [0, 1] of the second term of the tangent."""
         return min(1.0, iteration / max(1, self.tangent_warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithNormalizedTangent(WithTangent):
+    """A method whose tangent is normalised for each sample."""
+
+    tangent_norm: Norm = "rms"
+    """Norm that normalises the tangent: rms averages over the elements, l2 sums."""
+    tangent_norm_eps: float = 0.1
+    """Added to the norm of the tangent; c in the sCM paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(get_args(Norm), tangent_norm=self.tangent_norm)
+        require_positive(tangent_norm_eps=self.tangent_norm_eps)

@@ -29,8 +29,10 @@ class Batches:
         return self.data.samples[chosen], self.data.labels[chosen]
 
     def noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise of that shape."""
-        return torch.randn(like.shape, generator=self.generator, device=self.device)
+        """Standard normal noise of that shape and dtype."""
+        return torch.randn(
+            like.shape, generator=self.generator, device=self.device, dtype=like.dtype
+        )
 
     def integer(self, low: int, high: int) -> int:
         """A random integer in [low, high]."""

@@ -9,14 +9,12 @@ from torch import Tensor
 from rcm.derivatives import Derivative, central_difference, exact_jvp
 from rcm.losses.consistency import (
     Form,
-    TangentNorm,
     consistency_loss,
     consistency_tangent,
     jvp_cosine,
     normalize_tangent,
-    sample_norm,
 )
-from rcm.losses.loss import Loss
+from rcm.losses.loss import Loss, Norm, sample_norm
 from rcm.sampling import flow_map_sample, heun_times
 from rcm.time_sampling import LogNormal
 from rcm.trigflow import Network, denoise, interpolate, velocity
@@ -212,7 +210,7 @@ def test_without_a_teacher_the_ode_velocity_is_that_of_data_and_noise() -> None:
 
 @pytest.mark.parametrize(("norm", "elements"), [("rms", 5), ("l2", 1)])
 def test_gradient_with_respect_to_f_is_minus_twice_the_normalised_tangent(
-    norm: TangentNorm, elements: int
+    norm: Norm, elements: int
 ) -> None:
     x0, noise = torch.randn(2, 6, 5, dtype=torch.float64)
     t = torch.linspace(0.05, 1.5, 6, dtype=torch.float64)

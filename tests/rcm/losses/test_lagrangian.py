@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from rcm.derivatives import Derivative, central_difference, exact_jvp
-from rcm.losses.consistency import TangentNorm
 from rcm.losses.lagrangian import lagrangian_error, lagrangian_flow_map_loss
-from rcm.losses.loss import Loss
+from rcm.losses.loss import Loss, Norm
 from rcm.sampling import flow_map_sample, heun_times
 from rcm.time_sampling import LogNormal
 from rcm.trigflow import Network, flow_map, interpolate
@@ -99,7 +98,7 @@ def test_the_exact_flow_map_is_a_fixed_point_and_another_map_is_not(
 
 @pytest.mark.parametrize(("norm", "elements"), [("rms", 5), ("l2", 1)])
 def test_stopped_gradient_with_respect_to_f_is_twice_the_normalised_error(
-    case: Case, norm: TangentNorm, elements: int
+    case: Case, norm: Norm, elements: int
 ) -> None:
     _, teacher, x0, noise, t, end = case
     f = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
@@ -118,7 +117,7 @@ def test_stopped_gradient_with_respect_to_f_is_twice_the_normalised_error(
 @NORMS
 @DERIVATIVES
 def test_unstopped_gradient_is_the_finite_difference_of_the_loss(
-    case: Case, norm: TangentNorm, derivative: Derivative
+    case: Case, norm: Norm, derivative: Derivative
 ) -> None:
     """It passes through f, dF/ds and the teacher's input: each parameter moves by ± 1e-5."""
     student = case[0]
@@ -140,7 +139,7 @@ def test_unstopped_gradient_is_the_finite_difference_of_the_loss(
 
 
 @NORMS
-def test_unstopped_value_is_the_squared_error(case: Case, norm: TangentNorm) -> None:
+def test_unstopped_value_is_the_squared_error(case: Case, norm: Norm) -> None:
     student, teacher, x0, noise, t, end = case
     x = interpolate(x0, noise, t)
     e = lagrangian_error(student, teacher, x, t, end, None, warmup=0.3).e

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rcm.losses.consistency import TangentNorm
+from rcm.losses.loss import Norm
 from rcm.methods import dmd
 from rcm.methods.dmd import DMD
 from rcm.time_sampling import LogNormal
@@ -109,7 +109,7 @@ def test_rollouts_can_use_the_times_of_the_sampler(monkeypatch: pytest.MonkeyPat
 
 
 def test_critic_norm_l2_sums_over_the_elements() -> None:
-    def loss(norm: TangentNorm) -> float:
+    def loss(norm: Norm) -> float:
         torch.manual_seed(0)
         return smooth_trainer(replace(METHOD, critic_norm=norm)).step()["critic_loss"]
 
