@@ -30,7 +30,7 @@ class RCM(DMD, SCM):
 
     def shortened(self) -> Self:
         iterations = 3 if self.alternate else 2
-        return replace(super().shortened(), iterations=iterations, tangent_warmup=1)
+        return replace(super().shortened(), iterations=iterations)
 
     def student_losses(self, step: Step) -> dict[str, Loss]:
         losses = {"consistency": self.consistency(step)}

@@ -79,8 +79,8 @@ METHODS: dict[str, Distillation] = {
     # In a short run, 20 steps of the teacher teach one-step samples better than the paper's 50.
     "lcm": LCM(**_STUDENT, skip=50),
     "meanflow": MeanFlow(**_STUDENT, **_MEAN_FLOW),
-    # The paper trains with guidance of random scales. In a run as short as this, samples at scale 1
-    # are then guided too, and less diverse. --student.guidance.max-scale 2 turns it on.
+    # The paper trains with guidance of random scales. In runs as short as these, samples at scale 1
+    # are then less diverse. --student.guidance.max-scale 2 turns it on.
     "imeanflow": ImprovedMeanFlow(**_STUDENT, **_MEAN_FLOW),
     "ayf": AYF(**_STUDENT, time_pairs=UniformEnd(times=TIMES), tangent_warmup=300),
     "tvm": TVM(**_STUDENT, time_pairs=UniformEnd(times=TIMES), flow_matching_times=TIMES),
