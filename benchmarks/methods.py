@@ -3,7 +3,8 @@
     python benchmarks/methods.py [--methods scm ayf ...] [--seeds 0 1 2] [--runs FOLDER]
 
 Runs `python -m rcm.train` for each method and seed, and once for the teacher. Finished runs are not
-repeated, and an interrupted one is continued: repeat the command.
+repeated, and an interrupted one is continued: repeat the command. The exit status is 1 if a run
+misses one of the floors below.
 """
 
 from __future__ import annotations
@@ -42,6 +43,17 @@ EXTRA = {
     ],
     "imeanflow": ["--student.tangent-warmup", "150"],
 }
+# (method, samples, metric): (lowest, highest). Loose: a run that misses one has a bug.
+FLOORS = {
+    ("scm", "student, 1 step", "frechet_distance"): (0, 4.5),
+    ("scm", "student, 1 step", "label_agreement"): (0.91, 1),
+    ("scm", "student, 1 step", "same_noise_rmse"): (0, 0.24),
+    ("ayf", "student, 4 steps", "frechet_distance"): (0, 2.4),
+    ("ayf", "student, 4 steps", "same_noise_rmse"): (0, 0.09),
+    ("meanflow", "student, 4 steps", "frechet_distance"): (0, 2.4),
+    ("meanflow", "student, 4 steps", "same_noise_rmse"): (0, 0.09),
+}
+LOST_DIVERSITY = 0.05  # of the teacher's: DMD loses at least this much of its scm student's
 METRICS = ("frechet_distance", "label_agreement", "same_noise_rmse", "diversity")
 
 
@@ -69,6 +81,28 @@ def main() -> None:
     content = {**environment(), "threads": 1, "settings": settings, "methods": results}
     (options.out / "methods.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table(results))
+    missed = [
+        f"seed {options.seeds[i]}: {line}"
+        for i in range(len(options.seeds))
+        for line in missed_floors({m: seeds[i]["scores"] for m, seeds in results.items()})
+    ]
+    print("\n".join(missed))
+    sys.exit(bool(missed))
+
+
+def missed_floors(scores: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A line for each floor that the runs of one seed, {method: scores}, miss."""
+    missed = []
+    for (method, samples, metric), (low, high) in FLOORS.items():
+        if method in scores and not low <= scores[method][samples][metric] <= high:
+            value = scores[method][samples][metric]
+            missed.append(f"{method}, {samples}: {metric} {value:.3f} is not in [{low}, {high}]")
+    if "scm" in scores and "dmd" in scores:
+        scm, dmd = (scores[m]["student, 1 step"]["diversity"] for m in ("scm", "dmd"))
+        lost = (scm - dmd) / scores["scm"]["teacher, 32 steps"]["diversity"]
+        if lost < LOST_DIVERSITY:
+            missed.append(f"dmd lost {lost:.3f} of the teacher's diversity, not {LOST_DIVERSITY}")
+    return missed
 
 
 def command(method: str, seed: int, teacher: Path, runs: Path) -> list[str]:

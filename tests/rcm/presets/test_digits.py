@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods import command
+from benchmarks.methods import command, missed_floors
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("digits")]
 Scores = dict[str, dict[str, float]]
@@ -40,22 +40,11 @@ def test_the_digits_preset_distils_a_good_student(teacher_run: Path) -> None:
     assert scores["student, 2 steps"]["label_agreement"] >= 0.94
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_short_runs_of_the_methods_reach_their_quality(
-    teacher_run: Path, tmp_path: Path, seed: int
-) -> None:
-    def distilled(method: str) -> Scores:
-        return train(tmp_path / f"{method}-{seed}", *command(method, seed, teacher_run, tmp_path))
-
-    scm = distilled("scm")
-    assert scm["student, 1 step"]["frechet_distance"] <= 4.5
-    assert scm["student, 1 step"]["label_agreement"] >= 0.91
-    assert scm["student, 1 step"]["same_noise_rmse"] <= 0.24
-    for method in ("ayf", "meanflow"):
-        scores = distilled(method)
-        assert scores["student, 4 steps"]["frechet_distance"] <= 2.4, method
-        assert scores["student, 4 steps"]["same_noise_rmse"] <= 0.09, method
-    dmd = distilled("dmd")  # continues the student of scm
-    teacher = scm["teacher, 32 steps"]["diversity"]
-    lost = scm["student, 1 step"]["diversity"] - dmd["student, 1 step"]["diversity"]
-    assert lost / teacher >= 0.05
+def test_short_runs_of_the_methods_reach_their_quality(teacher_run: Path, tmp_path: Path) -> None:
+    """One seed; benchmarks/results/methods.json has three, and every method."""
+    methods = ("scm", "ayf", "meanflow", "dmd")  # DMD continues the student of scm
+    scores = {
+        method: train(tmp_path / f"{method}-0", *command(method, 0, teacher_run, tmp_path))
+        for method in methods
+    }
+    assert missed_floors(scores) == []
