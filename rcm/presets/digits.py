@@ -74,7 +74,13 @@ METHODS: dict[str, Distillation] = {
     ),
     "scm": SCM(**_STUDENT, times=TIMES, tangent_warmup=600),
     "sct": SCT(**_STUDENT, times=TIMES, tangent_warmup=600),
-    "dmd": DMD(**_STUDENT | {"iterations": 300}, **_CRITIC),
+    # For a student of scm (--student.start). The critic must follow the student closely: with equal
+    # rates of 1e-4 the diversity falls from 89 % to 75 % of the teacher's, and the FD doubles.
+    "dmd": DMD(
+        **_STUDENT | {"iterations": 300, "optimizer": OptimizerConfig(lr=5e-5)},
+        critic_optimizer=OptimizerConfig(lr=2e-4),
+        score_times=TIMES,
+    ),
     "dcm": DCM(**_STUDENT, **_DISCRETE, norm="rms"),
     # In a short run, 20 steps of the teacher teach one-step samples better than the paper's 50.
     "lcm": LCM(**_STUDENT, skip=50),
