@@ -61,7 +61,7 @@ def exact_jvp(
         for primal, tangent in zip(primals, tangents, strict=True)
     )
     norms = DifferentiableNorms() if torch.is_grad_enabled() else nullcontext()
-    with _restored_random_state(primals[0], always=False), norms:
+    with _restored_without_gradients(primals[0]), norms:
         value, derivative = torch.func.jvp(  # type: ignore[misc]
             function, primals, directions
         )
@@ -89,17 +89,22 @@ def central_difference(h: float) -> Derivative:
                 (primal + _scaled(tangent, step)).to(primal.dtype)
                 for primal, tangent in zip(primals, tangents, strict=True)
             )
-            with _restored_random_state(primals[0], always=True):
+            with restored_random_state(primals[0]):
                 return function(*arguments)
 
         forward, back = _step(primals, tangents, h), _step(primals, tangents, -h)
         change = moved(forward) - moved(back)
         factor = 1 / (forward - back) if scale is None else scale / (forward - back)
-        with _restored_random_state(primals[0], always=False):
+        with _restored_without_gradients(primals[0]):
             value = function(*primals)
         return value, _scaled(change, factor).to(change.dtype)
 
     return derivative
+
+
+def restored_random_state(like: Tensor) -> AbstractContextManager[None]:
+    """Restore the random state of the CPU and of like's device on exit."""
+    return torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
 
 
 def _step(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], h: float) -> Tensor:
@@ -121,8 +126,5 @@ def _scaled(tensor: Tensor, factor: Tensor | None) -> Tensor:
     return factor.to(dtype).view(-1, *[1] * (tensor.ndim - 1)) * tensor
 
 
-def _restored_random_state(like: Tensor, *, always: bool) -> AbstractContextManager[None]:
-    """Restore the random state of the CPU and of like's device on exit: always, or in no_grad."""
-    if always or not torch.is_grad_enabled():
-        return torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
-    return nullcontext()
+def _restored_without_gradients(like: Tensor) -> AbstractContextManager[None]:
+    return nullcontext() if torch.is_grad_enabled() else restored_random_state(like)

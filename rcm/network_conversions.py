@@ -20,7 +20,6 @@ with x_u = x/Z, Z = cos(t) + sin(t), F = ((cos(t) - sin(t)) x + U)/Z. F is the v
 for s = t, and U that of rectified flow, ε - x0, for r = u.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,20 +27,10 @@ from torch import Tensor
 
 from rcm.predictions import PREDICTIONS, Prediction, f_from_prediction, prediction_from_f
 from rcm.time_conversions import VPSchedule, sigma_from_t, t_from_sigma, t_from_u, u_from_t
-from rcm.trigflow import Network, cos_sin, network_time
+from rcm.trigflow import Network, cos_sin, evaluate
 from rcm.validation import require_choice, require_positive
 
 MIN_LEVEL = 1e-6  # of sin(t) and cos(t), where a prediction determines F only divided by them
-
-
-def _evaluate(
-    net: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Any, end: Tensor | None
-) -> Tensor:
-    """Networks of one time need not have a parameter `end`."""
-    time = network_time(t, x)
-    if end is None:
-        return net(x, time, condition)
-    return net(x, time, condition, end=network_time(end, x))
 
 
 def _path_scale(t: Tensor, x: Tensor) -> Tensor:
@@ -66,7 +55,7 @@ def from_rectified_flow(net: Network, time_scale: float = 1.0) -> Network:
         u = u_from_t(t.double())
         x_u = (x / _path_scale(t.double(), x)).to(x.dtype)
         r = None if end is None else time_scale * u_from_t(end.double())
-        prediction = _evaluate(net, x_u, time_scale * u, condition, r)
+        prediction = evaluate(net, x_u, time_scale * u, condition, r)
         return f_from_prediction(prediction, x_u, kind="flow", signal=1 - u, noise=u)
 
     return wrapped
@@ -85,7 +74,7 @@ def to_rectified_flow(net: Network, time_scale: float = 1.0) -> Network:
         angle = t_from_u(u)
         on_path = (x * _path_scale(angle, x)).to(x.dtype)
         end_angle = None if end is None else t_from_u(end.double() / time_scale)
-        f = _evaluate(net, on_path, angle, condition, end_angle)
+        f = evaluate(net, on_path, angle, condition, end_angle)
         return prediction_from_f(f, x, kind="flow", signal=1 - u, noise=u)
 
     return wrapped
@@ -112,7 +101,7 @@ def from_edm(net: Network, sigma_data: float = 0.5) -> Network:
         cos, _ = cos_sin(t, x)
         noisy = (x * sigma_data / cos).to(x.dtype)
         sigma_end = None if end is None else sigma_from_t(end.double(), sigma_data)
-        x0 = _evaluate(net, noisy, sigma, condition, sigma_end)
+        x0 = evaluate(net, noisy, sigma, condition, sigma_end)
         return f_from_prediction(
             x0, noisy, kind="x0", signal=torch.ones_like(t), noise=sigma, sigma_data=sigma_data
         )
@@ -133,7 +122,7 @@ def to_edm(net: Network, sigma_data: float = 0.5) -> Network:
         cos, _ = cos_sin(angle, x)
         on_path = (x * cos / sigma_data).to(x.dtype)
         end_angle = None if end is None else t_from_sigma(end.double(), sigma_data)
-        f = _evaluate(net, on_path, angle, condition, end_angle)
+        f = evaluate(net, on_path, angle, condition, end_angle)
         return prediction_from_f(
             f, x, kind="x0", signal=torch.ones_like(sigma), noise=sigma, sigma_data=sigma_data
         )
@@ -178,7 +167,7 @@ def from_vp(
         if integer_timesteps:
             predicted = net(x, timestep.round().long(), condition)
         else:
-            predicted = _evaluate(net, x, timestep, condition, None)
+            predicted = evaluate(net, x, timestep, condition)
         signal, noise = torch.cos(t), torch.sin(t)
         return f_from_prediction(predicted, x, kind=prediction, signal=signal, noise=noise)
 
@@ -192,7 +181,7 @@ def to_vp(net: Network, schedule: VPSchedule, prediction: Prediction = "eps") ->
     def wrapped(x: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
         _require_no_end(end)
         angle = schedule.t(t)
-        f = _evaluate(net, x, angle, condition, None)
+        f = evaluate(net, x, angle, condition)
         signal, noise = torch.cos(angle), torch.sin(angle)
         return prediction_from_f(f, x, kind=prediction, signal=signal, noise=noise)
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from rcm.derivatives import restored_random_state
 from rcm.trigflow import Network, network_time, require_precise_time
 
 # Modules that receive the timestep in diffusers, in the published code of DiT and SiT, and here.
@@ -42,8 +43,7 @@ def require_unrounded_time(
     time = network_time(t, x)
     times = [time] if end is None else [time, network_time(end, x)]
     second_time = {} if end is None else {"end": times[1]}
-    devices = [x.device] if x.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), _FollowTime(times):
+    with torch.no_grad(), restored_random_state(x), _FollowTime(times):
         net(x, time, condition, **second_time)
 
 

@@ -73,9 +73,19 @@ def denoised(x: Tensor, f: Tensor, t: Tensor) -> Tensor:
     return (cos * x - sin * f).to(x.dtype)
 
 
+def evaluate(
+    net: Network, x: Tensor, t: Tensor, condition: Any, end: Tensor | None = None
+) -> Tensor:
+    """F of a flow map, or of a network of one time, which need not have the parameter `end`."""
+    time = network_time(t, x)
+    if end is None:
+        return net(x, time, condition)
+    return net(x, time, condition, end=network_time(end, x))
+
+
 def denoise(net: Network, x: Tensor, t: Tensor, condition: Any) -> Tensor:
     """The data prediction x̂0 of a network: x (batch, ...), t (batch,) -> (batch, ...)."""
-    return denoised(x, net(x, network_time(t, x), condition), t)
+    return denoised(x, evaluate(net, x, t, condition), t)
 
 
 def flow_map(net: Network, x: Tensor, t: Tensor, end: Tensor, condition: Any) -> Tensor:
@@ -84,8 +94,7 @@ def flow_map(net: Network, x: Tensor, t: Tensor, end: Tensor, condition: Any) ->
     Raises ValueError unless end is shaped like t, float32 or float64, and within [0, t].
     """
     check_end(end, t)
-    f = net(x, network_time(t, x), condition, end=network_time(end, x))
-    return denoised(x, f, t - end)
+    return denoised(x, evaluate(net, x, t, condition, end), t - end)
 
 
 # ---- checks ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from rcm.data.dataset import Classifier, Dataset
+from rcm.derivatives import restored_random_state
 from rcm.evaluation.evaluator import NOISE_SEED, REFERENCE_STEPS, sample_student
 from rcm.evaluation.metrics import label_agreement, same_noise_rmse
 from rcm.guidance import GuidedCondition, guided
@@ -79,8 +80,7 @@ class Probes:
 
     def measure(self, student: Network, check_jvp: bool = True) -> dict[str, float]:
         """probe_rmse and probe_agreement, and jvp_cosine if check_jvp, of a student."""
-        devices = [self.noise.device] if self.noise.is_cuda else []
-        with torch.random.fork_rng(devices):  # dropout draws from the global random numbers
+        with restored_random_state(self.noise):  # dropout draws from the global random numbers
             samples = sample_student(student, self.noise, self.labels, 1, self.config)
             metrics = {
                 "probe_rmse": same_noise_rmse(samples, self.teacher_samples),

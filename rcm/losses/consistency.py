@@ -46,6 +46,7 @@ from rcm.trigflow import (
     check_like,
     check_times,
     cos_sin,
+    evaluate,
     interpolate,
     network_time,
     velocity,
@@ -63,13 +64,6 @@ class Tangent:
     g: Tensor
 
 
-def _evaluate(net: Network, x: Tensor, t: Tensor, condition: Any, end: Tensor | None) -> Tensor:
-    """F of a flow map, or of a network of one time if end is None."""
-    if end is None:
-        return net(x, t, condition)
-    return net(x, t, condition, end=network_time(end, x))
-
-
 def _derivative_along_ode(
     derivative: Derivative,
     student: Network,
@@ -83,7 +77,7 @@ def _derivative_along_ode(
     """F, and scale · dF/dt in the direction (V, 1), at a fixed end."""
     time = network_time(t, x)
     return derivative(
-        lambda x, time: _evaluate(student, x, time, condition, end),
+        lambda x, time: evaluate(student, x, time, condition, end),
         (x, time),
         (ode_velocity, torch.ones_like(time)),
         scale,
@@ -214,7 +208,7 @@ def consistency_loss(
 
     # Non-finite samples enter the pass with gradients as zeros: a NaN activation would reach the
     # gradient of the weights as 0 · NaN even with a masked loss.
-    f = _evaluate(student, zero_outside(finite, x), time, condition, end)
+    f = evaluate(student, zero_outside(finite, x), time, condition, end)
     value = move_along(f, g_hat, finite, tangent_norm)
     if log_weight is not None:
         w = log_weight(time)

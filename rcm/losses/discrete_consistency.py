@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from rcm.derivatives import restored_random_state
 from rcm.losses.loss import Loss, Norm, all_finite, squared_norm, zero_outside
 from rcm.ode import Solver, ode_step
 from rcm.time_conversions import t_from_u
@@ -106,7 +107,7 @@ def consistency_error(
         for t, t_next in pairwise(times):
             x_end = ode_step(teacher, x_end, t, t_next, condition, solver)
         # The random state is restored, so that target and prediction have the same dropout masks.
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        with restored_random_state(x):
             x0_target = denoise(target, x_end, times[-1], condition)
         x0_target = torch.where((times[-1] == 0).view(-1, *[1] * (x.ndim - 1)), x_end, x0_target)
         finite = all_finite(x, x0_target)

@@ -35,6 +35,7 @@ from rcm.trigflow import (
     check_times,
     cos_sin,
     denoised,
+    evaluate,
     interpolate,
     network_time,
     velocity,
@@ -157,7 +158,7 @@ def scaled_by_guidance(net: Network) -> Network:
         x: Tensor, t: Tensor, condition: GuidedCondition, end: Tensor | None = None
     ) -> Tensor:
         # U = Z F - (C - S) x, so w U belongs to w F + (1 - w) (C - S)/Z x.
-        f = net(x, t, condition) if end is None else net(x, t, condition, end=end)
+        f = evaluate(net, x, t, condition, end)
         cos, sin = cos_sin(t, x)
         w = condition.scale.to(cos.dtype).view(cos.shape)
         return w * f + (1 - w) * (cos - sin) / (cos + sin) * x

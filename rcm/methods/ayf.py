@@ -15,7 +15,7 @@ from rcm.losses.loss import Loss
 from rcm.methods.samplers import FlowMap
 from rcm.methods.tangents import WithNormalizedTangent
 from rcm.time_pairs import TimePairDistribution
-from rcm.training.method import Frozen, Losses, Role, Step, Trained
+from rcm.training.method import Frozen, Losses, Role, Step
 from rcm.validation import require_choice, require_number
 
 Objective = Literal["emd", "lmd", "unstopped-lmd"]
@@ -38,8 +38,7 @@ class AYF(WithNormalizedTangent, FlowMap):
         require_number("[]", 0, 1, tangent_limit=self.tangent_limit)
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
-        return {"student": student, "teacher": Frozen()}
+        return {"student": self.student_role(), "teacher": Frozen()}
 
     def losses(self, step: Step) -> Losses:
         yield "student", {"flow map": self.flow_map(step)}

@@ -14,7 +14,7 @@ from rcm.losses.loss import Loss, Norm
 from rcm.methods.samplers import ConsistencyModel
 from rcm.ode import Solver
 from rcm.training.ema import EMAConfig
-from rcm.training.method import Averaged, Frozen, Losses, Role, Step, Trained
+from rcm.training.method import Averaged, Frozen, Losses, Role, Step
 from rcm.validation import require_choice, require_integer, require_number, require_positive
 
 MAX_TEACHER_STEPS = 10_000
@@ -50,8 +50,7 @@ class DCM(ConsistencyModel):
             require_number("[)", 0, 1, target_decay=self.target_decay)
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
-        roles: dict[str, Role] = {"student": student, "teacher": Frozen()}
+        roles: dict[str, Role] = {"student": self.student_role(), "teacher": Frozen()}
         if self.target_decay is not None:
             roles["target"] = Averaged(of="student", ema=EMAConfig(decay=self.target_decay))
         return roles

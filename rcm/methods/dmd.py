@@ -86,9 +86,8 @@ class DMD(ConsistencyModel):
         return replace(super().shortened(), critic_start=0)
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
         critic = Trained(optimizer=self.critic_optimizer)
-        return {"student": student, "critic": critic, "teacher": Frozen()}
+        return {"student": self.student_role(), "critic": critic, "teacher": Frozen()}
 
     def losses(self, step: Step) -> Losses:
         if self.trains_student(step.iteration):

@@ -17,7 +17,7 @@ from rcm.losses.loss import Loss
 from rcm.sampling import consistency_sample
 from rcm.time_conversions import VPSchedule
 from rcm.training.ema import EMAConfig
-from rcm.training.method import Averaged, Distillation, Frozen, Losses, Role, Step, Trained
+from rcm.training.method import Averaged, Distillation, Frozen, Losses, Role, Step
 from rcm.trigflow import Network
 from rcm.validation import require_integer, require_number, require_positive
 
@@ -47,9 +47,8 @@ class LCM(Distillation):
         return TIMESTEPS // self.skip
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
         target = Averaged(of="student", ema=EMAConfig(decay=self.target_decay))
-        return {"student": student, "target": target, "teacher": Frozen()}
+        return {"student": self.student_role(), "target": target, "teacher": Frozen()}
 
     def losses(self, step: Step) -> Losses:
         yield "student", {"consistency": self.consistency(step)}

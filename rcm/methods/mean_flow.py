@@ -11,7 +11,7 @@ from rcm.losses.mean_flow import mean_flow_loss
 from rcm.methods.samplers import FlowMap
 from rcm.methods.tangents import WithTangent
 from rcm.time_pairs import TimePairDistribution
-from rcm.training.method import Frozen, Losses, Role, Step, Trained
+from rcm.training.method import Frozen, Losses, Role, Step
 from rcm.trigflow import Network
 from rcm.validation import require_choice, require_number, require_positive
 
@@ -47,8 +47,8 @@ class MeanFlow(WithTangent, FlowMap):
             self.require_no_guidance("the velocity of data and noise has none")
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
-        return {"student": student, **({"teacher": Frozen()} if self.velocity == "teacher" else {})}
+        roles: dict[str, Role] = {"student": self.student_role()}
+        return roles | {"teacher": Frozen()} if self.velocity == "teacher" else roles
 
     def losses(self, step: Step) -> Losses:
         yield "student", {"mean flow": self.mean_flow(step)}

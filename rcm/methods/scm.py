@@ -10,7 +10,7 @@ from rcm.losses.loss import Loss
 from rcm.methods.samplers import ConsistencyModel
 from rcm.methods.tangents import WithNormalizedTangent
 from rcm.time_sampling import TimeDistribution
-from rcm.training.method import Frozen, Losses, Role, Step, Trained
+from rcm.training.method import Frozen, Losses, Role, Step
 from rcm.trigflow import Network
 from rcm.validation import require_choice, require_positive
 
@@ -32,8 +32,7 @@ class SCM(WithNormalizedTangent, ConsistencyModel):
         require_positive(consistency_weight=self.consistency_weight)
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
-        return {"student": student, "teacher": Frozen()}
+        return {"student": self.student_role(), "teacher": Frozen()}
 
     def losses(self, step: Step) -> Losses:
         yield "student", {"consistency": self.consistency(step)}

@@ -15,7 +15,7 @@ from rcm.methods.tangents import WithDerivative
 from rcm.time_pairs import TimePairDistribution
 from rcm.time_sampling import TimeDistribution
 from rcm.training.ema import EMAConfig
-from rcm.training.method import Averaged, Losses, Role, Step, Trained
+from rcm.training.method import Averaged, Losses, Role, Step
 from rcm.validation import require_number, require_positive
 
 
@@ -43,9 +43,8 @@ class TVM(WithDerivative, FlowMap):
         self.require_no_guidance("TVM has no teacher to guide")
 
     def roles(self) -> dict[str, Role]:
-        student = Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
         target = Averaged(of="student", ema=EMAConfig(decay=self.target_decay))
-        return {"student": student, "target": target}
+        return {"student": self.student_role(), "target": target}
 
     def losses(self, step: Step) -> Losses:
         yield "student", {"terminal velocity": self.terminal_velocity(step)}

@@ -199,6 +199,10 @@ class Distillation(Method):
         super().__post_init__()
         require_number("[]", MIN_SIGMA_MAX, math.inf, sigma_max=self.sigma_max)
 
+    def student_role(self) -> Trained:
+        """The student: trained from `start`, with its moving average."""
+        return Trained(optimizer=self.optimizer, ema=self.ema, start=self.start)
+
     def require_no_guidance(self, reason: str) -> None:
         """Raise ValueError if the guidance is active, where it would have no effect."""
         if self.guidance.active:
