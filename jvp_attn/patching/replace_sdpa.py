@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -37,6 +38,11 @@ class replace_sdpa(TorchFunctionMode):
     Graphs that torch.export or torch.fx.symbolic_trace records inside the block contain this
     package's attention. Tracing with torch.jit.trace raises.
 
+    Args:
+        attention: what to call instead, with the signature of the default,
+            `jvp_attn.scaled_dot_product_attention`. Context parallelism passes one that computes
+            attention over the tokens of several ranks.
+
     Raises:
         NotImplementedError: inside the block, from attention that bypasses
             `F.scaled_dot_product_attention`: FlexAttention, `torch.nn.attention.varlen`, operators
@@ -45,9 +51,15 @@ class replace_sdpa(TorchFunctionMode):
             detected; torch raises if a tangent enters it.
     """
 
+    def __init__(self, attention: Callable[..., Tensor] = scaled_dot_product_attention) -> None:
+        super().__init__()
+        self.attention = attention
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handle a call of a torch function."""
         kwargs = kwargs or {}
+        if func in _SDPA and self.attention is not scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
         if func in _REPLACEMENTS:
             proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
             if proxy is not None:
@@ -78,10 +90,13 @@ def _without_modes(function: Any) -> Callable[..., Any]:
     return copy
 
 
+_SDPA = (
+    F.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention: scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
+    **dict.fromkeys(_SDPA, scaled_dot_product_attention),
     F.multi_head_attention_forward: multi_head_attention_forward,
 }
 
