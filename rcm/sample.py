@@ -21,7 +21,7 @@ from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
 from rcm.presets import config_from_settings
 from rcm.training.checkpoint import load_weights
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig
 from rcm.training.resources import require_device
 from rcm.training.run_folder import read_settings
 from rcm.validation import MAX_SEED, require_integer
@@ -90,7 +90,7 @@ def sample(arguments: Arguments) -> None:
         raise RunError(f"writing {arguments.out} failed ({error.strerror or error})") from error
 
 
-def _config(run: Path) -> RunConfig:
+def _config(run: Path) -> FromScratchConfig:
     if not (run / "config.json").is_file():
         raise OptionError(f"{run} is not a run folder: it has no config.json")
     try:
@@ -99,7 +99,7 @@ def _config(run: Path) -> RunConfig:
         raise RunError(f"{run / 'config.json'} cannot be used: {error}") from error
 
 
-def _require_allowed(arguments: Arguments, config: RunConfig) -> None:
+def _require_allowed(arguments: Arguments, config: FromScratchConfig) -> None:
     classes, out = config.data.classes, arguments.out
     require_device(config)
     if arguments.num % classes or arguments.num > MAX_PER_CLASS * classes:

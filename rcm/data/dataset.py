@@ -1,22 +1,51 @@
-"""What training and evaluation need of a data set: labelled samples and a classifier."""
+"""What training and evaluation need of a data set.
+
+Training needs samples by their index, with a condition (Data). Evaluation of labelled data also
+needs a classifier (LabelledDataConfig).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Data(Protocol):
+    """Samples with conditions, read by index. It has no state, so that a run can continue."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Any]:
+        """Samples (n, ...) in units of σd and their conditions, tensors (n, ...), on any device."""
+        ...
+
+    def null_condition(self, condition: Any) -> Any:
+        """The empty or negative condition, shaped like the condition of a batch."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """samples: (n, ...) float32 in units of σd; labels: (n,) int64 in 0..classes - 1."""
+    """Labelled samples in memory.
+
+    samples: (n, ...) float32 in units of σd; labels: (n,) int64 in 0..classes - 1.
+    """
 
     samples: Tensor
     labels: Tensor
     classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor(indices, device=self.labels.device)
+        return self.samples[chosen], self.labels[chosen]
 
     def to(self, device: torch.device) -> Dataset:
         return Dataset(self.samples.to(device), self.labels.to(device), self.classes)
@@ -39,8 +68,8 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(ABC):
-    """Settings of a data set; the base class of each data set's own config."""
+class LabelledDataConfig(ABC):
+    """Settings of a labelled data set; the base class of each data set's own config."""
 
     name: ClassVar[str]
     sample_shape: ClassVar[tuple[int, ...]]

@@ -12,13 +12,13 @@ from sklearn import datasets
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rcm.data.dataset import DataConfig, Dataset, halves
+from rcm.data.dataset import Dataset, LabelledDataConfig, halves
 
 FEATURES = 160
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsConfig(DataConfig):
+class DigitsConfig(LabelledDataConfig):
     """The digits; there is nothing to set."""
 
     name: ClassVar[str] = "digits"

@@ -7,6 +7,7 @@ for sCM.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 from rcm.losses.discrete_consistency import discrete_consistency_loss, discrete_times
@@ -60,12 +61,8 @@ class DCM(ConsistencyModel):
 
     def discrete_consistency(self, step: Step) -> Loss:
         """The weighted discrete consistency loss of a batch."""
-        times = discrete_times(
-            len(step.x0),
-            step.generator,
-            steps=self.teacher_steps,
-            skip=self.skip,
-            shift=self.shift,
+        times = step.draw(
+            partial(discrete_times, steps=self.teacher_steps, skip=self.skip, shift=self.shift)
         )
         loss = discrete_consistency_loss(
             step.student,

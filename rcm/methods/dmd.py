@@ -141,8 +141,8 @@ class DMD(ConsistencyModel):
         if self.rollout_at_mid_times:
             times = torch.tensor([math.pi / 2, *self.mid_times[: steps - 1]], dtype=torch.float64)
         else:
-            times = rollout_times(steps, len(step.x0), self.score_times, step.generator)
-        noise = step.noise()
+            times = step.draw(lambda n, g: rollout_times(steps, n, self.score_times, g))
+        noise, *later_noise = [step.noise() for _ in range(steps)]
         return consistency_sample(
-            step.student, noise, times, step.condition, noise_source=step.generator
+            step.student, noise, times, step.condition, noise_source=later_noise
         )

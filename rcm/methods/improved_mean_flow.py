@@ -57,8 +57,7 @@ class ImprovedMeanFlow(MeanFlow):
 
     def random_guidance(self, step: Step, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and interval of each sample; the scale is 1 for samples without a label."""
-        scale = self.guidance.draw(len(step.x0), step.generator)
-        assert scale is not None
+        scale: Tensor = step.draw(self.guidance.draw)
         unlabelled = condition == step.null_condition(condition)
         return torch.where(unlabelled, 1.0, scale), *self.interval(scale)
 

@@ -7,6 +7,7 @@ guidance, whose scale may be drawn for each sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class LCM(Distillation):
 
     def consistency(self, step: Step) -> Loss:
         """The pseudo-Huber loss of a batch between neighbouring timesteps."""
-        timestep, next_timestep = lcm_timesteps(
-            len(step.x0), step.generator, timesteps=TIMESTEPS, skip=self.skip
+        timestep, next_timestep = step.draw(
+            partial(lcm_timesteps, timesteps=TIMESTEPS, skip=self.skip)
         )
         return lcm_loss(
             step.student,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcm.presets import digits
-from rcm.training.config import RunConfig, updated
+from rcm.training.config import FromScratchConfig, updated
 from rcm.training.method import Distillation
 
 
@@ -13,7 +13,7 @@ from rcm.training.method import Distillation
 class Preset:
     """Data, model and teacher of a preset, and the methods that it has settings for."""
 
-    config: Callable[[str], RunConfig]
+    config: Callable[[str], FromScratchConfig]
     """method -> config; a name from `methods`."""
     methods: Mapping[str, Distillation]
     default_method: str
@@ -23,7 +23,7 @@ PRESETS = {"digits": Preset(digits.config, digits.METHODS, "rcm")}
 DEFAULT_PRESET = "digits"
 
 
-def config_from_settings(settings: dict[str, Any]) -> RunConfig:
+def config_from_settings(settings: dict[str, Any]) -> FromScratchConfig:
     """The config that a config.json describes.
 
     Raises:
@@ -36,5 +36,5 @@ def config_from_settings(settings: dict[str, Any]) -> RunConfig:
     preset = PRESETS[name]
     if method not in preset.methods:
         raise ValueError(f"the run's method is {method!r}; known are {', '.join(preset.methods)}")
-    config: RunConfig = updated(preset.config(method), settings)
+    config: FromScratchConfig = updated(preset.config(method), settings)
     return config

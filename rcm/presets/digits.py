@@ -19,7 +19,7 @@ from rcm.methods.tvm import TVM
 from rcm.models.dit import DiTConfig
 from rcm.time_pairs import UniformEnd
 from rcm.time_sampling import LogNormal
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig
 from rcm.training.ema import EMAConfig
 from rcm.training.method import Distillation
 from rcm.training.optimization import OptimizerConfig
@@ -93,9 +93,9 @@ METHODS: dict[str, Distillation] = {
 }
 
 
-def config(method: str) -> RunConfig:
+def config(method: str) -> FromScratchConfig:
     """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
-    return RunConfig(
+    return FromScratchConfig(
         preset="digits",
         method=method,
         threads=1,

@@ -1,47 +1,84 @@
-"""Shuffled batches of a data set that lives in memory, and the generator of a method's noise."""
+"""The samples and the random numbers of each iteration, as functions of (seed, iteration, sample).
+
+They depend neither on the number of ranks nor on earlier iterations: a run computes the same losses
+on any number of ranks, and continues from the iteration number alone. Random numbers are drawn on
+the CPU, so that every device gets the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
-from rcm.data.dataset import Dataset
+from rcm.data.dataset import Data
+from rcm.errors import RunError
+
+ORDER, SHARED, SAMPLE = 0, 1, 2  # what a seed is for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples x0 (batch, ...), their condition, and a random generator for each of them."""
+
+    x0: Tensor
+    condition: Any
+    generators: Sequence[Generator]
+    shared: Generator
+    """The same on all ranks, for what the samples of an iteration have in common."""
+    null_condition: Callable[[Any], Any]
+
+    def draw(self, distribution: Callable[[int, Generator], Any]) -> Any:
+        """distribution(1, generator) of each sample: tensors (..., 1) -> (..., batch).
+
+        The result may also be a tuple of tensors. They are on the device of x0.
+        """
+        drawn = [distribution(1, generator) for generator in self.generators]
+        return tree_map(lambda *parts: torch.cat(parts, -1).to(self.x0.device), *drawn)
+
+    def noise(self) -> Tensor:
+        """Standard normal noise, like x0."""
+        shape, dtype = self.x0.shape[1:], self.x0.dtype
+        drawn = [torch.randn(shape, generator=g, dtype=dtype) for g in self.generators]
+        return torch.stack(drawn).to(self.x0.device)
 
 
 class Batches:
-    """Endless shuffled batches; generator and tensors live on the device of the data."""
+    """Shuffled batches of a data set, epoch after epoch."""
 
-    def __init__(self, data: Dataset, batch: int, seed: int) -> None:
-        if batch > len(data.labels):
-            raise ValueError(f"a batch of {batch} is larger than the data ({len(data.labels)})")
-        self.data, self.batch = data, batch
-        self.device = data.samples.device
-        self.generator = Generator(self.device).manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.int64, device=self.device)
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Samples (batch, ...) and labels (batch,)."""
-        if len(self.order) < self.batch:
-            self.order = torch.randperm(
-                len(self.data.labels), generator=self.generator, device=self.device
+    def __init__(self, data: Data, batch: int, seed: int, device: torch.device) -> None:
+        if batch > len(data):
+            raise RunError(
+                f"the batch is {batch}; it must be at most {len(data)}, the number of samples"
             )
-        chosen, self.order = self.order[: self.batch], self.order[self.batch :]
-        return self.data.samples[chosen], self.data.labels[chosen]
+        self.data, self.batch, self.seed, self.device = data, batch, seed, device
+        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
 
-    def noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise of that shape and dtype."""
-        return torch.randn(
-            like.shape, generator=self.generator, device=self.device, dtype=like.dtype
+    def read(self, iteration: int, positions: range) -> Batch:
+        """The samples at some positions of the batch of iteration 0, 1, ..."""
+        x0, condition = self.data.batch(self.indices(iteration, positions))
+        return Batch(
+            x0.to(self.device),
+            tree_map_only(Tensor, lambda tensor: tensor.to(self.device), condition),
+            [self._generator(SAMPLE, iteration, position) for position in positions],
+            self._generator(SHARED, iteration),
+            self.data.null_condition,
         )
 
-    def integer(self, low: int, high: int) -> int:
-        """A random integer in [low, high]."""
-        drawn = torch.randint(low, high + 1, (), generator=self.generator, device=self.device)
-        return int(drawn)
+    def indices(self, iteration: int, positions: range) -> list[int]:
+        """Where these samples are in the data set."""
+        numbers = [iteration * self.batch + position for position in positions]
+        return [int(self._order(n // len(self.data))[n % len(self.data)]) for n in numbers]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"generator": self.generator.get_state(), "order": self.order.clone()}
+    def _order_of_epoch(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.data), generator=self._generator(ORDER, epoch))
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"].cpu())
-        self.order = state["order"].to(self.device)
+    def _generator(self, *purpose: int) -> Generator:
+        (seed,) = np.random.SeedSequence([self.seed, *purpose]).generate_state(1)
+        return Generator().manual_seed(int(seed))

@@ -61,18 +61,31 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    phase: str
+    iteration: int
+    facts: dict
+
+
 class Checkpoints:
     """The checkpoints in one folder; `phases` are in the order in which they are trained."""
 
-    def __init__(self, folder: Path, phases: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, phases: tuple[str, ...], layout=None) -> None:
         self.folder = folder
         self.phases = phases
         folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, phase: str, iteration: int, state: dict[str, Any]) -> Path:
+    def finish(self): ...
+
+    def save(self, phase, iteration, state, facts) -> Path:
         """Write a checkpoint and delete all but the newest; an OSError keeps the old ones."""
         buffer = io.BytesIO()
-        torch.save({"phase": phase, "iteration": iteration, **state}, buffer)
+        torch.save({"phase": phase, "iteration": iteration, "state": state, "facts": facts}, buffer)
         content = buffer.getvalue()
         path = self.folder / f"{phase}-{iteration:07d}.pt"
         write_atomically(path, content)
@@ -82,6 +95,12 @@ class Checkpoints:
             old.with_suffix(".json").unlink()
             old.unlink()
         return path
+
+    def load(self, path, state):
+        loaded = self._load(path)
+        for n, x in loaded["state"].items():
+            state[n].detach().copy_(x)
+        return loaded["facts"]
 
     def paths(self, before: tuple[str, int] | None = None) -> list[Path]:
         """Complete checkpoints, newest first; all, or those before a phase's iteration."""
@@ -104,7 +123,8 @@ class Checkpoints:
         problems: list[str] = []
         for path in self.paths():
             try:
-                return self._load(path), problems
+                x = self._load(path)
+                return Checkpoint(path, x["phase"], x["iteration"], x["facts"]), problems
             except RunError as error:
                 problems.append(str(error))
         if problems:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any
+from abc import ABC
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Self
 
 import torch
 import tyro
 from torch import nn
 
-from rcm.data.dataset import DataConfig, Dataset
+from rcm.data.dataset import Dataset, LabelledDataConfig
+from rcm.distributed.layout import MeshConfig
 from rcm.errors import RunError
 from rcm.models.model import ModelConfig
 from rcm.training.method import Distillation, Method
@@ -21,45 +23,67 @@ MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that determines the numbers of a run."""
+class RunConfig(ABC):
+    """What every run has; the numbers of a run follow from its config alone."""
 
     preset: tyro.conf.Suppress[str]
     """The preset that these settings started from: the first argument of the command."""
     method: tyro.conf.Suppress[str]
     """The method of the student: the option --method of the command."""
-    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
-    """Use the teacher of another run, by its folder, instead of training one."""
     seed: int = 0
     """Seed of the weights, the data order and all noise."""
     device: str = "cpu"
-    """Device of networks, data and noise: cpu, cuda or cuda:1."""
+    """Device of networks and data: cpu, cuda or cuda:1. Under torchrun cuda is that of the rank."""
     threads: int
     """Threads of PyTorch on the CPU. Rounding depends on it slightly."""
-    data: DataConfig
-    model: ModelConfig
-    teacher: Method
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the ranks of torchrun share the work. Losses are the same up to rounding."""
+    accumulation: int = 1
+    """Micro-batches in which each rank computes its part of a batch, to save memory."""
     student: Distillation
-    report_every: int
-    """Iterations between sample grids and scores of the student."""
     checkpoint_every: int
     """Iterations between checkpoints."""
-    probe_every: int = 10
-    """Iterations between probes of the student, which notice a collapse."""
 
     def __post_init__(self) -> None:
         require_integer(0, MAX_SEED, seed=self.seed)
         require_integer(1, MAX_THREADS, threads=self.threads)
-        require_integer(1, report_every=self.report_every, checkpoint_every=self.checkpoint_every)
-        require_integer(1, probe_every=self.probe_every)
+        require_integer(1, accumulation=self.accumulation, checkpoint_every=self.checkpoint_every)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
+
+    def shortened(self) -> Self:
+        """The same run with few iterations, for a dry run."""
+        return replace(self, student=self.student.shortened(), checkpoint_every=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromScratchConfig(RunConfig):
+    """A run that trains its own teacher on labelled data, and scores with a classifier."""
+
+    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
+    """Use the teacher of another run, by its folder, instead of training one."""
+    data: LabelledDataConfig
+    model: ModelConfig
+    teacher: Method
+    report_every: int
+    """Iterations between sample grids and scores of the student."""
+    probe_every: int = 10
+    """Iterations between probes of the student, which notice a collapse."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(1, report_every=self.report_every, probe_every=self.probe_every)
         for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
             if batch > self.data.size:
                 raise ValueError(
                     f"{name}.batch is {batch}; it must be at most {self.data.size}, the number of "
                     f"samples of {self.data.name}"
                 )
+        if self.mesh.ring * self.mesh.ulysses > 1:
+            raise ValueError(
+                f"mesh.ring × mesh.ulysses is {self.mesh.ring * self.mesh.ulysses}; it must be 1, "
+                "because the tokens of this model are not split"
+            )
         self._require_null_class()
 
     def _require_null_class(self) -> None:
@@ -77,7 +101,7 @@ class RunConfig:
             )
 
     def load_data(self) -> Dataset:
-        """The data set, on the device.
+        """The data set, on the CPU.
 
         Raises:
             RunError: a sample contains NaN or infinity.
@@ -89,26 +113,21 @@ class RunConfig:
                 f"{bad} of the {len(data.labels)} samples of {self.data.name} contain NaN or "
                 "infinity"
             )
-        return data.to(torch.device(self.device))
+        return data
 
     def build_network(self) -> nn.Module:
-        """The network of every role, with weights drawn from the seed, on the device."""
-        # Drawn on the CPU, so that every device starts from the same weights.
+        """The network of every role, with weights drawn from the seed, on the CPU."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            network = self.model.build(self.data.sample_shape, self.data.classes)
-        return network.to(self.device)
+            return self.model.build(self.data.sample_shape, self.data.classes)
 
-    def shortened(self) -> RunConfig:
-        """The same run with two iterations in each phase, for a dry run."""
+    def shortened(self) -> Self:
         return replace(
-            self,
-            teacher=self.teacher.shortened(),
-            student=self.student.shortened(),
-            report_every=2,
-            checkpoint_every=2,
-            probe_every=1,
+            super().shortened(), teacher=self.teacher.shortened(), report_every=2, probe_every=1
         )
+
+
+class PretrainedConfig(RunConfig): ...
 
 
 def updated(config: Any, settings: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ The average is a dict of named tensors, sharded like the parameters, in float32 
 are not averaged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,20 +109,25 @@ class EMA:
         finally:
             _copy(own, parameters)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, by the names of the parameters, and the number of updates."""
+        return {"updates": torch.tensor(self.updates), **_prefixed(self.average)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError unless names and shapes equal those of this average."""
-        _require_same(self.average, state["average"])
+        average = {name: x for name, x in state.items() if name != "updates"}
+        _require_same(_prefixed(self.average), average)
         self.updates = int(state["updates"])
-        with torch.no_grad():
-            _copy(state["average"], self.average)
+        _copy(average, _prefixed(self.average))
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         parameters = dict(module.named_parameters())
         _require_same(self.average, parameters)
         return parameters
+
+
+def _prefixed(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"average.{name}": tensor for name, tensor in average.items()}
 
 
 def _master(parameter: Tensor) -> Tensor:

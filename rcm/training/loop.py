@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from rcm.errors import RunError
 from rcm.training.collapse import PATIENCE, CollapseError, CollapseWatch
-from rcm.training.config import RunConfig
 from rcm.training.run_folder import RunFolder
 from rcm.training.trainer import Trainer
 
@@ -16,11 +15,13 @@ from rcm.training.trainer import Trainer
 def train(
     trainer: Trainer,
     folder: RunFolder,
-    config: RunConfig,
+    *,
+    checkpoint_every: int,
+    report_every: int | None = None,
     report: Callable[[], None] | None = None,
     watch: CollapseWatch | None = None,
 ) -> None:
-    """Continue until `trainer.iterations`; call `report` every `config.report_every` iterations.
+    """Continue until `trainer.iterations`; call `report` every `report_every` iterations.
 
     watch probes a student before the first iteration and every `watch.every` iterations.
 
@@ -30,7 +31,10 @@ def train(
         OSError: a file cannot be written.
     """
     progress = tqdm(
-        desc=trainer.name, total=trainer.iterations, initial=trainer.iteration, disable=None
+        desc=trainer.name,
+        total=trainer.iterations,
+        initial=trainer.iteration,
+        disable=None if folder.layout.is_main else True,
     )
     with progress:
         if watch is not None and trainer.iteration == 0:
@@ -39,15 +43,17 @@ def train(
             metrics = trainer.step()
             folder.log(trainer.name, trainer.iteration, metrics)
             progress.update()
+            if folder.layout.is_main and any(name.endswith("skipped") for name in metrics):
+                tqdm.write(f"iteration {trainer.iteration}: not finite, the update was skipped")
             if "loss" in metrics:
                 progress.set_postfix(loss=f"{metrics['loss']:.3g}")
             if watch is not None and trainer.iteration % watch.every == 0:
                 folder.log(trainer.name, trainer.iteration, watch.probe(trainer))
                 if watch.collapsed:
                     _handle_collapse(watch, trainer, folder)
-            reports = trainer.iteration % config.report_every == 0
+            reports = report_every is not None and trainer.iteration % report_every == 0
             saves = trainer.iteration == trainer.iterations or (
-                trainer.iteration % config.checkpoint_every == 0
+                trainer.iteration % checkpoint_every == 0
                 and (watch is None or watch.allows_checkpoint)
             )
             if reports or saves:
@@ -55,10 +61,9 @@ def train(
             if reports and report is not None:
                 report()
             if saves:
-                state = trainer.state_dict()
-                if watch is not None:
-                    state["watch"] = watch.state_dict()
-                folder.save_checkpoint(trainer.name, trainer.iteration, state)
+                facts = {} if watch is None else {"watch": watch.state_dict()}
+                folder.save_checkpoint(trainer.name, trainer.iteration, trainer.state_dict(), facts)
+        folder.checkpoints.finish()
 
 
 def _handle_collapse(watch: CollapseWatch, trainer: Trainer, folder: RunFolder) -> None:
@@ -73,5 +78,5 @@ def _handle_collapse(watch: CollapseWatch, trainer: Trainer, folder: RunFolder) 
 
 
 def _require_finite_weights(trainer: Trainer) -> None:
-    if not all(weight.isfinite().all() for weight in trainer.weights().values()):
+    if not trainer.has_finite_weights():
         raise RunError(f"iteration {trainer.iteration}: the averaged weights are not finite")

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rcm.guidance import Guidance, guided
 from rcm.losses.loss import Loss
 from rcm.time_pairs import TimePairDistribution
 from rcm.time_sampling import TimeDistribution
-from rcm.training.batches import Batches
+from rcm.training.batches import Batch
 from rcm.training.ema import EMAConfig
 from rcm.training.optimization import OptimizerConfig
 from rcm.trigflow import Network
@@ -71,7 +72,7 @@ class Step:
     def __init__(
         self,
         iteration: int,
-        batches: Batches,
+        batch: Batch,
         networks: Mapping[str, nn.Module],
         updates: Mapping[str, int],
     ) -> None:
@@ -79,8 +80,8 @@ class Step:
         """0, 1, ... in this run."""
         self.updates = updates
         """Optimizer steps of each trained network so far, by role."""
-        self.x0, self.condition = batches.next()
-        self._batches, self._networks = batches, networks
+        self.x0, self.condition = batch.x0, batch.condition
+        self._batch, self._networks = batch, networks
 
     def network(self, role: str) -> Network:
         """The network of a role. Raises KeyError for a role that the method does not have."""
@@ -102,42 +103,53 @@ class Step:
     def target(self) -> Network:
         return self.network("target")
 
-    @property
-    def generator(self) -> Generator:
-        return self._batches.generator
-
     def noise(self) -> Tensor:
         """Standard normal noise, like x0."""
-        return self._batches.noise(self.x0)
+        return self._batch.noise()
+
+    def draw(self, distribution: Callable[[int, Generator], Any]) -> Any:
+        """A random number for each sample, from distribution(count, generator).
+
+        distribution returns tensors (..., count), one or a tuple of them; so does this function,
+        with the batch as count.
+        """
+        return self._batch.draw(distribution)
 
     def times(self, distribution: TimeDistribution) -> Tensor:
         """A time for each sample: (batch,) float64."""
-        return distribution(len(self.x0), self.generator)
+        times: Tensor = self.draw(distribution)
+        return times
 
     def time_pairs(self, distribution: TimePairDistribution) -> tuple[Tensor, Tensor]:
         """The two times of a flow map for each sample, t and end <= t: (batch,) float64 each."""
-        return distribution(len(self.x0), self.generator)
+        t, end = self.draw(distribution)
+        return t, end
 
     def integer(self, low: int, high: int) -> int:
-        """A random integer in [low, high]."""
-        return self._batches.integer(low, high)
+        """A random integer in [low, high], the same for all samples of the iteration."""
+        return int(torch.randint(low, high + 1, (), generator=self._batch.shared))
 
     def condition_with_dropout(self, rate: float) -> Any:
         """The condition, of which a fraction of the samples is replaced by the empty one."""
         if rate == 0:
             return self.condition
-        drawn = torch.rand(len(self.x0), generator=self.generator, device=self.x0.device)
-        return torch.where(drawn < rate, self.null_condition(self.condition), self.condition)
+        drawn = self.draw(lambda count, generator: torch.rand(count, generator=generator))
+
+        def dropped(condition: Tensor, null: Tensor) -> Tensor:
+            chosen = (drawn < rate).view(-1, *[1] * (condition.ndim - 1))
+            return torch.where(chosen, null, condition)
+
+        return tree_map(dropped, self.condition, self.null_condition(self.condition))
 
     def null_condition(self, condition: Any) -> Any:
         """The empty condition for classifier-free guidance, shaped like the condition."""
-        return self._batches.data.null_condition(condition)
+        return self._batch.null_condition(condition)
 
     def guided_teacher(self, guidance: Guidance) -> Network:
         """The teacher with guidance, whose scale is drawn for each sample if it is random."""
-        scale = guidance.draw(len(self.x0), self.generator)
-        if scale is None:
+        if not guidance.active:
             return self.teacher
+        scale = self.draw(guidance.draw)
         return guided(self.teacher, self.null_condition, scale, guidance.interval)
 
 

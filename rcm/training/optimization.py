@@ -1,15 +1,20 @@
-"""AdamW with a learning-rate schedule, gradient clipping, and a rule for non-finite gradients."""
+"""AdamW with a learning-rate schedule, gradient clipping, and a rule for non-finite gradients.
+
+All decisions follow from numbers that every rank computes alike, so that ranks never disagree about
+taking a step.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rcm.distributed.layout import Layout
+from rcm.distributed.tensors import full_tensor, local_tensor
 from rcm.errors import RunError
 from rcm.validation import require_choice, require_integer, require_number, require_numbers
 
@@ -17,7 +22,7 @@ MAX_LR = 100.0  # AdamW changes every weight by about lr in each step
 FIRST_FACTOR = 1e-6  # of the constant schedule's warm-up, as in rCM's code
 
 Schedule = Literal["cosine", "constant"]
-Nonfinite = Literal["stop", "zero"]
+Nonfinite = Literal["stop", "skip", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,10 @@ class OptimizerConfig:
     clip: float = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down to it. inf scales none."""
     nonfinite: Nonfinite = "stop"
-    """Non-finite elements of the gradient stop the run, or become zero as in rCM's code."""
+    """A non-finite loss or gradient stops the run or skips the update; or, as in rCM's code,
+    non-finite elements of the gradient become zero, and only a non-finite loss skips the update."""
+    max_skips: int = 10
+    """The run stops after more skipped updates in a row."""
 
     def __post_init__(self) -> None:
         require_number("(]", 0, MAX_LR, lr=self.lr)
@@ -49,6 +57,7 @@ class OptimizerConfig:
         require_number("[)", 0, math.inf, weight_decay=self.weight_decay)
         require_number("(]", 0, math.inf, clip=self.clip)
         require_choice(get_args(Nonfinite), nonfinite=self.nonfinite)
+        require_integer(0, max_skips=self.max_skips)
 
     def factor(self, update: int, progress: float) -> float:
         """The learning rate of update 0, 1, ... of a network, divided by lr.
@@ -64,87 +73,132 @@ class OptimizerConfig:
 
 
 class Optimization:
-    """The optimizer of one network."""
+    """The optimizer of one network; the network may be sharded by FSDP2.
 
-    def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
-        self.network, self.config = network, config
+    An update is zero_grad(), backward(...) of each micro-batch, then step(...).
+    """
+
+    def __init__(
+        self, network: nn.Module, config: OptimizerConfig, layout: Layout | None = None
+    ) -> None:
+        self.config, self.layout = config, layout or Layout()
         self.updates = 0
+        self.skipped_in_a_row = 0
+        self.names = [name for name, _ in network.named_parameters()]
+        self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), config.lr, config.betas, weight_decay=config.weight_decay
+            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay
         )
+        for parameter in self.parameters:  # as AdamW makes it, early, so that it can be loaded
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+        self.term_norms: dict[str, float] = {}
 
-    def step(
-        self, terms: dict[str, Tensor], *, iteration: int, iterations: int
-    ) -> dict[str, float]:
-        """Minimise the sum of scalar losses, by name, in iteration 0, 1, ... of a run.
+    def zero_grad(self) -> None:
+        """Start an update."""
+        self.optimizer.zero_grad()
+        self.term_norms = {}
+
+    def backward(self, terms: dict[str, Tensor]) -> None:
+        """Add the gradient of a micro-batch: scalar losses by name, each with its own graph."""
+        for name, loss in terms.items():
+            before = self._local_gradients() if len(terms) > 1 else []
+            before = [None if gradient is None else gradient.clone() for gradient in before]
+            loss.backward()
+            if before:
+                self.term_norms[name] = self._norm_of_change(before)
+
+    def step(self, names: str, *, progress: float, problem: str | None = None) -> dict[str, float]:
+        """Take the step, unless there is a problem; progress is the fraction of the run done.
+
+        names is that of the losses, for messages; problem says what is not finite among them.
 
         Returns metrics: "grad_norm" before clipping; "clipped", 1 if clipping acted;
-        "nonfinite_grads", the number of elements set to zero; with several terms also
+        "nonfinite_grads", the number of elements set to zero; "skipped", the number of updates
+        skipped in a row, if this one was. With several losses and one micro-batch also
         "grad_norm_NAME" of each, over its finite elements, and "grad_ratio_NAME", its ratio to the
-        first. Terms share no graph: each has its own backward pass.
+        first.
 
         Raises:
-            RunError: a loss or the gradient is not finite; the weights are unchanged.
+            RunError: the losses or the gradient are not finite, and the config says to stop. The
+                weights are unchanged.
         """
-        for name, loss in terms.items():
-            if not loss.isfinite():
-                raise RunError(f"iteration {iteration + 1}: the {name} loss is {loss.item()}")
-        factor = self.config.factor(self.updates, iteration / iterations)
+        zeroed = self._zero_nonfinite() if self.config.nonfinite == "zero" else 0
+        norm = self._norm()
+        if problem is None and not math.isfinite(norm):
+            problem = f"the {names} gradient is {norm}"
+        metrics = {"grad_norm": norm, "clipped": float(norm > self.config.clip)}
+        metrics |= {"nonfinite_grads": float(zeroed), **self._term_metrics()}
+        if problem is not None:
+            self.skipped_in_a_row += 1
+            if self.config.nonfinite == "stop":
+                raise RunError(problem)
+            if self.skipped_in_a_row > self.config.max_skips:
+                raise RunError(f"{problem}, and so were {self.config.max_skips} updates before")
+            return {**metrics, "skipped": float(self.skipped_in_a_row)}
+        self.skipped_in_a_row = 0
+        if self.config.clip < math.inf:
+            total = torch.tensor(norm, device=self.parameters[0].device)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, total)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
-        self.optimizer.zero_grad()
-        metrics = self._backward(terms)
-        metrics |= self._clip(" + ".join(terms), iteration)
+            group["lr"] = self.config.lr * self.config.factor(self.updates, progress)
         self.optimizer.step()
         self.updates += 1
         return metrics
 
-    def _backward(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        if len(terms) == 1:
-            next(iter(terms.values())).backward()
-            return {}
-        parameters, norms = self._parameters(), {}
-        for name, loss in terms.items():
-            before = [None if p.grad is None else p.grad.clone() for p in parameters]
-            loss.backward()
-            norms[name] = _finite_norm(
-                p.grad if old is None else p.grad - old
-                for p, old in zip(parameters, before, strict=True)
-                if p.grad is not None
-            )
-        first = next(iter(norms.values()))
-        metrics = {f"grad_norm_{name}": norm for name, norm in norms.items()}
-        others = list(norms.items())[1:]
-        return metrics | {f"grad_ratio_{n}": norm / max(first, 1e-30) for n, norm in others}
+    def _local_gradients(self) -> list[Tensor | None]:
+        """This rank's part of each gradient."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        return [None if gradient is None else local_tensor(gradient) for gradient in gradients]
 
-    def _clip(self, terms: str, iteration: int) -> dict[str, float]:
-        zeroed = 0
-        if self.config.nonfinite == "zero":
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            zeroed = int(sum((~gradient.isfinite()).sum() for gradient in gradients))
-            for gradient in gradients:
+    def _norm(self) -> float:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return float(full_tensor(nn.utils.get_total_norm(gradients)))
+
+    def _norm_of_change(self, before: list[Tensor | None]) -> float:
+        """Norm of the finite elements of what was added to the gradient."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        for gradient, old in zip(self._local_gradients(), before, strict=True):
+            if gradient is not None:
+                change = gradient if old is None else gradient - old
+                squares += change.nan_to_num(0.0, 0.0, 0.0).double().square().sum()
+        return self.layout.shard_sum(squares).sqrt().item()
+
+    def _zero_nonfinite(self) -> int:
+        zeroed = torch.zeros((), dtype=torch.int64, device=self.parameters[0].device)
+        for gradient in self._local_gradients():
+            if gradient is not None:
+                zeroed += (~gradient.isfinite()).sum()
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.clip)
-        if not norm.isfinite():
-            raise RunError(f"iteration {iteration + 1}: the {terms} gradient is {norm.item()}")
-        return {
-            "grad_norm": norm.item(),
-            "clipped": float(norm.item() > self.config.clip),
-            "nonfinite_grads": float(zeroed),
+        return int(self.layout.shard_sum(zeroed))
+
+    def _term_metrics(self) -> dict[str, float]:
+        metrics = {f"grad_norm_{name}": norm for name, norm in self.term_norms.items()}
+        if not metrics:
+            return metrics
+        first, *others = self.term_norms.items()
+        ratios = {f"grad_ratio_{name}": norm / max(first[1], 1e-30) for name, norm in others}
+        return metrics | ratios
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments, which load in place, and counters, which load_state_dict reads back."""
+        states = [self.optimizer.state[parameter] for parameter in self.parameters]
+        counters = torch.tensor([self.updates, self.skipped_in_a_row])
+        steps = torch.stack([state["step"] for state in states])
+        moments = {
+            f"{moment}.{name}": state[moment]
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, state in zip(self.names, states, strict=True)
         }
+        return {"counters": counters, "steps": steps, **moments}
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return list(self.network.parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "adamw": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        self.optimizer.load_state_dict(state["adamw"])
-
-
-def _finite_norm(tensors: Iterable[Tensor]) -> float:
-    """Norm of all finite elements."""
-    norms = [torch.linalg.vector_norm(x.nan_to_num(0.0, 0.0, 0.0)) for x in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.updates, self.skipped_in_a_row = state["counters"].tolist()
+        for parameter, step in zip(self.parameters, state["steps"], strict=True):
+            self.optimizer.state[parameter]["step"].copy_(step)
+        for name, tensor in self.state_dict().items():
+            if name not in ("counters", "steps") and tensor is not state[name]:
+                tensor.copy_(state[name])

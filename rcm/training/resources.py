@@ -7,7 +7,7 @@ import os
 import torch
 
 from rcm.errors import OptionError
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig, RunConfig
 
 # Training holds at least the weights, their gradient, AdamW's two moments and the average.
 COPIES_OF_WEIGHTS = 5
@@ -27,7 +27,7 @@ def require_device(config: RunConfig) -> None:
         )
 
 
-def require_memory(config: RunConfig) -> None:
+def require_memory(config: FromScratchConfig) -> None:
     """Raise OptionError if training the config's model cannot fit in the memory of its device."""
     with torch.device("meta"):  # the shapes of the weights, without their memory
         network = config.model.build(config.data.sample_shape, config.data.classes)

@@ -15,7 +15,7 @@ from torch import nn
 
 from rcm.errors import OptionError, RunError
 from rcm.training.checkpoint import load_weights
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig
 from rcm.training.method import SCRATCH, TEACHER
 from rcm.training.run_folder import (
     START_WEIGHTS,
@@ -27,12 +27,12 @@ from rcm.training.trainer import load_into
 
 
 def with_teacher_settings(
-    config: RunConfig,
+    config: FromScratchConfig,
     run: Path,
     *,
-    default: RunConfig,
-    read_config: Callable[[dict[str, Any]], RunConfig],
-) -> RunConfig:
+    default: FromScratchConfig,
+    read_config: Callable[[dict[str, Any]], FromScratchConfig],
+) -> FromScratchConfig:
     """The config with the teacher's settings of `config.teacher_run`, which it must not contradict.
 
     run is the folder of this run, which has its own copy once it started; read_config reads the
@@ -58,11 +58,11 @@ def with_teacher_settings(
 
 
 def weights_of_other_runs(
-    config: RunConfig,
+    config: FromScratchConfig,
     run: Path,
     *,
     build: Callable[[], nn.Module],
-    read_config: Callable[[dict[str, Any]], RunConfig],
+    read_config: Callable[[dict[str, Any]], FromScratchConfig],
 ) -> dict[str, bytes]:
     """The files that the config takes from other runs and that the folder `run` does not have yet.
 
@@ -88,7 +88,7 @@ def weights_of_other_runs(
     return found
 
 
-def _guidable(config: RunConfig) -> RunConfig:
+def _guidable(config: FromScratchConfig) -> FromScratchConfig:
     """The config, checked: guidance of a teacher needs its prediction for the empty condition."""
     guided = config.student.guidance.active and "teacher" in config.student.roles()
     if guided and not config.teacher.trains_null_condition:
@@ -99,7 +99,9 @@ def _guidable(config: RunConfig) -> RunConfig:
     return config
 
 
-def _config_of(run: Path, read_config: Callable[[dict[str, Any]], RunConfig]) -> RunConfig:
+def _config_of(
+    run: Path, read_config: Callable[[dict[str, Any]], FromScratchConfig]
+) -> FromScratchConfig:
     settings = read_settings(run)
     try:
         return read_config(settings)
@@ -107,6 +109,6 @@ def _config_of(run: Path, read_config: Callable[[dict[str, Any]], RunConfig]) ->
         raise RunError(f"{run / 'config.json'} cannot be used ({error})") from error
 
 
-def _require_same_data(config: RunConfig, other: RunConfig, run: Path) -> None:
+def _require_same_data(config: FromScratchConfig, other: FromScratchConfig, run: Path) -> None:
     if other.data != config.data:
         raise RunError(f"{run} was trained on {other.data}, but this run uses {config.data}")

@@ -1,6 +1,9 @@
-"""A run's folder: its settings, metrics, weights and checkpoints. One process at a time writes it.
+"""A run's folder: its settings, metrics, weights and checkpoints. One run at a time writes it.
 
-config.json             the settings; once there is a checkpoint, others are refused
+The main rank writes all files but the shards of checkpoints, which every rank writes.
+
+config.json             the settings; once there is a checkpoint, others are refused, except those
+                        of ANY_RANKS
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
 checkpoints/            see rcm/training/checkpoint.py
@@ -17,62 +20,90 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch import Tensor
+
+from rcm.distributed.agreement import errors_on_every_rank
+from rcm.distributed.layout import Layout, MeshConfig
 from rcm.errors import OptionError, RunError
-from rcm.training.checkpoint import Checkpoints, write_atomically
+from rcm.training.checkpoint import Checkpoint, Checkpoints, save_weights, write_atomically
 from rcm.training.config import RunConfig
+from rcm.training.trainer import Trainer
 
 PHASES = ("teacher", "student")
 TEACHER_WEIGHTS, START_WEIGHTS = "teacher.safetensors", "start.safetensors"
 STUDENT_WEIGHTS = "student.safetensors"
+# Settings that a run may change when it continues: on how many ranks, and how they share the work.
+ANY_RANKS = {"accumulation", *(f"mesh.{f.name}" for f in fields(MeshConfig))}
 UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the first checkpoint
 
 
 class RunFolder:
     """An open run folder; use `open_run_folder`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints", PHASES)
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path, self.layout = path, layout
+        self.checkpoints = Checkpoints(path / "checkpoints", PHASES, layout)
         self.grids = path / "grids"
-        self.grids.mkdir(exist_ok=True)
         self.teacher_weights = path / TEACHER_WEIGHTS
         self.start_weights = path / START_WEIGHTS
         self.student_weights = path / STUDENT_WEIGHTS
-        self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed with the folder)
+        self._metrics: BinaryIO | None = None
+        if layout.is_main:
+            self.grids.mkdir(exist_ok=True)
+            self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed below)
 
     def log(self, phase: str, iteration: int, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        line = json.dumps({"phase": phase, "iteration": iteration, **metrics})
-        self._metrics.write(line.encode() + b"\n")
-        self._metrics.flush()
+        if self._metrics is not None:
+            line = json.dumps({"phase": phase, "iteration": iteration, **metrics})
+            self._metrics.write(line.encode() + b"\n")
+            self._metrics.flush()
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
         """The lines of a phase in metrics.jsonl so far."""
         lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
         return [line for line in map(json.loads, lines) if line["phase"] == phase]
 
-    def save_checkpoint(self, phase: str, iteration: int, state: dict[str, Any]) -> None:
-        """Save a state and the current length of metrics.jsonl."""
-        os.fsync(self._metrics.fileno())
-        length = self._metrics.tell()
-        self.checkpoints.save(phase, iteration, {"state": state, "metrics_bytes": length})
+    def save_weights(self, path: Path, weights: dict[str, Tensor]) -> None:
+        """Write a safetensors file; afterwards every rank can read it."""
+        with errors_on_every_rank():
+            if self.layout.is_main:
+                save_weights(path, weights)
 
-    def last_checkpoint(self) -> dict[str, dict[str, Any]]:
-        """{phase: state} of the last intact checkpoint, or {}; truncates metrics.jsonl to it.
+    def save_checkpoint(
+        self, phase: str, iteration: int, state: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """Start to save a state and facts, with the current length of metrics.jsonl."""
+        with errors_on_every_rank():
+            length = 0
+            if self._metrics is not None:
+                os.fsync(self._metrics.fileno())
+                length = self._metrics.tell()
+        self.checkpoints.save(phase, iteration, state, {**facts, "metrics_bytes": length})
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The last intact checkpoint, or None; truncates metrics.jsonl to it.
 
         Prints a line for each newer, damaged checkpoint.
         """
         checkpoint, problems = self.checkpoints.latest()
-        for problem in problems:
-            print(f"{problem}; using the one before it")
-        self._metrics.truncate(0 if checkpoint is None else checkpoint["metrics_bytes"])
-        self._metrics.seek(0, os.SEEK_END)
-        return {} if checkpoint is None else {checkpoint["phase"]: checkpoint["state"]}
+        if self._metrics is not None:
+            for problem in problems:
+                print(f"{problem}; using the one before it")
+            self._metrics.truncate(0 if checkpoint is None else checkpoint.facts["metrics_bytes"])
+            self._metrics.seek(0, os.SEEK_END)
+        return checkpoint
+
+    def restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
+        """Give a trainer the state of a checkpoint."""
+        state = trainer.state_dict()
+        self.checkpoints.load(checkpoint.path, state)
+        trainer.load_state_dict(state)
 
     def describe_last_checkpoint(self) -> str:
         """For error messages: where the last intact checkpoint is."""
@@ -87,12 +118,15 @@ class RunFolder:
         return f"the last good checkpoint is {paths[0]}" if paths else "there is no good checkpoint"
 
     def close(self) -> None:
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
 
 @contextmanager
-def open_run_folder(path: Path, config: RunConfig) -> Iterator[RunFolder]:
+def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[RunFolder]:
     """Create the folder, or open one that was created with the same settings.
+
+    All ranks must call it.
 
     A folder without a checkpoint has nothing to continue. Its settings are replaced.
 
@@ -100,23 +134,20 @@ def open_run_folder(path: Path, config: RunConfig) -> Iterator[RunFolder]:
         OptionError: it cannot be written, or it holds other files.
         RunError: another process is using it, or its settings differ.
     """
-    try:
-        lock = _locked(path)
-        try:
-            _require_same_settings(path, config)
-            folder = RunFolder(path)
-        except BaseException:
-            lock.close()
-            raise
-    except OSError as error:
-        raise OptionError(
-            f"run folder {path} cannot be written ({error.strerror}); choose another with --run"
-        ) from error
-    with lock:
-        try:
-            yield folder
-        finally:
-            folder.close()
+    with ExitStack() as stack:
+        with errors_on_every_rank():
+            if layout.is_main:
+                try:
+                    stack.enter_context(_locked(path))
+                    _require_same_settings(path, config)
+                except OSError as error:
+                    raise OptionError(
+                        f"run folder {path} cannot be written ({error.strerror}); choose another "
+                        "with --run"
+                    ) from error
+        folder = RunFolder(path, layout)
+        stack.callback(folder.close)
+        yield folder
 
 
 def _locked(path: Path) -> BinaryIO:
@@ -180,7 +211,7 @@ def _require_same_settings(path: Path, config: RunConfig) -> None:
     differences = [
         f"{name} = {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
         for name in {**there, **now}
-        if there.get(name) != now.get(name)
+        if there.get(name) != now.get(name) and name not in ANY_RANKS
     ]
     if differences:
         raise RunError(

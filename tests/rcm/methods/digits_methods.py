@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rcm.data.dataset import Dataset
 from rcm.data.digits import load_digits
 from rcm.presets import PRESETS
 from rcm.training.checkpoint import save_weights
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig
 from rcm.training.method import TEACHER
 from rcm.training.trainer import Trainer, Weights, build_networks
 
@@ -20,7 +21,7 @@ METHODS = tuple(PRESETS["digits"].methods)
 
 def digits_config(
     method: str, iterations: int, teacher_run: Path | None = None, **settings: Any
-) -> RunConfig:
+) -> FromScratchConfig:
     """The method's preset with other settings, in which few iterations exercise every loss."""
     config = PRESETS["digits"].config(method)
     student = replace(config.student.shortened(), batch=8, iterations=iterations, **settings)
@@ -55,9 +56,12 @@ def digits_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
     config = digits_config(method, iterations, **settings)
     digits = load_digits()
     data = Dataset(digits.samples[:64].to(torch.get_default_dtype()), digits.labels[:64], 10)
-    networks = build_networks(
-        config.student.roles(),
-        config.build_network,
-        {TEACHER: random_weights()},
-    )
+
+    def make(start: str) -> nn.Module:
+        network = config.build_network()
+        if start == TEACHER:
+            network.load_state_dict(random_weights())
+        return network
+
+    networks = build_networks(config.student.roles(), make)
     return Trainer("student", config.student, networks, data, seed=1)

@@ -1,6 +1,7 @@
 """One iteration of a method on given data, noise and times, and a network with a known gradient."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +33,14 @@ class GivenStep(Step):
         iteration: int,
     ) -> None:
         labels = torch.zeros(len(x0), dtype=torch.int64)
-        batches = Batches(Dataset(x0, labels, 1), len(x0), seed=0)
+        batches = Batches(Dataset(x0, labels, 1), len(x0), 0, x0.device)
+        batch = replace(batches.read(iteration, range(len(x0))), x0=x0)
         updates = dict.fromkeys(networks, iteration)
-        super().__init__(iteration, batches, networks, updates)  # type: ignore[arg-type]
-        self.x0, self.t, self.end, self.given = x0, t, end, iter(noise)
+        super().__init__(iteration, batch, networks, updates)  # type: ignore[arg-type]
+        self.t, self.end, self.given = t, end, iter(noise)
 
     def noise(self) -> Tensor:
-        drawn = torch.randn(self.x0.shape, generator=self.generator, dtype=self.x0.dtype)
-        return next(self.given, drawn)
+        return next(self.given, super().noise())
 
     def times(self, distribution: TimeDistribution) -> Tensor:
         return self.t

@@ -12,13 +12,11 @@ from torch import Tensor
 from rcm.data.dataset import Dataset
 from rcm.methods import dmd, scm
 from rcm.presets.released import METHODS
-from rcm.sampling import consistency_sample
 from rcm.time_conversions import u_from_t
 from rcm.time_sampling import LogNormal, ShiftedUniform, TimeDistribution
 from rcm.training.ema import power_decay, power_gamma
 from rcm.training.method import Step
 from rcm.training.trainer import Trainer
-from rcm.trigflow import Network
 from tests.rcm.analytic_networks import SmoothNetwork
 from tests.rcm.oracle.stand_in import (
     CONDITION,
@@ -120,24 +118,22 @@ class RecordedStep(Step):
         return UNCONDITION.to(condition)
 
 
+def rollout_noises(steps: int) -> list[Tensor]:
+    """The noise of each step of a rollout."""
+    return [ORACLE["rollout_noise"], *ORACLE["rollout_fresh"][: steps - 1]]
+
+
 @pytest.fixture
 def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times of losses and rollouts, and the noise within a rollout, are theirs."""
+    """Times of losses and rollouts are theirs."""
 
     def times(steps: int, *args: object) -> Tensor:
         return ORACLE[f"rollout{steps}_t"][:-1]
 
-    def sample(
-        net: Network, noise: Tensor, times: Tensor, condition: Tensor, **_: object
-    ) -> Tensor:
-        fresh = list(ORACLE["rollout_fresh"])
-        return consistency_sample(net, noise, times, condition, noise_source=fresh)
-
     draws = {RELEASED.score_times: "dmd_t", RELEASED.times: "scm_t"}
     monkeypatch.setattr(Step, "times", lambda step, p: ORACLE[draws[p]][:, 0])
-    monkeypatch.setattr(Step, "generator", torch.Generator())
+    monkeypatch.setattr(Step, "draw", lambda step, distribution: distribution(2, torch.Generator()))
     monkeypatch.setattr(dmd, "rollout_times", times)
-    monkeypatch.setattr(dmd, "consistency_sample", sample)
 
 
 @pytest.mark.usefixtures("recorded_draws")
@@ -145,7 +141,7 @@ def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_losses_of_the_student(iteration: int, warmup: str) -> None:
     """Both losses with their weights and guidance; the fourth update has a rollout of 4 steps."""
     step = RecordedStep(iteration)
-    step.noises = iter([ORACLE["scm_noise"], ORACLE["rollout_noise"], ORACLE["d_noise"]])
+    step.noises = iter([ORACLE["scm_noise"], *rollout_noises(4), ORACLE["d_noise"]])
     ((role, terms),) = RELEASED.losses(step)
     assert role == "student"
     student = step.stand_ins["student"]
@@ -161,7 +157,7 @@ def test_losses_of_the_student(iteration: int, warmup: str) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_loss_of_the_critic(steps: int) -> None:
     step = RecordedStep(1001, critic_updates=steps - 1)
-    step.noises = iter([ORACLE["rollout_noise"], ORACLE["d_noise"]])
+    step.noises = iter([*rollout_noises(steps), ORACLE["d_noise"]])
     ((role, terms),) = RELEASED.losses(step)
     assert role == "critic"
     assert_recorded(f"critic{steps}_loss", terms["flow matching"].value)

@@ -32,14 +32,21 @@ def network() -> Network:
 
 
 def optimization(
-    network: nn.Module, clip: float = math.inf, nonfinite: Nonfinite = "stop"
+    network: nn.Module,
+    clip: float = math.inf,
+    nonfinite: Nonfinite = "stop",
+    max_skips: int = 10,
 ) -> Optimization:
-    config = OptimizerConfig(lr=1e-3, schedule="constant", clip=clip, nonfinite=nonfinite)
+    config = OptimizerConfig(
+        lr=1e-3, schedule="constant", clip=clip, nonfinite=nonfinite, max_skips=max_skips
+    )
     return Optimization(network, config)
 
 
 def step(optimization: Optimization, terms: dict[str, Tensor]) -> dict[str, float]:
-    return optimization.step(terms, iteration=0, iterations=1)
+    optimization.zero_grad()
+    optimization.backward(terms)
+    return optimization.step(" + ".join(terms), progress=0.0)
 
 
 def gradient(network: nn.Module, loss: Tensor) -> list[Tensor | None]:
@@ -160,19 +167,45 @@ def test_nonfinite_gradients_stop_the_run_before_the_update(network: Network) ->
     terms = terms_with_nonfinite_gradients(network)
     weights = {name: p.detach().clone() for name, p in network.named_parameters()}
     ours = optimization(network)
-    with pytest.raises(RunError, match=r"iteration 1: the consistency \+ dmd gradient is nan"):
+    with pytest.raises(RunError, match=r"the consistency \+ dmd gradient is nan"):
         step(ours, terms)
     assert ours.updates == 0
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, weights[name])
 
 
-@pytest.mark.parametrize("nonfinite", ["stop", "zero"])
-def test_a_nonfinite_loss_stops_the_run(network: Network, nonfinite: Nonfinite) -> None:
-    terms = network.terms()
-    terms["dmd"] = terms["dmd"] * math.nan
-    with pytest.raises(RunError, match="iteration 1: the dmd loss is nan"):
-        step(optimization(network, nonfinite=nonfinite), terms)
+def test_a_nonfinite_loss_stops_the_run(network: Network) -> None:
+    ours = optimization(network)
+    with pytest.raises(RunError, match="the dmd loss is nan"):
+        ours.step("dmd", progress=0.0, problem="the dmd loss is nan")
+    assert ours.updates == 0
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "zero"])
+def test_updates_with_a_nonfinite_loss_are_skipped_and_counted(
+    network: Network, nonfinite: Nonfinite
+) -> None:
+    ours = optimization(network, nonfinite=nonfinite, max_skips=2)
+    step(ours, network.terms())
+    assert ours.updates == 1
+    weights = [p.detach().clone() for p in network.parameters()]
+    for count in (1, 2):
+        metrics = ours.step("dmd", progress=0.0, problem="the dmd loss is nan")
+        assert metrics["skipped"] == count
+    assert all(map(torch.equal, network.parameters(), weights))
+    with pytest.raises(RunError, match="the dmd loss is nan, and so were 2 updates before"):
+        ours.step("dmd", progress=0.0, problem="the dmd loss is nan")
+    step(ours, network.terms())
+    assert ours.updates == 2
+    assert ours.step("dmd", progress=0.0, problem="the dmd loss is nan")["skipped"] == 1
+
+
+def test_nonfinite_gradients_skip_the_update(network: Network) -> None:
+    ours = optimization(network, nonfinite="skip")
+    terms = terms_with_nonfinite_gradients(network)
+    weights = [p.detach().clone() for p in network.parameters()]
+    assert step(ours, terms)["skipped"] == 1
+    assert all(map(torch.equal, network.parameters(), weights))
 
 
 # ---- learning rate -----------------------------------------------------------------------------
@@ -202,7 +235,9 @@ def test_learning_rate_of_an_update_is_lr_times_the_factor(network: Network) -> 
     config = OptimizerConfig(lr=0.5, warmup=4, schedule="constant", weight_decay=0.0)
     ours = Optimization(network, config)
     for update in range(6):
-        ours.step({"dmd": network.terms()["dmd"]}, iteration=update, iterations=6)
+        ours.zero_grad()
+        ours.backward({"dmd": network.terms()["dmd"]})
+        ours.step("dmd", progress=update / 6)
         assert ours.optimizer.param_groups[0]["lr"] == 0.5 * config.factor(update, update / 6)
 
 

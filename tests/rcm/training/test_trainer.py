@@ -8,11 +8,21 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rcm.data.dataset import Dataset
-from rcm.errors import RunError
+from rcm.errors import OptionError, RunError
 from rcm.losses.flow_matching import flow_matching_loss
 from rcm.time_sampling import LogNormal
 from rcm.training.ema import EMAConfig
-from rcm.training.method import SCRATCH, Averaged, Distillation, Frozen, Losses, Role, Step, Trained
+from rcm.training.method import (
+    SCRATCH,
+    TEACHER,
+    Averaged,
+    Distillation,
+    Frozen,
+    Losses,
+    Role,
+    Step,
+    Trained,
+)
 from rcm.training.optimization import OptimizerConfig
 from rcm.training.trainer import Trainer, build_networks
 from rcm.trigflow import Network
@@ -67,12 +77,20 @@ def build() -> nn.Module:
     return SmoothNetwork(3, width=8)
 
 
-def trainer(chosen: TwoNetworks, network: Callable[[], nn.Module] = build) -> Trainer:
+def trainer(
+    chosen: TwoNetworks, network: Callable[[], nn.Module] = build, accumulation: int = 1
+) -> Trainer:
     torch.manual_seed(0)
-    weights = {"teacher": network().state_dict()}
-    return Trainer(
-        "student", chosen, build_networks(chosen.roles(), network, weights), data(), seed=0
-    )
+    teacher = network().state_dict()
+
+    def make(start: str) -> nn.Module:
+        made = network()
+        if start == TEACHER:
+            made.load_state_dict(teacher)
+        return made
+
+    networks = build_networks(chosen.roles(), make)
+    return Trainer("student", chosen, networks, data(), seed=0, accumulation=accumulation)
 
 
 def flat(network: nn.Module) -> Tensor:
@@ -122,7 +140,8 @@ def test_a_restored_trainer_takes_the_same_steps() -> None:
     for _ in range(3):
         whole.step(), first.step()
     state = first.state_dict()
-    assert state["averages"].keys() == {"student", "target"}
+    averages = {name.split(".")[1] for name in state if name.startswith("averages.")}
+    assert averages == {"student", "target"}
     second = trainer(method())
     second.load_state_dict(state)
     assert second.iteration == 3
@@ -130,6 +149,21 @@ def test_a_restored_trainer_takes_the_same_steps() -> None:
         assert second.step() == whole.step()
     for role in whole.networks:
         assert torch.equal(flat(second.networks[role]), flat(whole.networks[role])), role
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    whole, parts = trainer(method()), trainer(method(), accumulation=4)
+    for _ in range(3):
+        expected, found = whole.step(), parts.step()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-5), name
+    for role in whole.networks:
+        torch.testing.assert_close(flat(parts.networks[role]), flat(whole.networks[role]))
+
+
+def test_micro_batches_that_do_not_divide_the_batch_raise() -> None:
+    with pytest.raises(OptionError, match=r"the batch is 4; it must be a multiple of 3"):
+        trainer(method(), accumulation=3)
 
 
 def test_metrics_of_the_result_have_no_prefix() -> None:
@@ -140,12 +174,6 @@ def test_metrics_of_the_result_have_no_prefix() -> None:
 def test_a_loss_for_a_role_that_is_not_trained_raises() -> None:
     with pytest.raises(RunError, match="a loss for 'teacher', but trains only student, critic"):
         trainer(method(loss_for=("teacher",))).step()
-
-
-def test_a_start_without_weights_raises() -> None:
-    roles = method(start="runs/other").roles()
-    with pytest.raises(RunError, match="student starts from 'runs/other', but there are no such"):
-        build_networks(roles, build, {"teacher": build().state_dict()})
 
 
 def test_weights_of_another_shape_raise_in_one_line() -> None:

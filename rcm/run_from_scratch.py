@@ -1,0 +1,164 @@
+"""A run on labelled data: train a teacher, distil it, score both with a classifier."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rcm.distributed.layout import Layout
+from rcm.distributed.sharding import shard
+from rcm.errors import RunError
+from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
+from rcm.evaluation.probes import Probes
+from rcm.evaluation.report import save_grid, save_report, table
+from rcm.training.checkpoint import load_weights, save_weights
+from rcm.training.collapse import CollapseWatch, OnCollapse
+from rcm.training.config import FromScratchConfig
+from rcm.training.loop import train
+from rcm.training.method import SCRATCH, TEACHER, Method
+from rcm.training.run_folder import RunFolder
+from rcm.training.trainer import Trainer, Weights, build_networks, load_into
+
+TEACHER_STEPS = (1, 2, 8, 32)
+STUDENT_STEPS = (1, 2, 4)
+
+
+def run_from_scratch(
+    folder: RunFolder, config: FromScratchConfig, device: torch.device, on_collapse: OnCollapse
+) -> None:
+    """Do what is left: teacher, student, report. Raises RunError."""
+    started = time.monotonic()
+    layout = folder.layout
+    data = config.load_data()
+    on_device = data.to(device)
+    evaluator = Evaluator(on_device, config.data.classifier(on_device), config.student)
+    last = folder.last_checkpoint()
+    if last is not None and layout.is_main:
+        print(f"continuing {folder.path}: {last.phase}, iteration {last.iteration}")
+
+    def trainer(phase: str, method: Method, weights: dict[str, Weights], seed: int) -> Trainer:
+        def make(start: str) -> nn.Module:
+            return _network(config, None if start == SCRATCH else weights[start], layout, device)
+
+        networks = build_networks(method.roles(), make)
+        built = Trainer(
+            phase,
+            method,
+            networks,
+            data,
+            seed=seed,
+            layout=layout,
+            accumulation=config.accumulation,
+            device=device,
+        )
+        if last is not None and last.phase == phase:
+            folder.restore(built, last)
+        return built
+
+    if not folder.teacher_weights.exists():
+        if last is not None and last.phase == "student":
+            raise RunError(f"{folder.teacher_weights} is missing, but the student needs it")
+        training = trainer("teacher", config.teacher, {}, 2 * config.seed)
+        train(training, folder, checkpoint_every=config.checkpoint_every)
+        folder.save_weights(folder.teacher_weights, training.weights())
+    weights = {TEACHER: load_weights(folder.teacher_weights)}
+    if config.student.start not in (TEACHER, SCRATCH):
+        weights[config.student.start] = load_weights(folder.start_weights)
+    distillation = trainer("student", config.student, weights, 2 * config.seed + 1)
+    teacher = distillation.networks.get(TEACHER)
+    if teacher is None:
+        teacher = _network(config, weights[TEACHER], layout, device)
+    teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
+
+    def report() -> None:
+        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder)
+        for name, score in scores.items():
+            metrics = {"samples": name, **score.as_dict()}
+            folder.log(distillation.name, distillation.iteration, metrics)
+            if layout.is_main:
+                tqdm.write(f"{distillation.iteration:5d}  {name:15s}  {score}")
+
+    probes = Probes(on_device, evaluator.classifier, config.student, teacher)
+    watch = CollapseWatch(
+        probes.measure, probes.teacher_rmse(), every=config.probe_every, on_collapse=on_collapse
+    )
+    if last is not None and last.phase == "student":
+        watch.load_state_dict(last.facts["watch"])
+    train(
+        distillation,
+        folder,
+        checkpoint_every=config.checkpoint_every,
+        report_every=config.report_every,
+        report=report,
+        watch=watch,
+    )
+    scores = {f"real {config.data.name}, half against half": evaluator.real_scores()}
+    for steps in TEACHER_STEPS:
+        reference = steps == REFERENCE_STEPS
+        samples = teacher_samples if reference else evaluator.teacher_samples(teacher, steps)
+        name = _name("teacher", steps)
+        scores[name] = _score(evaluator, name, samples, teacher_samples)
+    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder)
+    facts = {
+        "preset": config.preset,
+        "method": config.method,
+        "teacher_run": config.teacher_run,
+        "seed": config.seed,
+        "torch": torch.__version__,
+    }
+    if layout.is_main:
+        save_report(folder.path, scores, facts)
+        print(table(scores))
+        print(f"{time.monotonic() - started:.0f} s; samples: {folder.path / 'grid.png'}")
+
+
+def _network(
+    config: FromScratchConfig, weights: Weights | None, layout: Layout, device: torch.device
+) -> nn.Module:
+    """A network with these weights, or new ones, sharded if there are several ranks."""
+    network = config.build_network().to(device)
+    if weights is not None:
+        load_into(network, weights, "the weights of the run")
+    if layout.size > 1:
+        shard(network, network.blocks, layout.parameter_mesh, data_size=layout.data_size)
+    return network
+
+
+def _evaluate_student(
+    trainer: Trainer, evaluator: Evaluator, teacher_samples: Tensor, folder: RunFolder
+) -> dict[str, Scores]:
+    """Score the averaged student, draw its grid and save its weights."""
+    with trainer.averaged() as student:
+        samples = {
+            _name("student", steps): evaluator.student_samples(student, steps)
+            for steps in STUDENT_STEPS
+            if steps <= evaluator.config.max_steps
+        }
+    panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
+    panels |= dict(islice(samples.items(), 2))
+    shown = {title: evaluator.first_of_each_class(images) for title, images in panels.items()}
+    weights = trainer.weights()
+    if folder.layout.is_main:
+        for path in (folder.grids / f"{trainer.iteration:07d}.png", folder.path / "grid.png"):
+            save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
+        save_weights(folder.student_weights, weights)
+    return {
+        name: _score(evaluator, name, images, teacher_samples) for name, images in samples.items()
+    }
+
+
+def _score(evaluator: Evaluator, name: str, samples: Tensor, teacher_samples: Tensor) -> Scores:
+    try:
+        return evaluator.scores(samples, teacher_samples)
+    except ValueError as error:
+        raise RunError(
+            f"samples of {name} cannot be scored ({error}): the training diverged"
+        ) from error
+
+
+def _name(network: str, steps: int) -> str:
+    return f"{network}, {steps} step{'s' if steps > 1 else ''}"
