@@ -51,7 +51,7 @@ def parts(names: set[str]) -> set[str]:
         ("losses", MATHEMATICS | {"losses"}),
         ("models", MATHEMATICS | {"models"}),
         ("data", {"data"}),
-        ("training", MATHEMATICS | {"training", "losses", "data", "models", "errors"}),
+        ("training", MATHEMATICS | {"training", "losses", "data", "models", "distributed", "errors"}),
         ("methods", MATHEMATICS | {"methods", "losses", "data", "training", "errors"}),
         ("evaluation", MATHEMATICS | {"evaluation", "losses", "data", "training"}),
     ],

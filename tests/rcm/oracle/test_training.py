@@ -132,7 +132,7 @@ def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
     draws = {RELEASED.score_times: "dmd_t", RELEASED.times: "scm_t"}
     monkeypatch.setattr(Step, "times", lambda step, p: ORACLE[draws[p]][:, 0])
-    monkeypatch.setattr(Step, "draw", lambda step, distribution: distribution(2, torch.Generator()))
+    monkeypatch.setattr(Step, "draw", lambda step, f: f(len(step.x0), torch.Generator()))
     monkeypatch.setattr(dmd, "rollout_times", times)
 
 

@@ -24,7 +24,7 @@ from rcm.training.method import (
     Trained,
 )
 from rcm.training.optimization import OptimizerConfig
-from rcm.training.trainer import Trainer, build_networks
+from rcm.training.trainer import Trainer, build_networks, load_into
 from rcm.trigflow import Network
 from tests.rcm.analytic_networks import SmoothNetwork
 
@@ -177,9 +177,9 @@ def test_a_loss_for_a_role_that_is_not_trained_raises() -> None:
 
 
 def test_weights_of_another_shape_raise_in_one_line() -> None:
-    weights = {"teacher": SmoothNetwork(3, width=16).state_dict()}
-    with pytest.raises(RunError, match="weights of teacher do not fit the model") as error:
-        build_networks(method().roles(), build, weights)
+    weights = SmoothNetwork(3, width=16).state_dict()
+    with pytest.raises(RunError, match="weights of the run do not fit the model") as error:
+        load_into(build(), weights, "the weights of the run")
     assert "\n" not in str(error.value)
 
 
