@@ -5,7 +5,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor; the tensor itself if it is not sharded."""
+    """This rank's part of a tensor, without DTensor's overhead; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -171,7 +171,9 @@ class DiT(nn.Module):
             )
         p = self.patch
         h = rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-        h = self.tokens_in(h) + self.positions
+        # Under mixed precision the weights may have fewer bits than x and the positions.
+        h = self.tokens_in(h.to(self.tokens_in.weight.dtype))
+        h = h + self.positions.to(h.dtype)
         embedding = self._embedding(t, condition, end)
         for block in self.blocks:
             h = block(h, embedding)

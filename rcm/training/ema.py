@@ -5,8 +5,8 @@
                n^γ, so the average covers a fixed fraction of the training so far (EDM2, 2312.02696
                §3)
 
-The average is a dict of named tensors, sharded like the parameters, in float32 or float64. Buffers
-are not averaged.
+The average is a dict of named tensors, sharded like the parameters, in float32 or float64. Each
+rank averages its own shards. Buffers are not averaged.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from rcm.distributed.sharding import reshard
+from rcm.distributed.tensors import local_tensor
 from rcm.validation import require_number
 
 Decay = Callable[[int], float]
@@ -78,12 +81,14 @@ class EMA:
     """The moving average of a module.
 
     Call update(module) after each optimizer step. `with ema.applied_to(module):` samples or saves
-    with the averaged weights. Both raise ValueError if names or shapes of the parameters differ.
+    with the averaged weights. Both raise ValueError if names, shapes or shards of the parameters
+    differ. The module may be sharded; what a forward pass gathered becomes shards again.
     """
 
     def __init__(self, module: nn.Module, decay: Decay) -> None:
         self.decay = decay
         self.updates = 0
+        reshard(module)
         self.average = {name: _master(p).clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
@@ -92,7 +97,7 @@ class EMA:
         self.updates += 1
         weight = 1 - self.decay(self.updates)
         for name, parameter in self._parameters(module).items():
-            self.average[name].lerp_(_master(parameter), weight)
+            local_tensor(self.average[name]).lerp_(local_tensor(_master(parameter)), weight)
 
     def copy_to(self, module: nn.Module) -> None:
         """Give a module the averaged weights."""
@@ -107,6 +112,7 @@ class EMA:
         try:
             yield module
         finally:
+            reshard(module)
             _copy(own, parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -121,6 +127,7 @@ class EMA:
         _copy(average, _prefixed(self.average))
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        reshard(module)
         parameters = dict(module.named_parameters())
         _require_same(self.average, parameters)
         return parameters
@@ -137,7 +144,12 @@ def _master(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
     for name, tensor in source.items():
-        target[name].copy_(tensor)
+        local_tensor(target[name]).copy_(local_tensor(tensor))
+
+
+def _shards(tensor: Tensor) -> tuple[Any, ...] | None:
+    """How a tensor is sharded; None if it is whole."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def _require_same(expected: dict[str, Tensor], given: dict[str, Any]) -> None:
@@ -150,4 +162,9 @@ def _require_same(expected: dict[str, Tensor], given: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(given[name].shape)}, but in the average it has "
                 f"{tuple(tensor.shape)}"
+            )
+        if _shards(tensor) != _shards(given[name]):
+            raise ValueError(
+                f"{name} has shards {_shards(given[name])}, but in the average it has "
+                f"{_shards(tensor)}"
             )

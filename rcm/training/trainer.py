@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rcm.data.dataset import Data
 from rcm.distributed.layout import Layout
-from rcm.distributed.sharding import reshard
+from rcm.distributed.sharding import accumulating_gradients, reset_iteration, reshard
 from rcm.distributed.tensors import full_tensor, local_tensor
 from rcm.errors import RunError
 from rcm.time_precision import require_unrounded_time
@@ -127,13 +127,16 @@ class Trainer:
         ]
         while (gradient := self._backward(runs)) is not None:
             metrics |= self._update(gradient)
+        for network in self.networks.values():
+            reset_iteration(network)
         self.iteration += 1
         return metrics
 
     def _backward(self, runs: list[Losses]) -> Gradient | None:
         """Accumulate the gradient of the next network over all micro-batches; None at the end."""
         role, parts = "", []
-        for losses in runs:
+        for number, losses in enumerate(runs, start=1):
+            is_last = number == len(runs)
             update = next(losses, None)
             if update is None:
                 return None
@@ -146,7 +149,8 @@ class Trainer:
             if not parts:
                 self.optimizations[role].zero_grad()
             means = {name: term.value.mean() for name, term in terms.items()}
-            self.optimizations[role].backward({n: mean / len(runs) for n, mean in means.items()})
+            with nullcontext() if is_last else accumulating_gradients(self.networks[role]):
+                self.optimizations[role].backward({n: m / len(runs) for n, m in means.items()})
             part = {("loss", name): mean.detach() for name, mean in means.items()}
             for name, term in terms.items():
                 part |= {(name, kind): x.mean() for kind, x in term.diagnostics.items()}
