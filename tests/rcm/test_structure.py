@@ -50,7 +50,7 @@ def parts(names: set[str]) -> set[str]:
         *((module, MATHEMATICS) for module in sorted(MATHEMATICS)),
         ("losses", MATHEMATICS | {"losses"}),
         ("models", MATHEMATICS | {"models"}),
-        ("data", {"data"}),
+        ("data", {"data", "errors"}),
         ("training", MATHEMATICS | {"training", "losses", "data", "models", "errors"}),
         ("methods", MATHEMATICS | {"methods", "losses", "data", "training", "errors"}),
         ("evaluation", MATHEMATICS | {"evaluation", "losses", "data", "training"}),
