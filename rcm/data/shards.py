@@ -28,9 +28,9 @@ from rcm.errors import RunError
 CACHED_NPZ_SHARDS = 2
 SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
-UNREADABLE = (
-    *(SafetensorError, zipfile.BadZipFile, zlib.error),
-    *(OSError, ValueError, KeyError, EOFError),
+UNREADABLE = (  # the last four if a file was replaced
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, OSError),
+    *(ValueError, KeyError, IndexError, EOFError),
 )
 
 Header = dict[str, tuple[str, Shape]]  # dtype and shape, with the samples, of each tensor
@@ -159,10 +159,12 @@ def _unreadable(path: Path, error: Exception) -> str:
 def _header_problem(header: Header, shapes: SampleShapes) -> str | None:
     missing = [name for name in shapes.all() if name not in header]
     if missing:
-        return f"has no tensor {missing[0]!r}, only {', '.join(sorted(header)) or 'none'}"
-    rows = next(iter(header[LATENTS][1]), 0)
+        return f"there is no tensor {missing[0]!r}, only {', '.join(sorted(header)) or 'none'}"
+    rows = next(iter(header[LATENTS][1]), 0)  # 0 for a tensor without dimensions
     for name, expected in shapes.all().items():
         dtype, shape = header[name]
-        if problem := tensor_problem(name, dtype, shape, (rows, *expected)):
+        if shape[:1] != (rows,):
+            return f"{name} have shape {shape}, but there are {rows} {LATENTS}"
+        if problem := tensor_problem(name, dtype, shape[1:], expected):
             return problem
-    return None if rows else "has no samples"
+    return None if rows else "there are no samples"
