@@ -1,7 +1,7 @@
 """Check a folder of latents and embeddings before a run needs it.
 
     python -m rcm.data.check FOLDER \\
-        --latents 16,21,60,104 --condition encoder_hidden_states=512,4096
+        --latents 16,21,60,104 --condition prompt_embeds=512,4096
 
 prints a line for each bad sample or file, with its row or key, its shape and what was expected,
 then a summary. The exit status is 1 if anything is wrong.
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=SHAPE",
-        help="a tensor of the condition, such as encoder_hidden_states=512,4096; can be repeated",
+        help="a tensor of the condition, such as prompt_embeds=512,4096; can be repeated",
     )
     parser.add_argument(
         "--first", type=_positive, metavar="N", help="read only the first N samples"

@@ -26,7 +26,7 @@ class SampleShapes:
     latents: Shape
     """(channels, height, width), or (channels, frames, height, width)."""
     condition: Mapping[str, Shape]
-    """Such as {"encoder_hidden_states": (tokens, dim)}; the names are the network's."""
+    """Such as {"prompt_embeds": (tokens, dim)}; the names are the network's."""
 
     def __post_init__(self) -> None:
         if LATENTS in self.condition:

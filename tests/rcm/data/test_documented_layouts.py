@@ -18,7 +18,7 @@ def test_the_examples_write_a_good_folder(tmp_path: Path, monkeypatch: pytest.Mo
         r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
-    shapes = SampleShapes((16, 5, 12, 20), {"encoder_hidden_states": (32, 64)})
+    shapes = SampleShapes((16, 5, 12, 20), {"prompt_embeds": (32, 64)})
     exec(compile(write_shards, str(PAGE), "exec"), {})
     report = check_latents(tmp_path / "latents", shapes)
     assert (report.good, report.problems) == (8, [])
