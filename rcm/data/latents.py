@@ -13,14 +13,15 @@ prompt, one tensor for each name of the condition.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 import torch
+import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from rcm.data.samples import LATENTS, SampleShapes, Shape, tensors_problem
 from rcm.data.shards import NpzShard, SafetensorsShard, Shard
 from rcm.data.webdataset import TarShard
 from rcm.errors import RunError
+from rcm.validation import require_choice, require_integer
 
 Layout = type[SafetensorsShard] | type[NpzShard] | type[TarShard]
 LAYOUTS: dict[str, Layout] = {".safetensors": SafetensorsShard, ".npz": NpzShard, ".tar": TarShard}
@@ -42,23 +44,46 @@ NullCondition = Literal["negative", "zeros"]
 class LatentsConfig:
     """A folder of latents in units of σd (normalised as the model sees them) and embeddings."""
 
-    folder: str
+    folder: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder with shards: *.safetensors, *.npz, or *.tar in rCM's WebDataset layout."""
     sample_shape: tuple[int, ...]
     """Shape of the latents of a sample: channels, frames, height, width; images have no frames."""
+    text_length: int
+    """Tokens of a text's embedding. Shorter ones of the WebDataset layout are padded with zeros."""
     null_condition: NullCondition = "negative"
     """Condition of guidance: the folder's negative.safetensors, or zeros."""
 
-    def load(self, condition: Mapping[str, Shape]) -> Latents:
+    def __post_init__(self) -> None:
+        require_integer(1, text_length=self.text_length)
+        require_choice(get_args(NullCondition), null_condition=self.null_condition)
+        if self.folder is not None and not isinstance(self.folder, str):
+            raise TypeError(f"folder is {self.folder!r}; it must be a path")
+        if len(self.sample_shape) not in (3, 4):
+            raise ValueError(
+                f"sample_shape is {self.sample_shape}; it must be (channels, frames, height, "
+                "width), or (channels, height, width) for images"
+            )
+        for i, size in enumerate(self.sample_shape):
+            require_integer(1, **{f"sample_shape[{i}]": size})
+
+    def load(
+        self, condition: Mapping[str, tuple[int | None, ...]], fixed: Collection[str] = ()
+    ) -> Latents:
         """Open the folder.
 
         Args:
-            condition: what the network needs, by name: the shapes for one sample.
+            condition: what the network needs, by name: the shapes for one sample. None is the
+                length of the text.
+            fixed: names of conditions that guidance keeps, such as an image to start from.
 
         Raises:
             RunError: a shard cannot be used; the message names the first one.
         """
-        shapes = SampleShapes(self.sample_shape, condition)
+        if self.folder is None:
+            raise RunError("the data have no folder; give it with --data.folder")
+        shapes = SampleShapes(
+            self.sample_shape, self.condition_sizes(condition), frozenset(fixed)
+        )
         data, problems = open_latents(Path(self.folder), shapes, self.null_condition)
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -67,6 +92,13 @@ class LatentsConfig:
                 "lists all"
             )
         return data
+
+    def condition_sizes(self, condition: Mapping[str, tuple[int | None, ...]]) -> dict[str, Shape]:
+        """The shapes of a condition with `text_length` for each size that is None."""
+        return {
+            name: tuple(self.text_length if size is None else size for size in shape)
+            for name, shape in condition.items()
+        }
 
 
 class Latents:
@@ -131,7 +163,10 @@ class Latents:
         """
         if isinstance(self._null, str):
             raise RunError(self._null)
-        return {name: self._null[name].to(c).expand_as(c) for name, c in condition.items()}
+        return {
+            name: c if name in self.shapes.fixed else self._null[name].to(c).expand_as(c)
+            for name, c in condition.items()
+        }
 
 
 def open_latents(
@@ -179,9 +214,9 @@ def _read_null(path: Path, shapes: SampleShapes, null: NullCondition) -> Mapping
         RunError: negative.safetensors exists, but cannot be used.
     """
     if null == "zeros":
-        return {name: torch.zeros(shape) for name, shape in shapes.condition.items()}
+        return {name: torch.zeros(shape) for name, shape in shapes.guided().items()}
     if not path.exists():
-        needed = ", ".join(f"{name} {shape}" for name, shape in shapes.condition.items())
+        needed = ", ".join(f"{name} {shape}" for name, shape in shapes.guided().items())
         return (
             f"{path} does not exist, but guidance needs it: the embedding of the negative or empty "
             f"prompt ({needed}), written by safetensors.torch.save_file. Or set "
@@ -192,12 +227,12 @@ def _read_null(path: Path, shapes: SampleShapes, null: NullCondition) -> Mapping
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from error
     condition = {}
-    for name, shape in shapes.condition.items():
+    for name, shape in shapes.guided().items():
         if name not in tensors:
             names = ", ".join(sorted(tensors)) or "none"
             raise RunError(f"{path}: there is no tensor {name!r}, only {names}")
         tensor = tensors[name]
         condition[name] = tensor[0] if tuple(tensor.shape) == (1, *shape) else tensor
-    if problem := tensors_problem(condition, shapes.condition):
+    if problem := tensors_problem(condition, shapes.guided()):
         raise RunError(f"{path}: {problem}")
     return condition

@@ -28,6 +28,9 @@ class SampleShapes:
     condition: Mapping[str, Shape]
     """Such as {"prompt_embeds": (tokens, dim)}; the names are the network's."""
 
+    fixed: frozenset[str] = frozenset()
+    """Names of the condition that guidance keeps, such as an image to start from."""
+
     def __post_init__(self) -> None:
         if LATENTS in self.condition:
             raise ValueError(f"a condition is named {LATENTS!r}, the name of the latents")
@@ -35,6 +38,10 @@ class SampleShapes:
     def all(self) -> dict[str, Shape]:
         """Every tensor of a sample by name."""
         return {LATENTS: self.latents, **self.condition}
+
+    def guided(self) -> dict[str, Shape]:
+        """The condition that guidance replaces by a null condition."""
+        return {name: x for name, x in self.condition.items() if name not in self.fixed}
 
 
 def tensor_problem(name: str, dtype: str, shape: Shape, expected: Shape) -> str | None:

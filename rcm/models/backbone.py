@@ -8,7 +8,7 @@ is σd = 1: x0 is the latent, normalised as the model's pipeline normalises it.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,7 @@ from rcm.models.adapter import Adapter, Condition, SampleSpec, Settings
 from rcm.network_conversions import from_rectified_flow
 from rcm.time_precision import guard_time
 from rcm.trigflow import require_precise_time
-from rcm.validation import require_choice
 
-Null = Literal["negative", "zeros"]
-NULLS: tuple[Null, ...] = ("negative", "zeros")
 _DIMENSIONS = {3: "channels, height, width", 4: "channels, frames, height, width"}
 
 
@@ -39,8 +36,6 @@ class Backbone(nn.Module):
         adapter: see rcm.models.adapter.
         dtype: what x and condition are cast to; the dtype of the weights by default. FSDP2's mixed
             precision needs it: bfloat16 for weights that are kept in float32.
-        null: the unconditional prediction's text: "negative", the embedding of a negative prompt,
-            or "zeros".
 
     Raises TypeError for a model of another class, or a condition that is no dict; ValueError for
     other shapes, names of conditions or times below float32; NotImplementedError for uses of the
@@ -56,15 +51,13 @@ class Backbone(nn.Module):
         adapter: Adapter,
         *,
         dtype: torch.dtype | None = None,
-        null: Null = "negative",
     ) -> None:
         super().__init__()
         if type(model).__name__ != adapter.class_name:
             raise TypeError(
                 f"the model is a {type(model).__name__}; its adapter is for {adapter.class_name}"
             )
-        require_choice(NULLS, null=null)
-        self.model, self.adapter, self.dtype, self.null = model, adapter, dtype, null
+        self.model, self.adapter, self.dtype = model, adapter, dtype
         adapter.require_supported(self.settings)
         self.attention = scaled_dot_product_attention
         self._model_class: Any = type(model)  # sharding changes the class of the model
@@ -101,33 +94,11 @@ class Backbone(nn.Module):
         conditions = self.adapter.conditions(self.settings)
         return {name: spec.shape for name, spec in conditions.items()}
 
-    def null_condition(
-        self, condition: Condition, negative: Condition | None = None
-    ) -> dict[str, Tensor]:
-        """The condition of the unconditional prediction, for the samples of `condition`.
-
-        negative: embeddings (...) of a negative prompt, by the names of the conditions, with
-        null="negative". An image to start from stays as it is.
-
-        Raises:
-            ValueError: an embedding is missing.
-        """
-        null = {}
-        for name, spec in self.adapter.conditions(self.settings).items():
-            value = condition[name]
-            if not spec.guided:
-                null[name] = value
-            elif self.null == "zeros":
-                null[name] = torch.zeros_like(value)
-            elif negative is None or name not in negative:
-                raise ValueError(
-                    f"the data has no {name} of a negative prompt, which guidance needs; add it, "
-                    "or choose null = 'zeros'"
-                )
-            else:
-                embedding = negative[name].to(value)
-                null[name] = embedding.expand(len(value), *embedding.shape)
-        return null
+    @property
+    def fixed_conditions(self) -> tuple[str, ...]:
+        """The tensors that an unconditional prediction keeps, such as an image to start from."""
+        conditions = self.adapter.conditions(self.settings)
+        return tuple(name for name, spec in conditions.items() if not spec.guided)
 
     def _require_condition(self, condition: Condition, batch: int) -> None:
         name, shapes = self.adapter.class_name, self.condition_shapes

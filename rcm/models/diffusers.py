@@ -13,10 +13,9 @@ import tyro
 
 from rcm.errors import RunError
 from rcm.models.adapter import Adapter, Settings
-from rcm.models.backbone import NULLS, Backbone, Null
+from rcm.models.backbone import Backbone
 from rcm.models.cosmos import COSMOS
 from rcm.models.flux import FLUX
-from rcm.models.model import ModelConfig
 from rcm.models.sd3 import SD3
 from rcm.models.wan import WAN
 from rcm.validation import require_choice
@@ -27,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusersConfig(ModelConfig):
+class DiffusersConfig:
     """A transformer of diffusers."""
 
     architecture: Architecture
@@ -38,13 +37,10 @@ class DiffusersConfig(ModelConfig):
     """Arguments of the class. Those of the folder must agree with them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What sharded training computes in. The trained weights are float32."""
-    null: Null = "negative"
-    """Text of the unconditional prediction: the data's negative prompt, or embeddings of zeros."""
 
     def __post_init__(self) -> None:
         require_choice(ADAPTERS, architecture=self.architecture)
         require_choice(DTYPES, dtype=self.dtype)
-        require_choice(NULLS, null=self.null)
         if self.folder is not None and not isinstance(self.folder, str):
             raise TypeError(f"folder is {self.folder!r}; it must be a path")
         if not isinstance(self.settings, dict):
@@ -52,16 +48,12 @@ class DiffusersConfig(ModelConfig):
         object.__setattr__(self, "settings", _plain("settings", self.settings))
         if self.folder is None and not self.settings:
             raise ValueError("the model has neither a folder nor settings; give its folder")
-        if self.guidance_input:
-            raise ValueError(
-                "guidance_input is True, but transformers of diffusers have no such input"
-            )
 
     @property
     def adapter(self) -> Adapter:
         return ADAPTERS[self.architecture]
 
-    def build(self) -> Backbone:  # type: ignore[override]
+    def build(self) -> Backbone:
         """The network with new weights, drawn from torch's random state.
 
         Raises:
@@ -106,7 +98,7 @@ class DiffusersConfig(ModelConfig):
         return parts[0]
 
     def _backbone(self, model: Any) -> Backbone:
-        return Backbone(model, self.adapter, dtype=DTYPES[self.dtype], null=self.null)
+        return Backbone(model, self.adapter, dtype=DTYPES[self.dtype])
 
     def _all_settings(self, model_class: Any) -> Settings:
         """The arguments of the class: the folder's if there is one, and the defaults."""

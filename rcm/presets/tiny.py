@@ -23,9 +23,8 @@ SAMPLE_SHAPES: dict[Architecture, tuple[int, ...]] = {
 
 def tiny(architecture: Architecture, *, heads: int = 4, layers: int = 2) -> DiffusersConfig:
     """The config of a tiny model. Any number of heads works, such as 3."""
-    return DiffusersConfig(
-        architecture=architecture, null="zeros", settings=_SETTINGS[architecture](heads, layers)
-    )
+    settings = _SETTINGS[architecture](heads, layers)
+    return DiffusersConfig(architecture=architecture, settings=settings)
 
 
 def tiny_condition(

@@ -13,7 +13,9 @@ from torch import nn
 
 from rcm.data.dataset import Dataset, LabelledDataConfig
 from rcm.distributed.layout import MeshConfig
+from rcm.data.latents import LatentsConfig
 from rcm.errors import RunError
+from rcm.models.diffusers import DiffusersConfig
 from rcm.models.model import ModelConfig
 from rcm.training.method import Distillation, Method
 from rcm.validation import MAX_SEED, require_integer
@@ -127,7 +129,14 @@ class FromScratchConfig(RunConfig):
         )
 
 
-class PretrainedConfig(RunConfig): ...
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig(RunConfig):
+    """A run that distils a pretrained network of diffusers, on latents and embeddings of texts."""
+
+    synthetic: tyro.conf.Suppress[bool] = False
+    """Random weights and data where no folder is given, to try everything out."""
+    data: LatentsConfig
+    model: DiffusersConfig
 
 
 def updated(config: Any, settings: dict[str, Any]) -> Any:

@@ -50,7 +50,7 @@ def parts(names: set[str]) -> set[str]:
         *((module, MATHEMATICS) for module in sorted(MATHEMATICS)),
         ("losses", MATHEMATICS | {"losses"}),
         ("models", MATHEMATICS | {"models", "errors"}),
-        ("data", {"data", "errors"}),
+        ("data", {"data", "errors", "validation"}),
         ("distributed", MATHEMATICS | {"distributed", "errors"}),
         (
             "training",
