@@ -16,6 +16,7 @@ from jvp_attn.interface import (
     flash_attn_with_tangent,
 )
 from jvp_attn.merge import merge_attention
+from jvp_attn.one_pass import checkpoint_primal
 from jvp_attn.patching.replace_sdpa import replace_sdpa
 from jvp_attn.sdpa import scaled_dot_product_attention
 from jvp_attn.types import AttentionOptions, Causal
@@ -32,6 +33,7 @@ __all__ = [
     "available_backends",
     "backend",
     "checkpoint_jvp",
+    "checkpoint_primal",
     "current_backend",
     "flash_attn_jvp",
     "flash_attn_varlen_jvp",

@@ -26,6 +26,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from jvp_attn.repeatable_call import RepeatableCall
+from jvp_attn.transforms import (
+    depth,
+    innermost,
+    inside_jvp,
+    no_hidden_tensors,
+    raise_if_modified,
+    raise_unless_one_jvp,
+    unpacked,
+    versions,
+    without_ended_transforms,
+)
+
+_NAME = "checkpoint_jvp"
 
 
 def checkpoint_jvp(
@@ -101,7 +114,7 @@ def _checkpointed(
         function = function.func
     call = RepeatableCall(function, args, kwargs)
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-    if _depth() or fwAD._current_level >= 0:
+    if inside_jvp():
         return _inside_jvp(run, call)
     return run(call, *call.take_tensors())
 
@@ -128,53 +141,21 @@ def _nested(depth: int) -> Iterator[None]:
         _nesting.depth = before
 
 
-def _depth() -> int:
-    return len(torch._C._functorch.get_interpreter_stack() or ())
-
-
 def _inside_jvp(run: Callable[..., Any], call: RepeatableCall) -> Any:
-    _raise_unless_one_jvp()
-    duals = [_unpacked(x) for x in call.take_tensors()]
+    raise_unless_one_jvp(_NAME, _nesting.depth)
+    duals = [unpacked(x) for x in call.take_tensors()]
     primals = [primal for primal, _ in duals]
     tangents = [tangent for _, tangent in duals if tangent is not None]
     moving = [i for i, (_, tangent) in enumerate(duals) if tangent is not None]
-    requires_grad = [_innermost(x).requires_grad for x in (*primals, *tangents)]
+    requires_grad = [innermost(x).requires_grad for x in (*primals, *tangents)]
     body: Callable[..., Any]
     body = partial(_jvp_of_saved, requires_grad, _nesting.depth, call, moving)
-    if not _depth():
+    if not depth():
         body = _not_again_in_this_dual_level(body)
-    versions = _versions(primals)
+    before = versions(primals)
     outputs, spec = run(body, *primals, *tangents)
-    for i, (before, after) in enumerate(zip(versions, _versions(primals), strict=True)):
-        if before != after:
-            raise NotImplementedError(
-                "inside of a jvp, the function of checkpoint_jvp must not modify its arguments in "
-                f"place, but it modified tensor {i} of them, of shape {tuple(primals[i].shape)}: "
-                "let it modify a clone"
-            )
+    raise_if_modified(_NAME, primals, before)
     return tree_unflatten([_packed(x) for x in outputs], spec)
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    """How often each was modified in place; tensors of inference mode do not count it."""
-    return [0 if x.is_inference() else x._version for x in tensors]
-
-
-def _raise_unless_one_jvp() -> None:
-    transforms = torch._C._functorch.get_interpreter_stack() or []
-    is_jvp = [t.key() == torch._C._functorch.TransformType.Jvp for t in transforms]
-    if not all(is_jvp) or len(transforms) > _nesting.depth:
-        active = ", ".join(t.key().name.lower() for t in transforms)
-        raise NotImplementedError(
-            "with grad enabled, checkpoint_jvp works inside of one torch.func.jvp and no other "
-            f"transform of torch.func, got (outermost first) {active}: compute gradients with "
-            ".backward() or torch.autograd.grad after the jvp, or call the function directly"
-        )
-    if torch.__version__ < "2.13":
-        raise NotImplementedError(
-            f"checkpoint_jvp inside of a jvp needs torch 2.13 or newer, got {torch.__version__}: "
-            "upgrade torch, or put torch.utils.checkpoint around the jvp"
-        )
 
 
 def _not_again_in_this_dual_level(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,7 +178,11 @@ def _not_again_in_this_dual_level(body: Callable[..., Any]) -> Callable[..., Any
 
 
 def _jvp_of_saved(
-    requires_grad: list[bool], depth: int, call: RepeatableCall, moving: list[int], *tensors: Tensor
+    requires_grad: list[bool],
+    at_depth: int,
+    call: RepeatableCall,
+    moving: list[int],
+    *tensors: Tensor,
 ) -> Any:
     """`_jvp_at`, of tensors as in the first call.
 
@@ -205,25 +190,25 @@ def _jvp_of_saved(
     detach what is wrapped; whether it requires grad decides what torch saves.
     """
     restored = []
-    for x, needs_grad in zip(map(_without_ended_transforms, tensors), requires_grad, strict=True):
+    for x, needs_grad in zip(map(without_ended_transforms, tensors), requires_grad, strict=True):
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
         differs = not is_wrapped and x.requires_grad != needs_grad
         restored.append(x.detach().requires_grad_(needs_grad) if differs else x)
-    return _jvp_at(depth, call, moving, *restored)
+    return _jvp_at(at_depth, call, moving, *restored)
 
 
-def _jvp_at(depth: int, call: RepeatableCall, moving: list[int], *tensors: Tensor) -> Any:
-    """`_jvp` inside of `depth` transforms, as many as in the first call.
+def _jvp_at(at_depth: int, call: RepeatableCall, moving: list[int], *tensors: Tensor) -> Any:
+    """`_jvp` inside of `at_depth` transforms, as many as in the first call.
 
     The backward pass usually runs outside of them. At another depth, the formulas that torch has
     for tangents might save other tensors.
     """
-    if _depth() >= depth:
-        with _nested(_depth() + 1):
+    if depth() >= at_depth:
+        with _nested(depth() + 1):
             return _jvp(call, moving, *tensors)
     with jvp_increment_nesting(), _dual_level():
-        outputs, spec = _jvp_at(depth, call, moving, *tensors)
-    return [_map_dual(_without_ended_transforms, x) for x in outputs], spec
+        outputs, spec = _jvp_at(at_depth, call, moving, *tensors)
+    return [_map_dual(without_ended_transforms, x) for x in outputs], spec
 
 
 @contextmanager
@@ -254,7 +239,9 @@ def _jvp(call: RepeatableCall, moving: list[int], *tensors: Tensor) -> tuple[lis
         for i, dual in zip(moving, duals_in, strict=True):
             inputs[i] = dual
         leaves, spec = tree_flatten(call(*inputs))
-        outputs = [_unpacked(x) if isinstance(x, Tensor) else _checked(x) for x in leaves]
+        outputs = [
+            unpacked(x) if isinstance(x, Tensor) else no_hidden_tensors(_NAME, x) for x in leaves
+        ]
         duals_out = [x for x in outputs if isinstance(x, UnpackedDualTensor)]
         return anchor, tuple(part for x in duals_out for part in x if part is not None)
 
@@ -266,20 +253,6 @@ def _jvp(call: RepeatableCall, moving: list[int], *tensors: Tensor) -> tuple[lis
     return [_map_dual(lambda _: next(remaining), x) for x in outputs], spec
 
 
-def _without_ended_transforms(x: Tensor) -> Tensor:
-    """The tensor inside of the wrappers of transforms that have ended."""
-    while (inner := torch._C._functorch.unwrap_if_dead(x)) is not x:
-        x = inner
-    return x
-
-
-def _innermost(x: Tensor) -> Tensor:
-    """The tensor inside of all wrappers."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
-
-
 def _map_dual(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     """Apply a function to primal and tangent, in this order, and to nothing else."""
     if not isinstance(x, UnpackedDualTensor):
@@ -288,32 +261,14 @@ def _map_dual(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return UnpackedDualTensor(primal, None if x.tangent is None else function(x.tangent))
 
 
-def _unpacked(x: Tensor) -> UnpackedDualTensor:
-    if x.is_floating_point() or x.is_complex():
-        dual = fwAD.unpack_dual(x)
-        return dual if dual.tangent is not None else UnpackedDualTensor(x, None)
-    return UnpackedDualTensor(x, None)
-
-
 def _packed(x: Any) -> Any:
     """From the result of a jvp to a dual tensor of the surrounding jvp."""
     if not isinstance(x, UnpackedDualTensor):
         return x
-    if _unpacked(x.primal).tangent is not None:
+    if unpacked(x.primal).tangent is not None:
         raise ValueError(
             "the result of checkpoint_jvp depends on a tensor that has a tangent but is not among "
             "the arguments, such as a parameter or a variable of an enclosing function: pass it to "
             "checkpoint_jvp as an argument, also inside of tuples, lists or dicts"
         )
     return x.primal if x.tangent is None else fwAD.make_dual(*x)
-
-
-def _checked(x: Any) -> Any:
-    """A value in the results that is no tensor."""
-    if x is None or isinstance(x, bool | int | float | complex | str | torch.dtype | torch.device):
-        return x
-    raise TypeError(
-        f"the function of checkpoint_jvp returned an object of type {type(x).__name__}, whose "
-        "tensors would lose their tangents: return tensors in tuples, lists and dicts, or register "
-        "the type with torch.utils._pytree"
-    )

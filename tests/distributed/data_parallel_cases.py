@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import jvp
 from torch.nn.parallel import DistributedDataParallel
 
-from jvp_attn import checkpoint_jvp, flash_attn_jvp
+from jvp_attn import checkpoint_jvp, checkpoint_primal, flash_attn_jvp
 
 RANKS = 2
 BATCH, SEQLEN, WIDTH, HEADS = 2 * RANKS, 5, 8, 2
@@ -42,12 +42,12 @@ class Block(nn.Module):
 class Network(nn.Sequential):
     """Blocks, which keep their activations or are checkpointed."""
 
-    checkpointed = False
+    checkpoint: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seqlen, width) → the same."""
         for block in self:
-            x = checkpoint_jvp(block, x) if self.checkpointed else block(x)
+            x = block(x) if self.checkpoint is None else self.checkpoint(block, x)
         return x
 
 
@@ -93,10 +93,22 @@ def through_the_tangent(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
 
 
 def through_checkpoints(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
+    checkpoint_blocks(model, checkpoint_jvp)
+    return through_out_and_tangent(model, x, tx)
+
+
+def in_one_pass(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
+    """As in the consistency loss: the gradient flows through the output, not the tangent."""
+    checkpoint_blocks(model, checkpoint_primal)
+    out, tangent = jvp(model, (x,), (tx,))
+    loss = ((out - out.detach() + tangent.detach()) ** 3).sum()
+    return {"out": out, "tangent": tangent, **gradients(model, loss, x=x)}
+
+
+def checkpoint_blocks(model: nn.Module, checkpoint: Callable[..., Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, Network):
-            module.checkpointed = True
-    return through_out_and_tangent(model, x, tx)
+            module.checkpoint = checkpoint
 
 
 def towards_a_target(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
@@ -118,7 +130,7 @@ def gradients(model: nn.Module, loss: Tensor, **inputs: Tensor) -> Named:
 
 DERIVATIVES: list[Derivative] = [
     *(without_tangents, jvp_without_grad, towards_a_target),
-    *(through_out_and_tangent, through_the_tangent, through_checkpoints),
+    *(through_out_and_tangent, through_the_tangent, through_checkpoints, in_one_pass),
 ]
 
 

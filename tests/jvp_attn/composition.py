@@ -285,9 +285,28 @@ OTHER_USES = [
         ),
     ),
     OtherUse(
-        "the same inside `func.grad`, `func.vjp`, `func.vmap` or two jvps, with grad",
+        "`jvp_attn.checkpoint_primal` inside a jvp, and `.backward()` through the output",
+        True,
+        (
+            "jvp_attn/test_checkpoint_primal.py"
+            "::test_values_and_gradients_through_the_output_do_not_change",
+        ),
+    ),
+    OtherUse(
+        "both inside `func.grad`, `func.vjp`, `func.vmap` or two jvps, with grad",
         False,
-        ("jvp_attn/test_checkpoint_jvp_unsupported.py::test_other_transforms_raise",),
+        (
+            "jvp_attn/test_checkpoint_jvp_unsupported.py::test_other_transforms_raise",
+            "jvp_attn/test_checkpoint_primal.py::test_other_transforms_raise",
+        ),
+    ),
+    OtherUse(
+        "`jvp_attn.checkpoint_primal` inside a jvp, and `autograd.grad` or `create_graph=True`",
+        False,
+        (
+            "jvp_attn/test_checkpoint_primal.py"
+            "::test_backward_passes_that_do_not_reach_the_parameters_raise",
+        ),
     ),
     OtherUse(
         "`checkpoint` inside a jvp, without grad",
