@@ -1,0 +1,1 @@
+"""Training on several processes: sharded networks, and samples whose tokens are split."""
