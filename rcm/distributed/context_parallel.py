@@ -68,6 +68,7 @@ class ContextParallel:
         self._split = TokenSplit(group.size(), group.rank())
         self._shares: tuple[int, ...] | None = None
         """The shares of the sequences of the attention module that is running, if one is."""
+        self._attended = False
         _check_groups(ring, ulysses, group)
         if group.size() == 1:
             return
@@ -100,8 +101,8 @@ class ContextParallel:
     ) -> Tensor:
         """Attention over the tokens of all ranks, in the modules that the plan names.
 
-        In other modules, as in cross-attention, it is `jvp_attn.scaled_dot_product_attention` of the
-        tensors as they are: this rank's queries and the whole text.
+        In other modules, as in cross-attention, it is `jvp_attn.scaled_dot_product_attention`: of
+        this rank's queries and the whole text.
 
         Args:
             query, key, value: (batch, heads, share, head_dim) over the tokens of all ranks;
@@ -110,7 +111,7 @@ class ContextParallel:
 
         Raises:
             NotImplementedError: over the tokens of all ranks, for a mask, is_causal or dropout.
-            RuntimeError: the attention is not among the tokens that the plan says.
+            RuntimeError: the tokens are not those that the plan says.
         """
         if self._shares is None:
             return scaled_dot_product_attention(
@@ -123,6 +124,7 @@ class ContextParallel:
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
+        self._attended = True
         self._check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         first_ranks = range(0, self.group.size(), self.ulysses.size())
         tokens = [
@@ -206,11 +208,21 @@ class ContextParallel:
                 for name, i in positions.items()
             )
             self._shares = tuple(x.shape[1] for x in given if x is not None)
+            self._attended = False
+
+        def check(*_: Any) -> None:
+            if not self._attended:
+                raise RuntimeError(
+                    f"{path} of a network whose tokens are split did not call its "
+                    "ContextParallel.attention, so its queries did not see all keys: run the "
+                    "network inside of jvp_attn.replace_sdpa(parallel.attention)"
+                )
 
         def leave(*_: Any) -> None:
             self._shares = None
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(check)
         module.register_forward_hook(leave, always_call=True)
 
     def _own(self, x: Tensor | None, tokens: Tokens) -> Tensor | None:
@@ -255,8 +267,8 @@ def _check_groups(ring: ProcessGroup, ulysses: ProcessGroup, group: ProcessGroup
     expected_ring = ranks[ulysses.rank() :: len(in_ulysses)]
     if in_ring != expected_ring or in_ulysses != ranks[first : first + len(in_ulysses)]:
         raise ValueError(
-            f"ring has ranks {in_ring}, ulysses {in_ulysses} and group {ranks}; group must have all "
-            "ranks of ring × ulysses, in an order in which the rank in ulysses varies fastest"
+            f"ring has ranks {in_ring}, ulysses {in_ulysses} and group {ranks}; group must have "
+            "all ranks of ring × ulysses, in an order in which the rank in ulysses varies fastest"
         )
 
 

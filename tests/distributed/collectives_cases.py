@@ -101,9 +101,7 @@ def results(
     with fwAD.dual_level():
         ys = f([fwAD.make_dual(a, b) for a, b in zip(x, tx, strict=True)])
         found["dual numbers"] = [part for y in ys for part in fwAD.unpack_dual(y)]
-    forward_over_reverse = jvp(
-        grad(lambda *z: loss(f(z)), argnums=(0, 1)), tuple(x), tuple(tx)
-    )
+    forward_over_reverse = jvp(grad(lambda *z: loss(f(z)), argnums=(0, 1)), tuple(x), tuple(tx))
     found["forward over reverse"] = [*forward_over_reverse[0], *forward_over_reverse[1]]
     return {name: [y.detach() for y in ys] for name, ys in found.items()}
 

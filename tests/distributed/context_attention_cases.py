@@ -80,9 +80,7 @@ def outcome(
 
 def in_one_process(case: Case, dtype: torch.dtype) -> Named:
     tensors, weights = inputs(case)
-    return outcome(
-        flash_attn_jvp, [x.to(dtype) for x in tensors], [w.to(dtype) for w in weights]
-    )
+    return outcome(flash_attn_jvp, [x.to(dtype) for x in tensors], [w.to(dtype) for w in weights])
 
 
 def own(x: Tensor, case: Case, split: TokenSplit) -> Tensor:

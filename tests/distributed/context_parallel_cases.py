@@ -1,10 +1,10 @@
-"""Networks of diffusers whose tokens are split among ranks, and the same networks in one process."""
+"""Networks of diffusers whose tokens are split among ranks, and the same in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jvp_attn import checkpoint_jvp, replace_sdpa, scaled_dot_product_attention
 from rcm.distributed.context_parallel import ContextParallel
-from rcm.distributed.token_plans import token_plan
+from rcm.distributed.token_plans import TOKEN_PLANS, TokenPlan, Tokens, token_plan
 from rcm.losses.consistency import consistency_loss
 from rcm.network_conversions import from_rectified_flow
 
@@ -151,7 +151,7 @@ def network(kind: Kind, heads: int, seed: int) -> nn.Module:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn(weight.shape))
-    return model.to(kind.dtype)
+    return model if kind.dtype == torch.float32 else model.to(kind.dtype)
 
 
 def batch(kind: Kind) -> Named:
@@ -292,9 +292,7 @@ def on_ranks(case: Case, mesh: DeviceMesh) -> Named:
 
     def gradients(model: nn.Module) -> Named:
         return {
-            name: _whole(w.grad, mesh)
-            for name, w in model.named_parameters()
-            if w.grad is not None
+            name: _whole(w.grad, mesh) for name, w in model.named_parameters() if w.grad is not None
         }
 
     attention, teacher_attention = (p.attention for p in parallel)
@@ -328,55 +326,216 @@ def outcomes(cases: dict[Layout, list[Case]], rank: int) -> dict[str, dict[str, 
 
 
 # ----------------------------------------------------------------------------
-# Checkpoints, of which the backward pass comes after a call with another number of tokens
+# Checkpoints
 
 CHECKPOINTS: dict[str, Callable[..., Any]] = {
     "non-reentrant": partial(checkpoint, use_reentrant=False),
     "reentrant": partial(checkpoint, use_reentrant=True),
     "checkpoint_jvp": checkpoint_jvp,
 }
+# Of 45 and of 46 tokens, each of two ranks has 23.
+LENGTHS = [(3, 6, 10), (1, 4, 46)]
 
 
-def with_checkpoints(name: str | None, model: nn.Module, attention: Attention) -> Named:
-    """Gradients of two calls with 45 and 46 tokens, of which 2 ranks have 23 each."""
-    if name is not None:
-        model.enable_gradient_checkpointing(gradient_checkpointing_func=CHECKPOINTS[name])
+def after_another_call(model: nn.Module, attention: Attention, method: str | None) -> Named:
+    """Gradients of calls with 45 and 46 tokens, all of whose backward passes come at the end.
+
+    With "reentrant" and "non-reentrant" the losses are those of the output, otherwise of a JVP.
+    """
+    if method is not None:
+        model.enable_gradient_checkpointing(gradient_checkpointing_func=CHECKPOINTS[method])
     net = trigflow(model, KINDS["wan"], attention)
-    values = batch(KINDS["wan"])
-    t = values["t"].float()
-    lengths = [(3, 6, 10), (1, 4, 46)]
-    losses = []
+    generator = torch.Generator().manual_seed(2)
+    text = batch(KINDS["wan"])["condition"]
+    t = torch.tensor([0.4, 1.2])
+    losses = {}
+    for i, size in enumerate(LENGTHS):
+        x, tx = torch.randn(2, BATCH, WIDTH, *size, generator=generator)
+        x.requires_grad_()  # as reentrant checkpoints need
+        losses[f"output {i}"] = net(x, t, text).square().sum()
+        if method in (None, "checkpoint_jvp"):
+            out, tangent = jvp(lambda x, t: net(x, t, text), (x, t), (tx, torch.ones_like(t)))
+            losses[f"jvp {i}"] = (out * tangent).sum()
+    found = {}
+    for name, loss in losses.items():
+        model.zero_grad()
+        with replace_sdpa(attention):  # torch's checkpoints compute blocks again here
+            loss.backward()
+        for weight_name, w in model.named_parameters():
+            if w.grad is not None:
+                found[f"{name}, {weight_name}"] = w.grad.clone()
+    return found
+
+
+def checkpoint_outcomes(mesh: DeviceMesh) -> dict[str, Named]:
+    found = {}
+    for method in CHECKPOINTS:
+        model = network(KINDS["wan"], 3, 0)
+        parallel = ContextParallel(model, token_plan(model), **groups(mesh))
+        shares = after_another_call(model, parallel.attention, method)
+        found[method] = {name: _whole(grad, mesh) for name, grad in shares.items()}
+    return found
+
+
+# ----------------------------------------------------------------------------
+# A time for each token or frame
+
+
+def with_times_of_tokens(kind: str, attention: Attention, model: nn.Module) -> Named:
+    """The output, and the gradients of its square."""
+    of_batch = batch(KINDS[kind])
+    generator = torch.Generator().manual_seed(3)
+    shape = (BATCH, 45) if kind == "wan" else (BATCH, 1, 3, 1, 1)
+    times = 10 * torch.rand(shape, generator=generator)
     with replace_sdpa(attention):
-        for size in lengths:
-            x = values["x0"].flatten(1)[:, : WIDTH * 180].unflatten(1, (WIDTH, 180))
-            x = torch.cat([x, x], -1)[..., : size[0] * size[1] * size[2]].unflatten(-1, size)
-            if name in (None, "checkpoint_jvp"):
-                call = lambda x, t: net(x, t, values["condition"])  # noqa: E731
-                out, tangent = jvp(call, (x, t), (x.flip(0), torch.ones_like(t)))
-                losses.append(out.square().sum() + tangent.square().sum())
-            else:
-                losses.append(net(x.requires_grad_(), t, values["condition"]).square().sum())
-        (losses[0] + 2 * losses[1]).backward()
-    return {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
+        out = model(of_batch["x0"], times, of_batch["condition"], return_dict=False)[0]
+        out.square().mean().backward()
+    gradients = {n: w.grad for n, w in model.named_parameters() if w.grad is not None}
+    return {"out": out.detach(), **gradients}
 
 
-@contextmanager
-def counted_messages(counts: dict[str, int]) -> Iterator[None]:
-    """Count the calls of torch's collectives, by name."""
-    names = ("all_to_all_single", "batch_isend_irecv", "all_gather_single")
+def time_outcomes(mesh: DeviceMesh) -> dict[str, Named]:
+    found = {}
+    for kind in ("wan", "cosmos"):
+        model = network(KINDS[kind], 3, 0)
+        parallel = ContextParallel(model, token_plan(model), **groups(mesh))
+        of_kind = with_times_of_tokens(kind, parallel.attention, model)
+        found[kind] = {name: y if name == "out" else _whole(y, mesh) for name, y in of_kind.items()}
+    return found
 
-    def counted(name: str) -> Callable[..., Any]:
+
+# ----------------------------------------------------------------------------
+# Messages and errors
+
+
+def messages(mesh: DeviceMesh) -> dict[str, int]:
+    """How often a JVP of a Wan of two layers calls torch's collectives, by name."""
+    counts: dict[str, int] = {}
+
+    def counted(name: str) -> Any:
         original = getattr(dist, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             counts[name] = counts.get(name, 0) + 1
             return original(*args, **kwargs)
 
-        return call
+        return patch.object(dist, name, call)
 
-    with (
-        patch.object(dist, names[0], counted(names[0])),
-        patch.object(dist, names[1], counted(names[1])),
-        patch.object(dist, names[2], counted(names[2])),
-    ):
-        yield
+    kind = KINDS["wan"]
+    model = network(kind, 4, 0)
+    parallel = ContextParallel(model, token_plan(model), **groups(mesh))
+    net, of_batch = trigflow(model, kind, parallel.attention), batch(kind)
+    x, t = of_batch["x0"], of_batch["t"].float()
+    with ExitStack() as stack:
+        for name in ("all_to_all_single", "batch_isend_irecv", "all_gather_single"):
+            stack.enter_context(counted(name))
+        jvp(lambda x, t: net(x, t, of_batch["condition"]), (x, t), (x, t))
+    return counts
+
+
+def errors(mesh: DeviceMesh) -> dict[str, str]:
+    """Messages, by what is wrong."""
+    kind = KINDS["wan"]
+    of_groups = groups(mesh)
+
+    def parallel(plan: TokenPlan | None = None, **changed: ProcessGroup) -> ContextParallel:
+        model = network(kind, 2, 0)
+        return ContextParallel(model, plan or token_plan(model), **{**of_groups, **changed})
+
+    def attend(**options: Any) -> None:
+        """Call attention with these options in a module that attends to all tokens."""
+        model = network(kind, 2, 0)
+        state = ContextParallel(model, token_plan(model), **of_groups)
+
+        def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            changed = {name: f(query) if callable(f) else f for name, f in options.items()}
+            return state.attention(query, *args, **{**kwargs, **changed})
+
+        x = batch(kind)
+        with replace_sdpa(attention):
+            model(x["x0"], x["t"].float(), x["condition"])
+
+    def twice() -> None:
+        model = network(kind, 2, 0)
+        for _ in range(2):
+            ContextParallel(model, token_plan(model), **of_groups)
+
+    def unsplit() -> None:
+        model = network(kind, 2, 0)
+        plan = replace(token_plan(model), inputs={}, results={})
+        state = ContextParallel(model, plan, **of_groups)
+        trigflow(model, kind, state.attention)(*(batch(kind)[x] for x in ("x0", "t", "condition")))
+
+    def under_other_attention() -> None:
+        model = network(kind, 2, 0)
+        ContextParallel(model, token_plan(model), **of_groups)
+        net = trigflow(model, kind, scaled_dot_product_attention)
+        net(*(batch(kind)[x] for x in ("x0", "t", "condition")))
+
+    wan_plan = TOKEN_PLANS["WanTransformer3DModel"]
+    failing: dict[str, Callable[[], Any]] = {
+        "no plan": lambda: token_plan(nn.Linear(1, 1)),
+        "no module": lambda: parallel(replace(wan_plan, output="no_such_module")),
+        "no argument": lambda: parallel(
+            replace(wan_plan, inputs={"blocks.*": {"image": Tokens(1)}})
+        ),
+        "groups": lambda: parallel(ring=of_groups["group"], ulysses=of_groups["group"]),
+        "twice": twice,
+        "mask": lambda: attend(attn_mask=lambda q: torch.ones(q.shape[2], q.shape[2]).bool()),
+        "causal": lambda: attend(is_causal=True),
+        "other keys": lambda: attend(key=lambda q: q[:, :, :5], value=lambda q: q[:, :, :5]),
+        "unsplit": unsplit,
+        "other attention": under_other_attention,
+    }
+    found = {}
+    for name, function in failing.items():
+        try:
+            function()
+            found[name] = "no error"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+# ----------------------------------------------------------------------------
+# All of it
+
+TWO_RANKS = {
+    Layout(ulysses=2): [
+        Case("wan", 4, sharded=True),
+        Case("cosmos", 3),
+        Case("cosmos1", 4),
+        Case("sd3", 3),
+        Case("flux", 4),
+    ],
+    Layout(ring=2): [
+        Case("wan", 3),
+        Case("cosmos", 4),
+        Case("sd3", 4, sharded=True),
+        Case("flux", 3),
+    ],
+    Layout(data=2): [Case("wan", 4)],
+}
+FOUR_RANKS = {
+    layout: [Case(kind, heads, sharded=heads == 4) for kind in KINDS for heads in (3, 4)]
+    for layout in (Layout(ring=2, ulysses=2), Layout(ring=4), Layout(data=2, ulysses=2))
+}
+
+
+def on_two_ranks(rank: int) -> dict[str, Any]:
+    ulysses, ring = Layout(ulysses=2).mesh(), Layout(ring=2).mesh()
+    return {
+        **outcomes(TWO_RANKS, rank),
+        "checkpoints": checkpoint_outcomes(ulysses),
+        "times": time_outcomes(ring),
+        "messages": {
+            "ulysses": messages(ulysses),
+            "ring": messages(ring),
+            "alone": messages(Layout(data=2).mesh()),
+        },
+        "errors": errors(ulysses),
+    }
+
+
+def on_four_ranks(rank: int) -> dict[str, Any]:
+    return outcomes(FOUR_RANKS, rank)
