@@ -76,6 +76,7 @@ def sample(arguments: Arguments) -> None:
     torch.set_num_threads(config.threads)
     student = config.build_network()
     student.load_state_dict(load_weights(weights))
+    student.to(config.device)
     classes = config.data.classes
     labels = torch.arange(classes).repeat_interleave(arguments.num // classes)
     # Drawn on the CPU, so that every device samples from the same noise.
@@ -94,9 +95,15 @@ def _config(run: Path) -> FromScratchConfig:
     if not (run / "config.json").is_file():
         raise OptionError(f"{run} is not a run folder: it has no config.json")
     try:
-        return config_from_settings(read_settings(run))
+        config = config_from_settings(read_settings(run))
     except (ValueError, TypeError) as error:
         raise RunError(f"{run / 'config.json'} cannot be used: {error}") from error
+    if not isinstance(config, FromScratchConfig):
+        raise OptionError(
+            f"{run} distils a pretrained network, whose samples need a decoder; this command draws "
+            "samples of runs that train their own teacher, such as digits"
+        )
+    return config
 
 
 def _require_allowed(arguments: Arguments, config: FromScratchConfig) -> None:

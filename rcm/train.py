@@ -28,7 +28,7 @@ from rcm.errors import OptionError, RunError
 from rcm.presets import DEFAULT_PRESET, PRESETS, config_from_settings
 from rcm.run import run
 from rcm.training.collapse import OnCollapse
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig, RunConfig
 from rcm.training.reuse import with_teacher_settings
 
 
@@ -54,12 +54,13 @@ def main(argv: list[str]) -> int:
     """
     try:
         arguments = parse(argv)
-        config = with_teacher_settings(
-            arguments.config,
-            arguments.run,
-            default=PRESETS[arguments.config.preset].config(arguments.method),
-            read_config=config_from_settings,
-        )
+        config = arguments.config
+        if isinstance(config, FromScratchConfig):
+            default = PRESETS[config.preset].config(arguments.method)
+            assert isinstance(default, FromScratchConfig)
+            config = with_teacher_settings(
+                config, arguments.run, default=default, read_config=config_from_settings
+            )
         if arguments.dry_run:
             with _temporary_folder() as folder:
                 run(folder / "dry-run", config.shortened(), arguments.on_collapse)

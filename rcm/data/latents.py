@@ -81,9 +81,7 @@ class LatentsConfig:
         """
         if self.folder is None:
             raise RunError("the data have no folder; give it with --data.folder")
-        shapes = SampleShapes(
-            self.sample_shape, self.condition_sizes(condition), frozenset(fixed)
-        )
+        shapes = SampleShapes(self.sample_shape, self.condition_sizes(condition), frozenset(fixed))
         data, problems = open_latents(Path(self.folder), shapes, self.null_condition)
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

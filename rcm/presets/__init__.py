@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rcm.presets import digits
-from rcm.training.config import FromScratchConfig, updated
+from rcm.presets.pretrained import PRETRAINED
+from rcm.training.config import RunConfig, updated
 from rcm.training.method import Distillation
 
 
@@ -13,17 +15,23 @@ from rcm.training.method import Distillation
 class Preset:
     """Data, model and teacher of a preset, and the methods that it has settings for."""
 
-    config: Callable[[str], FromScratchConfig]
+    config: Callable[[str], RunConfig]
     """method -> config; a name from `methods`."""
     methods: Mapping[str, Distillation]
     default_method: str
 
 
-PRESETS = {"digits": Preset(digits.config, digits.METHODS, "rcm")}
+PRESETS = {
+    "digits": Preset(digits.config, digits.METHODS, "rcm"),
+    **{
+        name: Preset(partial(preset.config, name), preset.methods, "rcm")
+        for name, preset in PRETRAINED.items()
+    },
+}
 DEFAULT_PRESET = "digits"
 
 
-def config_from_settings(settings: dict[str, Any]) -> FromScratchConfig:
+def config_from_settings(settings: dict[str, Any]) -> RunConfig:
     """The config that a config.json describes.
 
     Raises:
@@ -36,5 +44,5 @@ def config_from_settings(settings: dict[str, Any]) -> FromScratchConfig:
     preset = PRESETS[name]
     if method not in preset.methods:
         raise ValueError(f"the run's method is {method!r}; known are {', '.join(preset.methods)}")
-    config: FromScratchConfig = updated(preset.config(method), settings)
+    config: RunConfig = updated(preset.config(method), settings)
     return config

@@ -12,8 +12,8 @@ import tyro
 from torch import nn
 
 from rcm.data.dataset import Dataset, LabelledDataConfig
-from rcm.distributed.layout import MeshConfig
 from rcm.data.latents import LatentsConfig
+from rcm.distributed.layout import MeshConfig
 from rcm.errors import RunError
 from rcm.models.diffusers import DiffusersConfig
 from rcm.models.model import ModelConfig

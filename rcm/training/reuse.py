@@ -15,7 +15,7 @@ from torch import nn
 
 from rcm.errors import OptionError, RunError
 from rcm.training.checkpoint import load_weights
-from rcm.training.config import FromScratchConfig
+from rcm.training.config import FromScratchConfig, RunConfig
 from rcm.training.method import SCRATCH, TEACHER
 from rcm.training.run_folder import (
     START_WEIGHTS,
@@ -25,13 +25,16 @@ from rcm.training.run_folder import (
 )
 from rcm.training.trainer import load_into
 
+ReadConfig = Callable[[dict[str, Any]], RunConfig]
+"""Reads the settings of a config.json."""
+
 
 def with_teacher_settings(
     config: FromScratchConfig,
     run: Path,
     *,
     default: FromScratchConfig,
-    read_config: Callable[[dict[str, Any]], FromScratchConfig],
+    read_config: ReadConfig,
 ) -> FromScratchConfig:
     """The config with the teacher's settings of `config.teacher_run`, which it must not contradict.
 
@@ -62,7 +65,7 @@ def weights_of_other_runs(
     run: Path,
     *,
     build: Callable[[], nn.Module],
-    read_config: Callable[[dict[str, Any]], FromScratchConfig],
+    read_config: ReadConfig,
 ) -> dict[str, bytes]:
     """The files that the config takes from other runs and that the folder `run` does not have yet.
 
@@ -99,14 +102,15 @@ def _guidable(config: FromScratchConfig) -> FromScratchConfig:
     return config
 
 
-def _config_of(
-    run: Path, read_config: Callable[[dict[str, Any]], FromScratchConfig]
-) -> FromScratchConfig:
+def _config_of(run: Path, read_config: ReadConfig) -> FromScratchConfig:
     settings = read_settings(run)
     try:
-        return read_config(settings)
+        config = read_config(settings)
     except (ValueError, TypeError) as error:
         raise RunError(f"{run / 'config.json'} cannot be used ({error})") from error
+    if not isinstance(config, FromScratchConfig):
+        raise RunError(f"{run} distils a pretrained network; it has no teacher of its own")
+    return config
 
 
 def _require_same_data(config: FromScratchConfig, other: FromScratchConfig, run: Path) -> None:
