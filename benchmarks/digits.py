@@ -41,7 +41,7 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
     """Scores of one seed and the seconds of its command, None if the run was only continued."""
     new = not folder.exists()
     start = time.monotonic()
-    command = [sys.executable, "-m", "rcm.train", "--run", str(folder), "--seed", str(seed)]
+    command = [sys.executable, "-m", "rcm.train", "--folder", str(folder), "--seed", str(seed)]
     subprocess.run(command, check=True)
     seconds = round(time.monotonic() - start) if new else None
     return {**json.loads((folder / "report.json").read_text()), "seconds": seconds}

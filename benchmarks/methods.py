@@ -119,7 +119,7 @@ def command(method: str, seed: int, teacher: Path, runs: Path) -> list[str]:
 def train(folder: Path, options: list[str]) -> None:
     """Do what is left of a run."""
     if not (folder / "report.json").exists():
-        command = [sys.executable, "-m", "rcm.train", "digits", "--run", str(folder), *options]
+        command = [sys.executable, "-m", "rcm.train", "digits", "--folder", str(folder), *options]
         subprocess.run(command, check=True)
 
 

@@ -124,7 +124,13 @@ def _network(
     if weights is not None:
         load_into(network, weights, "the weights of the run")
     if layout.size > 1:
-        shard(network, network.blocks, layout.parameter_mesh, data_size=layout.data_size)
+        blocks = [m for m in network.children() if isinstance(m, nn.ModuleList)]
+        shard(
+            network,
+            [b for m in blocks for b in m],
+            layout.parameter_mesh,
+            data_size=layout.data_size,
+        )
     return network
 
 

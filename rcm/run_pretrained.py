@@ -115,13 +115,12 @@ def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -
     """The data set, checked against the network. Raises RunError."""
     shapes, settings = network.condition_shapes, config.data
     if settings.folder is None and config.synthetic:
-        settings = replace(settings, folder=str(folder.path / "data"))
+        made = folder.path / "data"
+        settings = replace(settings, folder=str(made))
         with errors_on_every_rank():
-            if folder.layout.is_main and not Path(settings.folder).exists():
+            if folder.layout.is_main and not made.exists():
                 sizes = settings.condition_sizes(shapes)
-                write_random_latents(
-                    Path(settings.folder), SYNTHETIC_SAMPLES, settings.sample_shape, sizes
-                )
+                write_random_latents(made, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
     with errors_on_every_rank():
         try:
             network.require_sample_shape(settings.sample_shape)

@@ -1,7 +1,7 @@
 """Train a teacher and distil it into a few-step student.
 
     python -m rcm.train                              the preset `digits`, in runs/digits
-    python -m rcm.train digits --run runs/a --seed 1
+    python -m rcm.train digits --folder runs/a --seed 1
     python -m rcm.train digits --method meanflow     another method, in runs/digits-meanflow
     python -m rcm.train digits --method scm --teacher runs/digits    with the teacher of that run
     python -m rcm.train --dry-run                    build everything, run a few steps
@@ -36,7 +36,7 @@ from rcm.training.reuse import with_teacher_settings
 class Arguments:
     """Train a teacher and distil it into a few-step student."""
 
-    run: Path
+    folder: Path
     """The run folder. It is created, or continued if it exists."""
     dry_run: bool = False
     """Build everything and run a few steps of each phase in a temporary folder."""
@@ -59,14 +59,14 @@ def main(argv: list[str]) -> int:
             default = PRESETS[config.preset].config(arguments.method)
             assert isinstance(default, FromScratchConfig)
             config = with_teacher_settings(
-                config, arguments.run, default=default, read_config=config_from_settings
+                config, arguments.folder, default=default, read_config=config_from_settings
             )
         if arguments.dry_run:
             with _temporary_folder() as folder:
                 run(folder / "dry-run", config.shortened(), arguments.on_collapse)
             print("dry run: everything was built and works")
         else:
-            run(arguments.run, config, arguments.on_collapse)
+            run(arguments.folder, config, arguments.on_collapse)
     except (OptionError, RunError) as error:
         return command_line.report(error)
     except KeyboardInterrupt as interrupt:
@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> Arguments:
     preset = PRESETS[_known("preset", name, PRESETS)]
     method = _known("method", _method_in(options) or preset.default_method, preset.methods)
     folder = name if method == preset.default_method else f"{name}-{method}"
-    default = Arguments(run=Path("runs") / folder, method=method, config=preset.config(method))
+    default = Arguments(folder=Path("runs") / folder, method=method, config=preset.config(method))
     prog = f"python -m rcm.train {name}"
     return command_line.parse(Arguments, prog=prog, args=options, default=default)
 

@@ -36,12 +36,11 @@ class Pretrained:
     @property
     def methods(self) -> dict[str, Distillation]:
         """rCM, and the methods that share its settings."""
-        discrete = {"teacher_steps": 48, "shift": 5.0}  # rCM's code
         return {
             "rcm": self.rcm,
             "scm": SCM(**_shared(SCM, self.rcm)),
             "dmd": DMD(**_shared(DMD, self.rcm)),
-            "dcm": DCM(**_shared(DCM, self.rcm), **discrete),
+            "dcm": DCM(**_shared(DCM, self.rcm), teacher_steps=48, shift=5.0),
         }
 
     def config(self, preset: str, method: str) -> PretrainedConfig:

@@ -143,7 +143,7 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
                 except OSError as error:
                     raise OptionError(
                         f"run folder {path} cannot be written ({error.strerror}); choose another "
-                        "with --run"
+                        "with --folder"
                     ) from error
         folder = RunFolder(path, layout)
         stack.callback(folder.close)
@@ -174,13 +174,13 @@ def _locked(path: Path) -> BinaryIO:
 
 def _require_no_other_files(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
-        raise OptionError(f"run folder {path} is not a folder; choose another with --run")
+        raise OptionError(f"run folder {path} is not a folder; choose another with --folder")
     if path.exists() and not (path / "config.json").exists():
         others = sorted({p.name for p in path.iterdir()} - {"lock", "config.json.partial"})
         if others:
             raise OptionError(
                 f"run folder {path} is neither empty nor a run folder (it contains {others[0]}); "
-                "choose another with --run"
+                "choose another with --folder"
             )
 
 
@@ -216,7 +216,7 @@ def _require_same_settings(path: Path, config: RunConfig) -> None:
     if differences:
         raise RunError(
             f"run folder {path} was created with other settings ({'; '.join(differences)}). "
-            "Repeat its command to continue it, or choose another folder with --run"
+            "Repeat its command to continue it, or choose another folder with --folder"
         )
 
 

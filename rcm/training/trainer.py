@@ -134,7 +134,8 @@ class Trainer:
 
     def _backward(self, runs: list[Losses]) -> Gradient | None:
         """Accumulate the gradient of the next network over all micro-batches; None at the end."""
-        role, parts = "", []
+        role = ""
+        parts: list[dict[tuple[str, str], Tensor]] = []
         for number, losses in enumerate(runs, start=1):
             is_last = number == len(runs)
             update = next(losses, None)

@@ -137,7 +137,7 @@ def test_a_flag_takes_no_value(
         (["--method", "rmc"], "unknown method 'rmc'; perhaps you meant 'rcm'. Methods: rcm, "),
         (["--method=x"], "unknown method 'x'. Methods: rcm, "),
         (["digits", "x"], "Unrecognized options: x"),
-        (["--run"], "Missing value for argument '--run'"),
+        (["--folder"], "Missing value for argument '--folder'"),
         (["--dry-run", "yes"], "Unrecognized options: yes"),
         (["--student.optimizer.lrr", "1"], "; perhaps you meant --student.optimizer.lr\n"),
         (["--seed", "one"], "--seed is 'one'; it must be an integer"),

@@ -58,7 +58,7 @@ def test_what_does_not_fit_the_method_is_rejected(
 def test_a_teacher_of_another_run_is_guided_only_if_it_was_trained_without_labels(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = ["--method", "scm", "--teacher", str(finished), "--run", str(tmp_path / "run")]
+    options = ["--method", "scm", "--teacher", str(finished), "--folder", str(tmp_path / "run")]
     options += [*TINY_MODEL, "--model.null-class", "--student.guidance.scale", "2"]
     assert train.main(options) == 2
     assert "the teacher is not trained without labels" in one_line_of(capsys)

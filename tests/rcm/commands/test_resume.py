@@ -98,7 +98,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 @pytest.mark.slow
 def test_repeated_kill_9_gives_bit_identical_results(tmp_path: Path) -> None:
     def command(folder: str) -> list[str]:
-        return [sys.executable, "-m", "rcm.train", "--run", str(tmp_path / folder), *TINY]
+        return [sys.executable, "-m", "rcm.train", "--folder", str(tmp_path / folder), *TINY]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
     killed = 0
@@ -123,7 +123,7 @@ def test_a_file_size_limit_stops_the_run_with_a_message(tmp_path: Path) -> None:
     def limit_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    command = [sys.executable, "-m", "rcm.train", "--run", str(tmp_path / "run"), *TINY]
+    command = [sys.executable, "-m", "rcm.train", "--folder", str(tmp_path / "run"), *TINY]
     result = subprocess.run(command, preexec_fn=limit_files, capture_output=True, text=True)
     assert result.returncode == 1
     assert "File too large" in result.stderr

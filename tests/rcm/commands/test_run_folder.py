@@ -27,7 +27,7 @@ def test_a_folder_of_another_preset_is_rejected(
     digits = PRESETS["digits"]
     other = replace(digits, config=lambda method: replace(digits.config(method), preset="other"))
     monkeypatch.setitem(PRESETS, "other", other)
-    assert train.main(["other", "--run", str(finished), *TINY]) == 1
+    assert train.main(["other", "--folder", str(finished), *TINY]) == 1
     assert "preset = digits there, other now" in error_of(capsys)
 
 
@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_written_is_rejected(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert start(tmp_path / "file") == 2
-    assert "file is not a folder; choose another with --run" in error_of(capsys)
+    assert "file is not a folder; choose another with --folder" in error_of(capsys)
     assert start(tmp_path / "file" / "run") == 2
     assert "cannot be written (Not a directory); choose another" in error_of(capsys)
     assert start(tmp_path / "new" / ("n" * 300)) == 2

@@ -126,7 +126,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for option in (
-        "--run",
+        "--folder",
         "--dry-run",
         "--seed",
         "--student.tangent-warmup",

@@ -24,12 +24,12 @@ RESULTS = ("metrics.jsonl", "student.safetensors", "report.json")
 
 
 def start(folder: Path, *options: str) -> int:
-    return train.main(["--run", str(folder), *TINY, *options])
+    return train.main(["--folder", str(folder), *TINY, *options])
 
 
 def start_method(folder: Path, method: str, teacher: Path, *options: str) -> int:
     """A run of any method with the teacher of another run."""
-    run = ["--method", method, "--teacher", str(teacher), "--run", str(folder)]
+    run = ["--method", method, "--teacher", str(teacher), "--folder", str(folder)]
     return train.main([*run, *ANY_METHOD, *options])
 
 

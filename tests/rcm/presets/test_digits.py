@@ -15,7 +15,7 @@ Scores = dict[str, dict[str, float]]
 
 def train(folder: Path, *options: str) -> Scores:
     """The scores of a finished run."""
-    run = [sys.executable, "-m", "rcm.train", "digits", "--run", str(folder), *options]
+    run = [sys.executable, "-m", "rcm.train", "digits", "--folder", str(folder), *options]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     scores: Scores = json.loads((folder / "report.json").read_text())["scores"]
     return scores
