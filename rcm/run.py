@@ -15,9 +15,9 @@ from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
 from rcm.evaluation.probes import Probes
 from rcm.evaluation.report import save_grid, save_report, table
 from rcm.presets import config_from_settings
-from rcm.training.checkpoint import load_weights, save_weights, write_atomically
 from rcm.training.collapse import CollapseError, CollapseWatch, OnCollapse
 from rcm.training.config import RunConfig
+from rcm.training.files import load_weights, save_weights, write_atomically
 from rcm.training.loop import train
 from rcm.training.method import SCRATCH, TEACHER, Method
 from rcm.training.resources import require_device, require_memory

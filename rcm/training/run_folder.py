@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rcm.errors import OptionError, RunError
-from rcm.training.checkpoint import Checkpoints, write_atomically
+from rcm.training.checkpoint import Checkpoints
 from rcm.training.config import RunConfig
+from rcm.training.files import write_atomically
 
 PHASES = ("teacher", "student")
 TEACHER_WEIGHTS, START_WEIGHTS = "teacher.safetensors", "start.safetensors"
