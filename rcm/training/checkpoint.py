@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rcm.errors import RunError
-from rcm.training.manifest import Checkpoint, Manifest
+from rcm.training.manifest import Checkpoint, Manifest, digest
 from rcm.training.ranks import Ranks
 from rcm.training.tensor_shards import (
     DTYPES,
@@ -142,6 +142,7 @@ class Checkpoints:
                     "sha256": write_pieces(shard, pieces),
                     "bytes": shard.stat().st_size,
                     "tensor_bytes": total_bytes(piece.values for piece in pieces.values()),
+                    "tensors": digest(manifest.tensors),
                 }
             )
             self._ranks.on_first(lambda: self._commit(partial, manifest, written, size))
@@ -154,11 +155,11 @@ class Checkpoints:
         self, partial: Path, manifest: Manifest, written: list[dict[str, Any]], size: int
     ) -> None:
         """Complete a checkpoint, rename it and delete old ones."""
-        found = sum(shard["tensor_bytes"] for shard in written)
-        if found != size:
+        found = sum(w["tensor_bytes"] for w in written)
+        if found != size or any(w["tensors"] != written[0]["tensors"] for w in written):
             raise RunError(
-                f"the ranks hold {found} bytes of the tensors of checkpoint {partial}, which have "
-                f"{size}; all ranks must save the same tensors"
+                f"checkpoint {partial} is inconsistent: its tensors have {size} bytes, and {found} "
+                "were written. All ranks must save the same tensors, over a mesh of all ranks"
             )
         files = {w["name"]: {"sha256": w["sha256"], "bytes": w["bytes"]} for w in written}
         replace(manifest, files=files).write(partial)

@@ -37,7 +37,7 @@ class Manifest:
         """Write it to the disk. Raises OSError."""
         content = asdict(self)
         with open(folder / MANIFEST, "w") as file:
-            json.dump({**content, "sha256": _digest(content)}, file, indent=1)
+            json.dump({**content, "sha256": digest(content)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
@@ -55,7 +55,7 @@ class Checkpoint:
         try:
             content = json.loads((path / MANIFEST).read_bytes())
             recorded = content.pop("sha256")
-            intact = recorded == _digest(content)
+            intact = recorded == digest(content)
             manifest = Manifest(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
@@ -85,10 +85,10 @@ class Checkpoint:
                     size = os.fstat(file.fileno()).st_size
                     if size != record["bytes"]:
                         raise RunError(f"{damaged} has {size} bytes instead of {record['bytes']}")
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise RunError(f"{damaged} cannot be read ({error})") from error
-            if digest != record["sha256"]:
+            if found != record["sha256"]:
                 raise RunError(f"{damaged} was changed: its SHA-256 differs from the recorded one")
 
     def require_same_tensors(self, asked: dict[str, dict[str, Any]]) -> None:
@@ -107,7 +107,8 @@ class Checkpoint:
             )
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of JSON, in any order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

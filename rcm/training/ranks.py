@@ -45,6 +45,7 @@ class Ranks:
         if self.size > 1:
             outcomes *= self.size
             dist.all_gather_object(outcomes, (result, failure), group=self._group)
+            outcomes[self.rank] = result, failure  # with its traceback
         for _, failure in outcomes:
             if failure is not None:
                 raise failure

@@ -10,8 +10,8 @@ import torch
 from rcm.data.dataset import Dataset
 from rcm.data.digits import load_digits
 from rcm.presets import PRESETS
-from rcm.training.files import save_weights
 from rcm.training.config import RunConfig
+from rcm.training.files import save_weights
 from rcm.training.method import TEACHER
 from rcm.training.trainer import Trainer, Weights, build_networks
 

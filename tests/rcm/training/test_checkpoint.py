@@ -232,10 +232,10 @@ def test_a_file_that_vanishes_after_it_was_verified_raises(checkpoints: Checkpoi
     found, _ = checkpoints.latest()
     assert found is not None
     (path / SHARD).write_bytes(b"\0" * 100)
-    with pytest.raises(RunError, match="cannot be loaded: .* is damaged"):
+    with pytest.raises(RunError, match=r"cannot be loaded: .* is damaged"):
         checkpoints.load(found, state(0))
     (path / SHARD).unlink()
-    with pytest.raises(RunError, match="cannot be loaded: .*No such file"):
+    with pytest.raises(RunError, match=r"cannot be loaded: .*No such file"):
         checkpoints.load(found, state(0))
 
 
