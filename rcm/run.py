@@ -15,9 +15,9 @@ from rcm.errors import RunError
 from rcm.presets import config_from_settings
 from rcm.run_from_scratch import run_from_scratch
 from rcm.run_pretrained import run_pretrained
-from rcm.training.checkpoint import write_atomically
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
+from rcm.training.files import write_atomically
 from rcm.training.resources import require_device, require_memory
 from rcm.training.reuse import weights_of_other_runs
 from rcm.training.run_folder import RunFolder, open_run_folder

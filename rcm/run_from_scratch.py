@@ -15,9 +15,9 @@ from rcm.errors import RunError
 from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
 from rcm.evaluation.probes import Probes
 from rcm.evaluation.report import save_grid, save_report, table
-from rcm.training.checkpoint import load_weights, save_weights
 from rcm.training.collapse import CollapseWatch, OnCollapse
 from rcm.training.config import FromScratchConfig
+from rcm.training.files import load_weights, save_weights
 from rcm.training.loop import train
 from rcm.training.method import SCRATCH, TEACHER, Method
 from rcm.training.run_folder import RunFolder

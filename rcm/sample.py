@@ -20,8 +20,8 @@ from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
 from rcm.presets import config_from_settings
-from rcm.training.checkpoint import load_weights
 from rcm.training.config import FromScratchConfig
+from rcm.training.files import load_weights
 from rcm.training.resources import require_device
 from rcm.training.run_folder import read_settings
 from rcm.validation import MAX_SEED, require_integer

@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from rcm.errors import OptionError, RunError
+
+E = TypeVar("E", bound=BaseException)
 
 # What every rank raises: the first class that fits, or the last one.
 _KINDS: tuple[type[Exception], ...] = (RunError, OptionError, OSError, ValueError, RuntimeError)
@@ -40,9 +43,13 @@ def errors_on_every_rank() -> Iterator[None]:
     index, host, message = outcomes[first].split("\n", 2)
     if len({outcome.partition("\n")[2].partition("\n")[2] for outcome in outcomes}) > 1:
         message = f"rank {first} on {host}: {message}"
-    common = _KINDS[int(index)](message)
-    vars(common)["on_every_rank"] = True
-    raise common from error
+    raise on_every_rank(_KINDS[int(index)](message)) from error
+
+
+def on_every_rank(error: E) -> E:
+    """Note that all ranks raise this error, so that only one of them prints it."""
+    vars(error)["on_every_rank"] = True
+    return error
 
 
 def is_on_every_rank(error: BaseException) -> bool:

@@ -87,6 +87,11 @@ class Layout:
         return self._parameters if has_copies else self._parameters["shard"]
 
     @property
+    def group(self) -> ProcessGroup | None:
+        """All ranks of the run; None for a single one."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    @property
     def shard_group(self) -> ProcessGroup:
         """The ranks that share one copy of the parameters."""
         return self._parameters.get_group("shard")

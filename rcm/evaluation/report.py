@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rcm.evaluation.evaluator import Scores
-from rcm.training.checkpoint import write_atomically
+from rcm.training.files import write_atomically
 
 
 def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:

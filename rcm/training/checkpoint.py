@@ -1,130 +1,204 @@
-"""Checkpoints that survive a kill at any moment: written aside, renamed, verified when read.
+"""Checkpoints of sharded training: a crash at any moment leaves the finished ones intact.
 
-A checkpoint is `<phase>-<iteration>.pt`, one dict of plain values and tensors that torch.load reads
-with weights_only=True, and a `.json` with its SHA-256. The `.json` is renamed into place last, so
-every checkpoint with a `.json` is complete.
+    checkpoints/PHASE-0000123/
+        shard-00000-of-00008.safetensors    one file per rank (rcm/training/tensor_shards.py)
+        ...
+        manifest.json                       what must be in them (rcm/training/manifest.py)
+
+It is written as .PHASE-0000123.partial and renamed when it is complete and on the disk. A
+checkpoint that is deleted is renamed to .PHASE-0000123.deleting first. So every folder without a
+dot is a whole checkpoint. Before one is loaded, all its files are compared with the manifest.
+Nothing is pickled, and only files of the manifest are read.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rcm.errors import RunError
+from rcm.training.manifest import Checkpoint, Manifest, digest
+from rcm.training.ranks import Ranks
+from rcm.training.tensor_shards import (
+    DTYPES,
+    Piece,
+    described,
+    read_pieces,
+    staged_pieces,
+    total_bytes,
+    write_pieces,
+)
 
 KEPT = 2  # if the newest turns out to be damaged, the one before it is used
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees either the whole new file or the old one."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write tensors as a safetensors file, atomically."""
-    content = safetensors_bytes({name: w.detach().contiguous() for name, w in weights.items()})
-    write_atomically(path, content)
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        RunError: it is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise RunError(f"{path} does not exist") from error
-    except SafetensorError as error:
-        raise RunError(
-            f"{path} is damaged ({error}); delete it and repeat the command to make it again"
-        ) from error
-
-
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    path: Path
-    phase: str
-    iteration: int
-    facts: dict
-
-
 class Checkpoints:
-    """The checkpoints in one folder; `phases` are in the order in which they are trained."""
+    """The checkpoints in one folder, which all ranks share; `phases` are in the order of training.
 
-    def __init__(self, folder: Path, phases: tuple[str, ...], layout=None) -> None:
-        self.folder = folder
-        self.phases = phases
-        folder.mkdir(parents=True, exist_ok=True)
+    All ranks of `group` create it and call its methods together, except `paths`. Without a group
+    the process is alone. The last call must be `finish`, before the process group is destroyed.
+    Every RunError, OSError and TypeError is raised on all ranks alike. RuntimeError means that a
+    rank has died.
 
-    def finish(self): ...
+    Creating it removes what interrupted runs left unfinished, so one run at a time may use it.
+    """
 
-    def save(self, phase, iteration, state, facts) -> Path:
-        """Write a checkpoint and delete all but the newest; an OSError keeps the old ones."""
-        buffer = io.BytesIO()
-        torch.save({"phase": phase, "iteration": iteration, "state": state, "facts": facts}, buffer)
-        content = buffer.getvalue()
-        path = self.folder / f"{phase}-{iteration:07d}.pt"
-        write_atomically(path, content)
-        record = {"sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__}
-        write_atomically(path.with_suffix(".json"), json.dumps(record).encode())
-        for old in self.paths()[KEPT:]:
-            old.with_suffix(".json").unlink()
-            old.unlink()
-        return path
+    def __init__(
+        self,
+        folder: Path,
+        phases: tuple[str, ...],
+        *,
+        group: ProcessGroup | None = None,
+        keep: int = KEPT,
+    ) -> None:
+        """keep: the number of checkpoints to keep, at least 1 (ValueError)."""
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it must be at least 1")
+        self.folder, self.phases, self.keep = folder, phases, keep
+        self._ranks = Ranks(group)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._ranks.on_first(self._prepare_folder)
 
-    def load(self, path, state):
-        loaded = self._load(path)
-        for n, x in loaded["state"].items():
-            state[n].detach().copy_(x)
-        return loaded["facts"]
+    def _prepare_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for ending in ("partial", "deleting"):
+            for leftover in self.folder.glob(f".*.{ending}"):
+                shutil.rmtree(leftover)
+
+    # ------------------------------------------------------------------------
+    # Saving
+
+    def save(
+        self, phase: str, iteration: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """Copy a state to the CPU, and write it in the background.
+
+        At most one save is in flight: this finishes the one before. After the new checkpoint is in
+        place, it and the newest ones before it are kept, and all others are deleted. Checkpoints
+        after it are deleted too: training resumed from an earlier one.
+
+        Args:
+            phase, iteration: name the checkpoint; saving twice replaces it.
+            tensors: {name: (...)}, in a dtype of `DTYPES`, on any device, of any shape. DTensors
+                may be sharded and replicated, over a mesh of all ranks. Plain tensors must be equal
+                on all ranks: each is written by one of them.
+            facts: JSON; those of rank 0 are written.
+
+        Raises:
+            TypeError: a value is no tensor or has an unsupported dtype, or facts are no JSON.
+            OSError, RunError: see `finish`.
+        """
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is of type {type(tensor).__name__}; save a tensor instead")
+            if tensor.dtype not in DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {tensor.dtype}; supported are {', '.join(map(str, DTYPES))}"
+                )
+        manifest = Manifest(
+            phase=phase,
+            iteration=iteration,
+            torch=torch.__version__,
+            facts=json.loads(json.dumps(facts)),
+            files={},
+            tensors=described(tensors),
+        )
+        self.finish()
+        pieces = staged_pieces(tensors, rank=self._ranks.rank, ranks=self._ranks.size)
+        size = total_bytes(tensors.values())
+        self._saving = self._thread.submit(self._write, manifest, pieces, size)
+
+    def finish(self) -> None:
+        """Wait until the save in flight, if any, is in place.
+
+        Raises:
+            OSError: a rank could not write; the older checkpoints are kept.
+            RunError: the ranks saved different tensors.
+        """
+        if self._saving is not None:
+            wait([self._saving])
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _write(self, manifest: Manifest, pieces: dict[str, Piece], size: int) -> None:
+        partial = self.folder / f".{manifest.phase}-{manifest.iteration:07d}.partial"
+        shard = partial / f"shard-{self._ranks.rank:05d}-of-{self._ranks.size:05d}.safetensors"
+        try:
+            self._ranks.on_first(lambda: _make_empty(partial))
+            written = self._ranks.on_all(
+                lambda: {
+                    "name": shard.name,
+                    "sha256": write_pieces(shard, pieces),
+                    "bytes": shard.stat().st_size,
+                    "tensor_bytes": total_bytes(piece.values for piece in pieces.values()),
+                    "tensors": digest(manifest.tensors),
+                }
+            )
+            self._ranks.on_first(lambda: self._commit(partial, manifest, written, size))
+        except Exception:
+            if self._ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _commit(
+        self, partial: Path, manifest: Manifest, written: list[dict[str, Any]], size: int
+    ) -> None:
+        """Complete a checkpoint, rename it and delete old ones."""
+        found = sum(w["tensor_bytes"] for w in written)
+        if found != size or any(w["tensors"] != written[0]["tensors"] for w in written):
+            raise RunError(
+                f"checkpoint {partial} is inconsistent: its tensors have {size} bytes, and {found} "
+                "were written. All ranks must save the same tensors, over a mesh of all ranks"
+            )
+        files = {w["name"]: {"sha256": w["sha256"], "bytes": w["bytes"]} for w in written}
+        replace(manifest, files=files).write(partial)
+        _sync_folder(partial)
+        path = self.folder / f"{manifest.phase}-{manifest.iteration:07d}"
+        retired = [_retire(path)] if path.exists() else []
+        os.rename(partial, path)
+        _sync_folder(self.folder)
+        kept = [path, *self.paths(before=(manifest.phase, manifest.iteration))[: self.keep - 1]]
+        retired += [_retire(other) for other in self.paths() if other not in kept]
+        for folder in retired:
+            shutil.rmtree(folder)
+
+    # ------------------------------------------------------------------------
+    # Loading
 
     def paths(self, before: tuple[str, int] | None = None) -> list[Path]:
         """Complete checkpoints, newest first; all, or those before a phase's iteration."""
         found = []
-        for record in self.folder.glob("*.json"):
-            phase, _, iteration = record.stem.partition("-")
+        for path in self.folder.iterdir():
+            phase, _, iteration = path.name.rpartition("-")
             if phase in self.phases and iteration.isdigit():
-                found.append((self.phases.index(phase), int(iteration), record.with_suffix(".pt")))
+                found.append((self.phases.index(phase), int(iteration), path))
         if before is not None:
             end = (self.phases.index(before[0]), before[1])
             found = [entry for entry in found if entry[:2] < end]
         return [path for _, _, path in sorted(found, reverse=True)]
 
-    def latest(self) -> tuple[dict[str, Any] | None, list[str]]:
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest intact checkpoint, or None, and messages about newer damaged ones.
 
         Raises:
             RunError: there are checkpoints, but all of them are damaged.
         """
+        self.finish()
         problems: list[str] = []
-        for path in self.paths():
+        for path in self._ranks.on_first(self.paths):
             try:
-                x = self._load(path)
-                return Checkpoint(path, x["phase"], x["iteration"], x["facts"]), problems
+                return self.verified(path), problems
             except RunError as error:
                 problems.append(str(error))
         if problems:
@@ -133,15 +207,48 @@ class Checkpoints:
             )
         return None, []
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def verified(self, path: Path) -> Checkpoint:
+        """Compare a checkpoint's files with its manifest. Each rank reads a share of them.
+
+        Raises:
+            RunError: a file is missing, changed or unreadable.
+        """
+        self.finish()
+        checkpoint = self._ranks.on_first(lambda: Checkpoint.open(path))
+        share = checkpoint.files[self._ranks.rank :: self._ranks.size]
+        self._ranks.on_all(lambda: checkpoint.require_intact(share))
+        return checkpoint
+
+    def load(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors in place. They may be sharded in another way, or not at all.
+
+        Raises:
+            RunError: names, dtypes or shapes differ from those of the checkpoint; the tensors are
+                unchanged. Or a file was changed after it was verified.
+        """
+        self.finish()
+        self._ranks.on_all(lambda: checkpoint.require_same_tensors(described(tensors)))
         try:
-            content = path.read_bytes()
-            expected = json.loads(path.with_suffix(".json").read_bytes())["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"checkpoint {path} cannot be read ({error})") from error
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise RunError(
-                f"checkpoint {path} is damaged: its SHA-256 differs from the recorded one"
-            )
-        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-        return state
+            self._ranks.on_all(lambda: read_pieces(checkpoint.files, tensors))
+        except (OSError, RunError) as error:
+            raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {error}") from error
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _retire(path: Path) -> Path:
+    """Rename a checkpoint so that nobody takes what is left of it for a whole one."""
+    return path.rename(path.with_name(f".{path.name}.deleting"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names of files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

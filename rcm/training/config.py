@@ -45,11 +45,14 @@ class RunConfig(ABC):
     student: Distillation
     checkpoint_every: int
     """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints that are kept; if the newest is damaged, the one before is used."""
 
     def __post_init__(self) -> None:
         require_integer(0, MAX_SEED, seed=self.seed)
         require_integer(1, MAX_THREADS, threads=self.threads)
         require_integer(1, accumulation=self.accumulation, checkpoint_every=self.checkpoint_every)
+        require_integer(1, keep_checkpoints=self.keep_checkpoints)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from rcm.errors import OptionError, RunError
-from rcm.training.checkpoint import load_weights
 from rcm.training.config import FromScratchConfig, RunConfig
+from rcm.training.files import load_weights
 from rcm.training.method import SCRATCH, TEACHER
 from rcm.training.run_folder import (
     START_WEIGHTS,

@@ -30,24 +30,26 @@ from torch import Tensor
 from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout, MeshConfig
 from rcm.errors import OptionError, RunError
-from rcm.training.checkpoint import Checkpoint, Checkpoints, save_weights, write_atomically
+from rcm.training.checkpoint import Checkpoints
 from rcm.training.config import RunConfig
+from rcm.training.files import save_weights, write_atomically
+from rcm.training.manifest import Checkpoint
 from rcm.training.trainer import Trainer
 
 PHASES = ("teacher", "student")
 TEACHER_WEIGHTS, START_WEIGHTS = "teacher.safetensors", "start.safetensors"
 STUDENT_WEIGHTS = "student.safetensors"
 # Settings that a run may change when it continues: on how many ranks, and how they share the work.
-ANY_RANKS = {"accumulation", *(f"mesh.{f.name}" for f in fields(MeshConfig))}
+ANY_RANKS = {"accumulation", "keep_checkpoints", *(f"mesh.{f.name}" for f in fields(MeshConfig))}
 UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the first checkpoint
 
 
 class RunFolder:
     """An open run folder; use `open_run_folder`."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, keep: int) -> None:
         self.path, self.layout = path, layout
-        self.checkpoints = Checkpoints(path / "checkpoints", PHASES, layout)
+        self.checkpoints = Checkpoints(path / "checkpoints", PHASES, group=layout.group, keep=keep)
         self.grids = path / "grids"
         self.teacher_weights = path / TEACHER_WEIGHTS
         self.start_weights = path / START_WEIGHTS
@@ -102,7 +104,7 @@ class RunFolder:
     def restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
         """Give a trainer the state of a checkpoint."""
         state = trainer.state_dict()
-        self.checkpoints.load(checkpoint.path, state)
+        self.checkpoints.load(checkpoint, state)
         trainer.load_state_dict(state)
 
     def describe_last_checkpoint(self) -> str:
@@ -118,6 +120,9 @@ class RunFolder:
         return f"the last good checkpoint is {paths[0]}" if paths else "there is no good checkpoint"
 
     def close(self) -> None:
+        """Finish a save in flight, and close the files. Another error is on its way, if any."""
+        with suppress(OSError, RunError, RuntimeError):
+            self.checkpoints.finish()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -145,7 +150,7 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
                         f"run folder {path} cannot be written ({error.strerror}); choose another "
                         "with --folder"
                     ) from error
-        folder = RunFolder(path, layout)
+        folder = RunFolder(path, layout, config.keep_checkpoints)
         stack.callback(folder.close)
         yield folder
 

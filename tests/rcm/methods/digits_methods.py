@@ -11,8 +11,8 @@ from torch import nn
 from rcm.data.dataset import Dataset
 from rcm.data.digits import load_digits
 from rcm.presets import PRESETS
-from rcm.training.checkpoint import save_weights
 from rcm.training.config import FromScratchConfig
+from rcm.training.files import save_weights
 from rcm.training.method import TEACHER
 from rcm.training.trainer import Trainer, Weights, build_networks
 
