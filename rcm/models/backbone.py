@@ -1,6 +1,6 @@
 """`Backbone`: an unmodified transformer of diffusers as a TrigFlow network F(x, t, condition).
 
-    u = sin(t)/Z     x_u = x/Z     F = ((cos(t) - sin(t)) x_u·Z + v)/Z     Z = cos(t) + sin(t)
+    F = ((cos(t) - sin(t)) x + v)/Z,     x_u = x/Z,     u = sin(t)/Z,     Z = cos(t) + sin(t)
 
 v = ε - x0 is the model's prediction at (x_u, time_scale·u), see rcm.network_conversions. The unit
 is σd = 1: x0 is the latent, normalised as the model's pipeline normalises it.
@@ -68,9 +68,9 @@ class Backbone(nn.Module):
     ) -> Tensor:
         if end is not None:
             raise NotImplementedError(
-                f"{self.adapter.class_name} has one time, but a flow map has two, the second as "
-                "`end`. Methods of flow maps (meanflow, imeanflow, ayf, tvm) need a network with "
-                "both; rcm, scm, dmd, dcm and lcm train this one"
+                f"{self.adapter.class_name} has one time; the methods of flow maps (meanflow, "
+                "imeanflow, ayf, tvm) need a network with a second one, `end`. Use another method, "
+                "such as rcm"
             )
         require_precise_time(t)
         self.require_sample_shape(tuple(x.shape[1:]))
@@ -83,8 +83,7 @@ class Backbone(nn.Module):
         dtype = self.dtype or next(self.model.parameters()).dtype
         cast = {name: value.to(dtype) for name, value in condition.items()}
         with replace_sdpa(attention=self.attention):
-            prediction = self.adapter.predict(self.model, x.to(dtype), t, cast)
-        return prediction.to(torch.promote_types(x.dtype, torch.float32))
+            return self.adapter.predict(self.model, x.to(dtype), t, cast)
 
     # ---- conditions ----------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Transformers of diffusers from a folder, from settings, and on the meta device."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from rcm.errors import RunError
 from rcm.models.diffusers import DTYPES, Architecture, DiffusersConfig, load_class
-from rcm.presets.tiny import tiny
+from rcm.presets.tiny import SAMPLE_SHAPES, TEXT_LENGTH, tiny
 from tests.rcm.models.backbones import ARCHITECTURES, example, tiny_backbone
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -136,6 +137,18 @@ def test_a_released_model_is_supported_and_has_its_size(
 ) -> None:
     net = DiffusersConfig(architecture=architecture, settings=settings).build_on_meta()
     assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+@every_architecture
+@pytest.mark.parametrize("heads", [3, 4])
+def test_2_does_not_divide_the_tokens_of_a_tiny_model(
+    architecture: Architecture, heads: int
+) -> None:
+    net = tiny(architecture, heads=heads).build_on_meta()
+    assert net.settings["num_attention_heads"] == heads
+    sizes = zip(SAMPLE_SHAPES[architecture][1:], net.sample_spec.patch, strict=True)
+    assert math.prod(size // patch for size, patch in sizes) % 2 == 1
+    assert TEXT_LENGTH % 2 == 1
 
 
 # ---- folders -----------------------------------------------------------------------------------
