@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import re
 from multiprocessing.connection import Connection
@@ -93,6 +94,17 @@ def test_a_pickled_data_set_is_the_same(layout: str, tmp_path: Path) -> None:
     data = load(tmp_path)
     copy = pickle.loads(pickle.dumps(data))
     assert copy.batch([6, 2])[0].equal(data.batch([6, 2])[0])
+
+
+def test_no_file_stays_open(layout: str, tmp_path: Path) -> None:
+    # A fork would share its position with the other processes.
+    WRITERS[layout](tmp_path, random_samples())
+    data = load(tmp_path)
+    kept = data.batch([0, 4])
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert len(kept[0]) == 2
 
 
 def test_forked_processes_read_at_once(layout: str, tmp_path: Path) -> None:
