@@ -257,27 +257,6 @@ def test_the_second_time_of_a_flow_map_raises() -> None:
 # ---- conditions --------------------------------------------------------------------------------
 
 
-def test_the_null_condition_is_the_negative_prompt_or_zeros() -> None:
-    net = tiny_backbone("sd3")
-    _, _, condition = example("sd3")
-    zeros = net.null_condition(condition)
-    assert {name: value.shape for name, value in zeros.items()} == {
-        name: value.shape for name, value in condition.items()
-    }
-    assert not any(value.any() for value in zeros.values())
-    net.null = "negative"
-    negative = {"prompt_embeds": torch.randn(9, 16), "pooled_prompt_embeds": torch.randn(8)}
-    null = net.null_condition(condition, negative)
-    for name, embedding in negative.items():
-        assert torch.equal(null[name], torch.stack([embedding] * BATCH))
-    x, t, _ = example("sd3")
-    assert net(x, t, null).shape == x.shape
-    del negative["pooled_prompt_embeds"]
-    for missing in (negative, None):
-        with pytest.raises(ValueError, match=r"has no .*prompt_embeds of a negative prompt"):
-            net.null_condition(condition, missing)
-
-
 def changed(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     condition = example("sd3")[2]
     return {**condition, name: change(condition[name])}
@@ -371,12 +350,10 @@ def test_image_to_video_is_that_of_the_pipeline() -> None:
     torch.testing.assert_close(net(x, t, condition), expected, rtol=0, atol=2e-6)
 
 
-def test_the_image_stays_in_the_null_condition() -> None:
-    net, _, _, condition = image_to_video()
-    null = net.null_condition(condition)
-    assert not null["prompt_embeds"].any()
-    assert null["image_latents"] is condition["image_latents"]
-    assert null["image_embeds"] is condition["image_embeds"]
+def test_the_unconditional_prediction_keeps_the_image() -> None:
+    net, *_ = image_to_video()
+    assert net.fixed_conditions == ("image_latents", "image_embeds")
+    assert tiny_backbone("wan").fixed_conditions == ()
 
 
 def test_an_image_to_video_condition_of_another_size_raises() -> None:
