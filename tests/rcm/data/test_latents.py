@@ -32,6 +32,7 @@ def load(folder: Path, null_condition: str = "negative") -> Latents:
     config = LatentsConfig(
         folder=str(folder),
         sample_shape=SHAPES.latents,
+        text_length=6,
         null_condition=null_condition,  # type: ignore[arg-type]
     )
     return config.load(SHAPES.condition)
@@ -261,6 +262,6 @@ def test_two_layouts_in_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_condition_cannot_be_named_latents(tmp_path: Path) -> None:
-    config = LatentsConfig(folder=str(tmp_path), sample_shape=SHAPES.latents)
+    config = LatentsConfig(folder=str(tmp_path), sample_shape=SHAPES.latents, text_length=6)
     with pytest.raises(ValueError, match="'latents'"):
         config.load({LATENTS: (6, 7)})

@@ -16,7 +16,7 @@ CONDITION = {"text": (6, 7), "pooled": (7,)}
 
 def written(folder: Path, count: int, shape: tuple[int, ...], seed: int = 0) -> Latents:
     write_random_latents(folder, count, shape, CONDITION, seed)
-    return LatentsConfig(folder=str(folder), sample_shape=shape).load(CONDITION)
+    return LatentsConfig(folder=str(folder), sample_shape=shape, text_length=6).load(CONDITION)
 
 
 @pytest.mark.parametrize("shape", [VIDEO, IMAGE], ids=["video", "image"])

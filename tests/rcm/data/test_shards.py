@@ -33,7 +33,9 @@ from tests.rcm.data.folders import (
 
 
 def load(folder: Path) -> Latents:
-    return LatentsConfig(folder=str(folder), sample_shape=SHAPES.latents).load(SHAPES.condition)
+    return LatentsConfig(folder=str(folder), sample_shape=SHAPES.latents, text_length=6).load(
+        SHAPES.condition
+    )
 
 
 def write_shard(folder: Path, layout: str, tensors: dict[str, Tensor]) -> None:

@@ -25,7 +25,9 @@ from tests.rcm.data.folders import (
 
 
 def load(folder: Path) -> Latents:
-    return LatentsConfig(folder=str(folder), sample_shape=SHAPES.latents).load(SHAPES.condition)
+    return LatentsConfig(folder=str(folder), sample_shape=SHAPES.latents, text_length=6).load(
+        SHAPES.condition
+    )
 
 
 def members(samples: list[Sample]) -> dict[str, bytes]:
