@@ -101,7 +101,7 @@ def _config(run: Path) -> FromScratchConfig:
     if not isinstance(config, FromScratchConfig):
         raise OptionError(
             f"{run} distils a pretrained network, whose samples need a decoder; this command draws "
-            "samples of runs that train their own teacher, such as digits"
+            "samples of runs that train their own teacher"
         )
     return config
 
