@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,25 +29,30 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
 
     Raises:
         OptionError: the machine lacks the device or the memory, the folder cannot be used, or the
-            mesh does not fit the ranks.
+            mesh does not fit the ranks or the batch.
         RunError: it cannot start or continue, or the student collapsed; the message says what to
             do.
     """
     require_device(config)
     torch.set_num_threads(config.threads)
+    # Nothing in rcm changes a network's output in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     needs_group = isinstance(config, PretrainedConfig)
     with processes(config.device, always_group=needs_group) as ranks:
         layout = Layout(config.mesh, ranks.device.type)
         borrowed: dict[str, bytes] = {}
         with errors_on_every_rank():
+            for option, batch in config.batches.items():
+                layout.positions(batch, config.accumulation, name=option)
             if layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(
                     config, path, build=config.build_network, read_config=config_from_settings
                 )
         with open_run_folder(path, config, layout) as folder, _explained(folder):
-            for name, content in borrowed.items():
-                write_atomically(path / name, content)
+            with errors_on_every_rank():
+                for name, content in borrowed.items():
+                    write_atomically(path / name, content)
             if isinstance(config, FromScratchConfig):
                 run_from_scratch(folder, config, ranks.device, on_collapse)
             elif isinstance(config, PretrainedConfig):

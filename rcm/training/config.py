@@ -56,6 +56,11 @@ class RunConfig(ABC):
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
 
+    @property
+    def batches(self) -> dict[str, int]:
+        """The batch of each phase, by its option."""
+        return {"--student.batch": self.student.batch}
+
     def shortened(self) -> Self:
         """The same run with few iterations, for a dry run."""
         return replace(self, student=self.student.shortened(), checkpoint_every=2)
@@ -104,6 +109,10 @@ class FromScratchConfig(RunConfig):
                 f"student.guidance is active, which is an input of the student of {self.method}: "
                 "set model.guidance_input"
             )
+
+    @property
+    def batches(self) -> dict[str, int]:
+        return {"--teacher.batch": self.teacher.batch, **super().batches}
 
     def load_data(self) -> Dataset:
         """The data set, on the CPU.

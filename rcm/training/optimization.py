@@ -104,10 +104,14 @@ class Optimization:
         self.optimizer.zero_grad()
         self.term_norms = {}
 
-    def backward(self, terms: dict[str, Tensor]) -> None:
-        """Add the gradient of a micro-batch: scalar losses by name, each with its own graph."""
+    def backward(self, terms: dict[str, Tensor], *, compare: bool = True) -> None:
+        """Add the gradient of a micro-batch: scalar losses by name, each with its own graph.
+
+        compare says whether to measure the gradient of each of several losses; the norms of those
+        of micro-batches do not add up.
+        """
         for name, loss in terms.items():
-            before = self._local_gradients() if len(terms) > 1 else []
+            before = self._local_gradients() if compare and len(terms) > 1 else []
             before = [None if gradient is None else gradient.clone() for gradient in before]
             loss.backward()
             if before:
@@ -120,7 +124,7 @@ class Optimization:
 
         Returns metrics: "grad_norm" before clipping; "clipped", 1 if clipping acted;
         "nonfinite_grads", the number of elements set to zero; "skipped", the number of updates
-        skipped in a row, if this one was. With several losses and one micro-batch also
+        skipped in a row, if this one was. With several losses that were compared also
         "grad_norm_NAME" of each, over its finite elements, and "grad_ratio_NAME", its ratio to the
         first.
 
