@@ -114,16 +114,18 @@ def _joined(
     heartbeat = Heartbeat(own_connection, launch.rank, launch.size, config)
     heartbeat.start()
     try:
-        # Of here on, a failure of this rank ends the others too.
+        # From here on, a failure of this rank ends the others too.
         found = _device(device, launch.local_rank, launch.size)
         ranks = Processes(launch.rank, launch.size, launch.local_rank, found)
         _start_group(ranks, dist.PrefixStore("group", store))
         yield ranks
     except BaseException as error:
-        _leave_after(error, heartbeat, launch)
-        # Destroying NCCL's group may wait for ranks that have failed; the process ends anyway.
-        if dist.is_initialized() and found.type == "cpu":
-            dist.destroy_process_group()
+        try:
+            _leave_after(error, heartbeat, launch)
+        finally:
+            # Destroying NCCL's group may wait for ranks that have failed; the process ends anyway.
+            if dist.is_initialized() and found.type == "cpu":
+                dist.destroy_process_group()
         raise
     heartbeat.leave()
     dist.destroy_process_group()
