@@ -32,13 +32,16 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
         RunError: it cannot start or continue, or the student collapsed; the message says what to
             do.
     """
-    require_device(config)
     torch.set_num_threads(config.threads)
     needs_group = isinstance(config, PretrainedConfig)
     with processes(config.device, always_group=needs_group) as ranks:
+        with errors_on_every_rank():
+            config.mesh.sizes(ranks.size)
         layout = Layout(config.mesh, ranks.device.type)
         borrowed: dict[str, bytes] = {}
         with errors_on_every_rank():
+            for method in config.phases():
+                layout.positions(method.batch, config.accumulation)
             if layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm.data.dataset import Data
+from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import accumulating_gradients, reset_iteration, reshard
 from rcm.distributed.tensors import full_tensor, local_tensor
@@ -120,7 +121,8 @@ class Trainer:
         """
         metrics: Metrics = {}
         updates = {role: o.updates for role, o in self.optimizations.items()}
-        batches = [self.batches.read(self.iteration, positions) for positions in self.positions]
+        with errors_on_every_rank():  # one rank may read a bad sample
+            batches = [self.batches.read(self.iteration, part) for part in self.positions]
         runs = [
             self.method.losses(Step(self.iteration, batch, self.networks, updates))
             for batch in batches
