@@ -18,7 +18,7 @@ from rcm.run_pretrained import run_pretrained
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
 from rcm.training.files import write_atomically
-from rcm.training.resources import require_device, require_memory
+from rcm.training.resources import require_memory
 from rcm.training.reuse import weights_of_other_runs
 from rcm.training.run_folder import RunFolder, open_run_folder
 
