@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rcm.norms import DifferentiableNorms
+from rcm.norms import DifferentiableNorms, detached_tangents
 
 
 class Derivative(Protocol):
@@ -80,7 +80,8 @@ def one_pass_jvp(
     The gradient of the value is right with every normalisation of PyTorch. A student that overflows
     makes the gradient of a loss non-finite: a second pass could replace its sample by zeros.
     """
-    value, derivative = _jvp(function, primals, tangents, scale)
+    with detached_tangents():
+        value, derivative = _jvp(function, primals, tangents, scale)
     return value, derivative.detach()
 
 

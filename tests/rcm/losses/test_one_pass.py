@@ -141,6 +141,17 @@ def test_the_gradient_is_right_through_torchs_layer_norm() -> None:
     torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
+def test_a_student_that_is_the_teacher_has_a_zero_gradient_at_the_start_of_warmup() -> None:
+    """F of the JVP equals F of the teacher to the last bit: Adam would magnify a difference."""
+    student = randomised().float()
+    x0, noise = torch.randn(2, 3, 1, 8, 8)
+    t, labels = torch.tensor([0.2, 0.8, 1.4]), torch.tensor([1, 2, 3])
+    consistency_loss(
+        student, x0, noise, t, labels, teacher=student, warmup=0, derivative=one_pass_jvp
+    ).value.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
 @pytest.mark.parametrize("call", [None, checkpoint_primal])
 def test_the_residual_is_exactly_the_normalised_tangent_in_bfloat16(
     call: Callable[..., Tensor] | None, monkeypatch: pytest.MonkeyPatch
