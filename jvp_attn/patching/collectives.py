@@ -35,9 +35,9 @@ _NAMESPACES = {
 }
 
 
-def is_collective(operator: Any) -> bool:
-    """Whether an operator communicates, by its name."""
-    return str(operator).partition(".")[0] in _NAMESPACES
+def is_collective(name: str) -> bool:
+    """Whether an operator of this name communicates."""
+    return name.partition(".")[0] in _NAMESPACES
 
 
 def raise_if_tangent(collective: str, args: Any, kwargs: Any) -> None:
@@ -46,7 +46,8 @@ def raise_if_tangent(collective: str, args: Any, kwargs: Any) -> None:
     Raises:
         NotImplementedError: one has, and no autograd.Function with a rule for it contains the call.
     """
-    if torch._C._is_fwd_grad_enabled() and any(map(_has_tangent, tree_leaves((args, kwargs)))):
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(x.is_floating_point() and _has_tangent(x) for x in tensors):
         raise NotImplementedError(
             f"{collective} was called inside replace_sdpa() on a tensor with a tangent, which it "
             "would drop: torch.distributed has no forward derivatives. Call it in the forward and "
@@ -55,12 +56,12 @@ def raise_if_tangent(collective: str, args: Any, kwargs: Any) -> None:
         )
 
 
-def _has_tangent(x: Any) -> bool:
-    """Whether it is a dual number of any of the active transforms."""
-    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
-        return False
+def _has_tangent(x: Tensor) -> bool:
+    """Whether it is a dual number of any active transform, and no rule of a Function is running."""
     if torch.compiler.is_compiling():
         return fwAD.unpack_dual(x).tangent is not None
+    if not torch._C._is_fwd_grad_enabled():
+        return False
     if not torch._C._are_functorch_transforms_active():
         return fwAD.unpack_dual(x, level=_LEVEL).tangent is not None
     transform = retrieve_current_functorch_interpreter()

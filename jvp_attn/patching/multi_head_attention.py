@@ -1,24 +1,20 @@
-"""torch's `multi_head_attention_forward`, computed with this package's attention, or another.
+"""torch's `multi_head_attention_forward`, whose attention a TorchFunctionMode sees.
 
-A TorchFunctionMode is off while it handles a call, so it sees the call of that function but not the
-attention inside. This module contains a copy of the function whose globals are those of torch with
-our attention; it is a module because torch.compile looks up globals in the function's module.
+A mode is off while it handles a call, so it sees the call of that function but not the attention
+inside. `replace_sdpa` calls this copy instead, with itself switched on again; it does not dispatch
+to modes as a whole. It is in a module of its own because torch.compile looks up the globals of a
+function in its module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from inspect import signature
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
-from jvp_attn import sdpa
-
 globals().update({name: x for name, x in vars(F).items() if not name.startswith("__")})
-scaled_dot_product_attention = sdpa.scaled_dot_product_attention
 
 
 def has_torch_function(tensors: object) -> bool:
@@ -26,31 +22,21 @@ def has_torch_function(tensors: object) -> bool:
     return False
 
 
-def _copy(variables: dict[str, Any]) -> Callable[..., Any]:
-    copy = FunctionType(F.multi_head_attention_forward.__code__, variables)
-    copy.__defaults__ = F.multi_head_attention_forward.__defaults__
-    return copy
+multi_head_attention_forward = FunctionType(F.multi_head_attention_forward.__code__, globals())
+multi_head_attention_forward.__defaults__ = F.multi_head_attention_forward.__defaults__
+
+_NEED_WEIGHTS = list(signature(F.multi_head_attention_forward).parameters).index("need_weights")
 
 
-multi_head_attention_forward = _copy(globals())
+def raise_if_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise if the arguments ask for attention weights, which the function computes itself.
 
-
-def multi_head_attention_with(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with another attention, of the signature of torch's.
-
-    Raises, when it is called:
-        NotImplementedError: need_weights=True, which computes the weights without calling the
-            attention.
+    Raises:
+        NotImplementedError: they do.
     """
-    forward = _copy({**globals(), "scaled_dot_product_attention": attention})
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
-        if arguments.get("need_weights", True):
-            raise NotImplementedError(
-                "multi-head attention with need_weights=True computes its weights itself, without "
-                "the attention that replace_sdpa(attention=...) was given: pass need_weights=False"
-            )
-        return forward(*args, **kwargs)
-
-    return checked
+    given = args[_NEED_WEIGHTS] if len(args) > _NEED_WEIGHTS else kwargs.get("need_weights", True)
+    if given:
+        raise NotImplementedError(
+            "torch.nn.MultiheadAttention with need_weights=True computes its attention itself, not "
+            "by the attention that replace_sdpa(attention=...) was given: pass need_weights=False"
+        )

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from jvp_attn.patching.collectives import IN_PLACE, is_collective, raise_if_tangent
 from jvp_attn.patching.multi_head_attention import (
     multi_head_attention_forward,
-    multi_head_attention_with,
+    raise_if_weights,
 )
 from jvp_attn.patching.unsupported_attention import guard_libraries, raise_if_attention
 from jvp_attn.sdpa import scaled_dot_product_attention
@@ -65,33 +65,46 @@ class replace_sdpa(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handle a call of a torch function."""
         kwargs = kwargs or {}
-        if func in _ATTENTION:
-            replacement = self._replacement(func)
+        if func in _REPLACED:
             proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
             if proxy is not None:
-                return proxy.__torch_function__(replacement, types, args, kwargs)
-            return replacement(*args, **kwargs)
+                return proxy.__torch_function__(self._in_graphs(func), types, args, kwargs)
+            if func in _SDPA:
+                return self.attention(*args, **kwargs)
+            if self.attention is not scaled_dot_product_attention:
+                raise_if_weights(args, kwargs)
         if func in _REENTERED:
             with self:
                 return _REENTERED[func](*args, **kwargs)
         if func in IN_PLACE:
             raise_if_tangent(f"torch.distributed.{IN_PLACE[func]}", args, kwargs)
         elif isinstance(func, OpOverload | OpOverloadPacket | HigherOrderOperator):
-            raise_if_attention(func)
-            if is_collective(func):
-                raise_if_tangent(str(func), args, kwargs)
+            name = str(func)
+            raise_if_attention(name)
+            if is_collective(name):
+                raise_if_tangent(name, args, kwargs)
         if not torch.compiler.is_compiling():
             guard_libraries(_is_active)
         elif func in _TRACED_AS_METHODS and getattr(type(args[0]), func.__name__) is func:
             return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         return func(*args, **kwargs)
 
-    def _replacement(self, func: Any) -> Callable[..., Any]:
-        if func is not F.multi_head_attention_forward:
+    def _in_graphs(self, func: Any) -> Callable[..., Any]:
+        """What a symbolic trace records."""
+        if func in _SDPA:
             return self.attention
         if self.attention is scaled_dot_product_attention:
-            return multi_head_attention_forward
-        return multi_head_attention_with(self.attention)
+            return _multi_head_attention
+        raise NotImplementedError(
+            "torch.fx.symbolic_trace of torch.nn.functional.multi_head_attention_forward is not "
+            "supported inside replace_sdpa(attention=...) with another attention than the default"
+        )
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    """`F.multi_head_attention_forward` with this package's attention, for graphs."""
+    with replace_sdpa():
+        return F.multi_head_attention_forward(*args, **kwargs)
 
 
 def _is_active() -> bool:
@@ -107,23 +120,24 @@ def _without_modes(function: Any) -> Callable[..., Any]:
     return copy
 
 
-def _call_custom_function(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+def _call_custom_function(function: Any, *args: Any, **kwargs: Any) -> Any:
     """`custom_function_call` under torch.func, without dispatch to modes."""
     keys = _compute_keyset(args, kwargs, custom_function_call.non_fallthrough_keys)
     key = keys.highestPriorityTypeId()
     return custom_function_call.dispatch(key, function, *args, **kwargs)
 
 
-_ATTENTION = {
+_SDPA = {
     F.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
-    F.multi_head_attention_forward,
 }
+_REPLACED = {*_SDPA, F.multi_head_attention_forward}
 
-# A mode is off while it handles a call. These calls may contain attention: the backward passes
-# recompute checkpoints, and under torch.func a call of a custom Function runs its rules.
+# A mode is off while it handles a call. These calls may contain attention, so it must be on: the
+# backward passes recompute checkpoints, and under torch.func a custom Function runs its rules.
 _REENTERED: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention_forward,
     **{
         function: _without_modes(function)
         for function in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
