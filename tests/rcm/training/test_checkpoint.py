@@ -158,6 +158,8 @@ def test_what_is_neither_a_tensor_nor_json_is_refused(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         checkpoints.save("teacher", 1, tensors, facts)
+    with pytest.raises(ValueError, match="phase is 'critic'; it must be one of teacher, student"):
+        checkpoints.save("critic", 1, {}, {})
     checkpoints.finish()
     assert names(checkpoints) == []
 
