@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm.distributed.layout import Layout
+from rcm.distributed.sharding import reshard
 from rcm.distributed.tensors import full_tensor, local_tensor
 from rcm.errors import RunError
 from rcm.validation import require_choice, require_integer, require_number, require_numbers
@@ -84,6 +85,7 @@ class Optimization:
         self.config, self.layout = config, layout or Layout()
         self.updates = 0
         self.skipped_in_a_row = 0
+        reshard(network)  # gathered parameters are other tensors, which get no gradient
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
