@@ -149,8 +149,6 @@ class Trainer:
                     f"the method has a loss for {role!r}, but trains only "
                     f"{', '.join(self.optimizations)}"
                 )
-            if not parts:
-                self.optimizations[role].zero_grad()
             means = {name: term.value.mean() for name, term in terms.items()}
             with nullcontext() if is_last else accumulating_gradients(self.networks[role]):
                 self.optimizations[role].backward({n: m / len(runs) for n, m in means.items()})
@@ -177,6 +175,9 @@ class Trainer:
             )
         except RunError as error:
             raise RunError(f"iteration {self.iteration + 1}: {error}") from error
+        # Before the next forward pass: while FSDP2 has gathered a network, zero_grad leaves the
+        # gradients of its shards as they are.
+        self.optimizations[role].zero_grad()
         if "skipped" not in metrics:
             for follower in self.followers.get(role, ()):
                 self.averages[follower].update(self.networks[role])
