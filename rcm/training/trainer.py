@@ -175,9 +175,7 @@ class Trainer:
             )
         except RunError as error:
             raise RunError(f"iteration {self.iteration + 1}: {error}") from error
-        # Before the next forward pass: while FSDP2 has gathered a network, zero_grad leaves the
-        # gradients of its shards as they are.
-        self.optimizations[role].zero_grad()
+        self.optimizations[role].zero_grad()  # its memory is free for the other networks
         if "skipped" not in metrics:
             for follower in self.followers.get(role, ()):
                 self.averages[follower].update(self.networks[role])
