@@ -57,11 +57,9 @@ def raise_if_tangent(collective: str, args: Any, kwargs: Any) -> None:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    """Whether it is a dual number of any active transform, and no rule of a Function is running."""
+    """Whether it is a dual number of any active transform; in the rules of a Function it is not."""
     if torch.compiler.is_compiling():
         return fwAD.unpack_dual(x).tangent is not None
-    if not torch._C._is_fwd_grad_enabled():
-        return False
     if not torch._C._are_functorch_transforms_active():
         return fwAD.unpack_dual(x, level=_LEVEL).tangent is not None
     transform = retrieve_current_functorch_interpreter()

@@ -169,7 +169,7 @@ class Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return COLLECTIVES["all_reduce"](x)
+        return COLLECTIVES["functional all_reduce"](x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
