@@ -19,7 +19,7 @@ from rcm.run_pretrained import run_pretrained
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
 from rcm.training.files import write_atomically
-from rcm.training.resources import require_device, require_memory
+from rcm.training.resources import require_memory
 from rcm.training.reuse import weights_of_other_runs
 from rcm.training.run_folder import RunFolder, open_run_folder
 
@@ -33,17 +33,18 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
         RunError: it cannot start or continue, or the student collapsed; the message says what to
             do.
     """
-    require_device(config)
     torch.set_num_threads(config.threads)
     # Nothing in rcm changes a network's output in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     needs_group = isinstance(config, PretrainedConfig)
     with processes(config.device, always_group=needs_group) as ranks:
+        with errors_on_every_rank():
+            config.mesh.sizes(ranks.size)
         layout = Layout(config.mesh, ranks.device.type)
         borrowed: dict[str, bytes] = {}
         with errors_on_every_rank():
-            for option, batch in config.batches.items():
-                layout.positions(batch, config.accumulation, name=option)
+            for method in config.phases():
+                layout.positions(method.batch, config.accumulation, name=f"--{method.result}.batch")
             if layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(

@@ -22,7 +22,7 @@ from rcm.presets.tiny import perturb
 from rcm.training.config import PretrainedConfig
 from rcm.training.loop import train
 from rcm.training.method import TEACHER
-from rcm.training.run_folder import RunFolder
+from rcm.training.run_folder import SYNTHETIC_DATA, RunFolder
 from rcm.training.trainer import Trainer, build_networks
 
 SYNTHETIC_SAMPLES = 64
@@ -114,7 +114,7 @@ def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -
     """The data set, checked against the network. Raises RunError."""
     shapes, settings = network.condition_shapes, config.data
     if settings.folder is None and config.synthetic:
-        made = folder.path / "data"
+        made = folder.path / SYNTHETIC_DATA
         settings = replace(settings, folder=str(made))
         with errors_on_every_rank():
             if folder.layout.is_main and not made.exists():

@@ -178,6 +178,7 @@ class Heartbeat:
         self._store.add("left", 1)
         while not self._all_left(within=self._config.interval):
             self._poll()
+        self._poll()  # the last one may have failed
 
     def _publish_failure(self, message: str) -> None:
         mine = f"{self.name} failed: {message}"

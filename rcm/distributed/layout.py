@@ -101,9 +101,7 @@ class Layout:
         """The ranks that share the tokens of the same samples."""
         return self._context.get_group("context")
 
-    def positions(
-        self, batch: int, accumulation: int, *, name: str = "the batch"
-    ) -> list[range]:
+    def positions(self, batch: int, accumulation: int, *, name: str = "the batch") -> list[range]:
         """Positions in the batch of this rank's samples, for each of `accumulation` micro-batches.
 
         Raises OptionError unless data-parallel ranks × accumulation divides the batch; name is

@@ -1,8 +1,9 @@
 """Pretrained weights, read from a folder straight into the shards of a network.
 
-    network = build_on_meta(WanTransformer3DModel, folder)      no memory
-    shard(network, network.blocks, mesh, data_size=...)         still none
-    load_pretrained(network, folder, remake_buffers=...)        this rank's shards
+    with torch.device("meta"):                              no memory
+        network = WanTransformer3DModel.from_config(...)
+    shard(network, network.blocks, mesh, data_size=...)     still none
+    load_pretrained(network, folder, remake_buffers=...)    this rank's shards
 
 No rank ever holds the whole network, and each reads only its rows of every weight. Student, critic
 and teacher are loaded one after the other: a sharded network cannot be copied.
@@ -30,21 +31,6 @@ from rcm.distributed.stored_tensors import StoredTensor
 from rcm.errors import RunError
 
 Buffers = Mapping[str, Tensor]
-
-
-def build_on_meta(network_class: type[nn.Module], folder: str | Path) -> nn.Module:
-    """The network that a folder describes, on the meta device, in float32.
-
-    network_class: a diffusers model, with `from_config`.
-
-    Raises:
-        RunError: there is no folder, no config in it, or it is that of another class.
-        OSError: the config cannot be read.
-    """
-    opened = PretrainedFolder.open(folder)
-    opened.require_class(network_class.__name__)
-    with torch.device("meta"):
-        return network_class.from_config(opened.config)  # type: ignore[attr-defined]
 
 
 def load_pretrained(

@@ -56,10 +56,9 @@ class RunConfig(ABC):
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
 
-    @property
-    def batches(self) -> dict[str, int]:
-        """The batch of each phase, by its option."""
-        return {"--student.batch": self.student.batch}
+    def phases(self) -> tuple[Method, ...]:
+        """The methods that train a network, in their order."""
+        return (self.student,)
 
     def shortened(self) -> Self:
         """The same run with few iterations, for a dry run."""
@@ -110,9 +109,8 @@ class FromScratchConfig(RunConfig):
                 "set model.guidance_input"
             )
 
-    @property
-    def batches(self) -> dict[str, int]:
-        return {"--teacher.batch": self.teacher.batch, **super().batches}
+    def phases(self) -> tuple[Method, ...]:
+        return self.teacher, self.student
 
     def load_data(self) -> Dataset:
         """The data set, on the CPU.

@@ -76,7 +76,7 @@ class OptimizerConfig:
 class Optimization:
     """The optimizer of one network; the network may be sharded by FSDP2.
 
-    An update is zero_grad(), backward(...) of each micro-batch, then step(...).
+    An update is zero_grad(), the forward passes, backward(...) of each micro-batch, then step(...).
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Optimization:
         self.term_norms: dict[str, float] = {}
 
     def zero_grad(self) -> None:
-        """Start an update."""
+        """Start an update, before the forward pass."""
         self.optimizer.zero_grad()
         self.term_norms = {}
 

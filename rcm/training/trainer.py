@@ -122,8 +122,8 @@ class Trainer:
         """
         metrics: Metrics = {}
         updates = {role: o.updates for role, o in self.optimizations.items()}
-        with errors_on_every_rank():
-            batches = [self.batches.read(self.iteration, positions) for positions in self.positions]
+        with errors_on_every_rank():  # one rank may read a bad sample
+            batches = [self.batches.read(self.iteration, part) for part in self.positions]
         runs = [
             self.method.losses(Step(self.iteration, batch, self.networks, updates))
             for batch in batches
@@ -150,8 +150,6 @@ class Trainer:
                     f"the method has a loss for {role!r}, but trains only "
                     f"{', '.join(self.optimizations)}"
                 )
-            if not parts:
-                self.optimizations[role].zero_grad()
             means = {name: term.value.mean() for name, term in terms.items()}
             with nullcontext() if is_last else accumulating_gradients(self.networks[role]):
                 self.optimizations[role].backward(
@@ -181,6 +179,7 @@ class Trainer:
             )
         except RunError as error:
             raise on_every_rank(RunError(f"iteration {self.iteration + 1}: {error}")) from error
+        self.optimizations[role].zero_grad()  # its memory is free for the other networks
         if "skipped" not in metrics:
             for follower in self.followers.get(role, ()):
                 self.averages[follower].update(self.networks[role])

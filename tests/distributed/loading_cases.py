@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from jvp_attn import replace_sdpa
-from rcm.distributed.loading import build_on_meta, load_pretrained
+from rcm.distributed.loading import load_pretrained
 from rcm.distributed.pretrained_folder import PretrainedFolder
 from rcm.distributed.sharding import shard
 from rcm.distributed.stored_tensors import StoredTensor
@@ -29,22 +29,29 @@ def save(
     build().to(dtype).save_pretrained(folder, max_shard_size=size)
 
 
-def remade_buffers(network_class: Any, folder: Path) -> dict[str, Tensor]:
+def remade_buffers(build: Build, folder: Path) -> dict[str, Tensor]:
     """The buffers of the same network with one block."""
+    network_class: Any = type(build())
     config = {**PretrainedFolder.open(folder).config, "num_layers": 1}
     return dict(network_class.from_config(config).named_buffers())
+
+
+def meta(build: Build, folder: Path) -> nn.Module:
+    """The network without memory for its weights."""
+    network_class: Any = type(build())
+    with torch.device("meta"):
+        return network_class.from_config(PretrainedFolder.open(folder).config)
 
 
 def load(
     build: Build, folder: Path, mesh: tuple[int, ...] | None = None, data_size: int = 1
 ) -> nn.Module:
-    network_class = type(build())
-    network = build_on_meta(network_class, folder)
+    network = meta(build, folder)
     if mesh is not None:
         names = ("replicate", "shard")[-len(mesh) :]
         device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
         shard(network, getattr(network, BLOCKS[build]), device_mesh, data_size=data_size)
-    load_pretrained(network, folder, remake_buffers=lambda: remade_buffers(network_class, folder))
+    load_pretrained(network, folder, remake_buffers=lambda: remade_buffers(build, folder))
     return network
 
 
@@ -97,10 +104,10 @@ def errors(rank: int, folders: dict[str, Path]) -> dict[str, str]:
     """Errors that only rank 1 meets at first."""
     own = folders[f"of rank {rank}"]
     missing = own / "none" if rank == 1 else own
-    remade = remade_buffers(type(wan()), own)
+    remade = remade_buffers(wan, own)
     found = {
         "missing": error_of(
-            lambda: load_pretrained(meta(own), missing, remake_buffers=lambda: remade)
+            lambda: load_pretrained(meta(wan, own), missing, remake_buffers=lambda: remade)
         )
     }
 
@@ -112,13 +119,9 @@ def errors(rank: int, folders: dict[str, Path]) -> dict[str, str]:
         return remade
 
     found["truncated meanwhile"] = error_of(
-        lambda: load_pretrained(meta(own), own, remake_buffers=truncate_on_one_rank)
+        lambda: load_pretrained(meta(wan, own), own, remake_buffers=truncate_on_one_rank)
     )
     return found
-
-
-def meta(folder: Path) -> nn.Module:
-    return build_on_meta(type(wan()), folder)
 
 
 def error_of(action: Callable[[], Any]) -> str:

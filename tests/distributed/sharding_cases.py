@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from jvp_attn import replace_sdpa
 from rcm.distributed.sharding import accumulating_gradients, reset_iteration, reshard, shard
@@ -74,6 +75,7 @@ def two_ranks(rank: int) -> dict[str, Any]:
             if case.micro_batches == 1
         },
         "recovered": recovered(rank),
+        "all-reduces": all_reduces(rank),
         "copies error": error_of_copies_that_share_samples(),
         "teacher": forwards_recorded(mesh),
         "dit": dit_step(mesh, torch.bfloat16, slice(4 * rank, 4 * rank + 4)),
@@ -218,6 +220,19 @@ def recovered(rank: int) -> dict[str, Any]:
             reset_iteration(student)
     student.zero_grad()
     return student_step(student, teacher, case, rank)
+
+
+def all_reduces(rank: int) -> list[int]:
+    """Of the backward passes of a first and of a last micro-batch, between copies."""
+    student = sharded(wan(), Case("", (2, 1), 2))
+    x0, _, t, text = (x[rank : rank + 1] for x in data(BATCH).values())
+    counts = []
+    for context in (accumulating_gradients(student), nullcontext()):
+        with context, CommDebugMode() as communication:
+            evaluate(trigflow_network(student), x0, t, text).sum().backward()
+        calls = communication.get_comm_counts().items()
+        counts.append(sum(count for call, count in calls if "allreduce" in str(call)))
+    return counts
 
 
 def error_of_copies_that_share_samples() -> str:

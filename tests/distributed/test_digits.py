@@ -59,7 +59,9 @@ def test_two_ranks_compute_the_metrics_of_one_process(root: Path, name: str) -> 
 def test_two_ranks_write_the_files_of_one_process(root: Path, name: str) -> None:
     alone, ranks = ({path.name for path in (root / f / name).iterdir()} for f in ("alone", "ranks"))
     assert ranks == alone
-    reports = (json.loads((root / f / name / "report.json").read_text()) for f in ("alone", "ranks"))
+    reports = (
+        json.loads((root / f / name / "report.json").read_text()) for f in ("alone", "ranks")
+    )
     assert [len(report["scores"]) for report in reports] == [8, 8]
 
 

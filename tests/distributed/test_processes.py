@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from rcm.distributed import rendezvous
 from rcm.distributed.processes import Processes, is_main, processes
 from rcm.errors import OptionError
-from tests.distributed.launched_ranks import Ranks, Torchrun, free_port
+from tests.distributed.launched_ranks import LIMIT, Ranks, Torchrun, free_port
 from tests.distributed.rank_program import HEARTBEAT
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -130,9 +130,9 @@ def test_a_missing_gpu_is_an_option_error() -> None:
 
 
 def test_ranks_end_normally_even_if_one_is_late(ranks: Ranks) -> None:
-    ranks.start("end-late")
-    assert ranks.codes() == [0, 0]
-    assert ranks.errors() == ["", ""]
+    ranks.start("end-late", size=3)
+    assert ranks.codes() == [0, 0, 0]
+    assert ranks.errors() == ["", "", ""]
 
 
 def test_exit_zero_is_a_normal_end(ranks: Ranks) -> None:
@@ -167,7 +167,7 @@ def test_a_rank_that_hangs_ends_the_others_and_then_itself(ranks: Ranks) -> None
     ranks.start("work")
     ranks.wait_until_running()
     ranks.signal(1, signal.SIGSTOP)
-    ranks.processes[0].join()
+    ranks.processes[0].join(LIMIT)
     ranks.signal(1, signal.SIGCONT)
     assert ranks.codes() == [1, 1]
     first, second = ranks.errors()
@@ -179,7 +179,7 @@ def test_a_rank_0_that_hangs_ends_the_others(ranks: Ranks) -> None:
     ranks.start("work")
     ranks.wait_until_running()
     ranks.signal(0, signal.SIGSTOP)
-    ranks.processes[1].join()
+    ranks.processes[1].join(LIMIT)
     ranks.signal(0, signal.SIGKILL)
     assert ranks.codes() == [-signal.SIGKILL, 1]
     assert (

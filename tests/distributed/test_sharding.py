@@ -135,6 +135,13 @@ def test_bfloat16_step_of_the_dit_equals_that_of_one_process(on_two: list[dict[s
         assert worst(found["dit"]["gradients"], exact["gradients"]) <= allowed
 
 
+def test_copies_communicate_in_the_last_micro_batch_only(on_two: list[dict[str, Any]]) -> None:
+    for found in on_two:
+        first, last = found["all-reduces"]
+        assert first == 0
+        assert last == 3  # one for each block, one for the rest
+
+
 # ---- averages ----------------------------------------------------------------------------------
 
 

@@ -147,4 +147,4 @@ def test_a_file_size_limit_stops_the_run_with_a_message(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "File too large" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.partial"))

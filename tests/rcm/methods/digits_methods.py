@@ -66,6 +66,4 @@ def digits_trainer(
         return network
 
     networks = build_networks(config.student.roles(), make)
-    return Trainer(
-        "student", config.student, networks, data, seed=1, accumulation=accumulation
-    )
+    return Trainer("student", config.student, networks, data, seed=1, accumulation=accumulation)
