@@ -53,6 +53,19 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_equal_up_to_rounding(found: list[dict], expected: list[dict]) -> None:
+    """Compare lines of metrics."""
+    for now, other in zip(found, expected, strict=True):
+        assert now.keys() == other.keys()
+        for name, value in other.items():
+            if isinstance(value, float):
+                # A central difference, which is part of the cosine, amplifies rounding.
+                bounds = {"abs": 1e-2} if name == "jvp_cosine" else {"rel": 1e-5, "abs": 1e-9}
+                assert now[name] == pytest.approx(value, **bounds), (name, other)
+            else:
+                assert now[name] == value, (name, other)
+
+
 def error_of(capsys: pytest.CaptureFixture) -> str:
     """What was printed to stderr, in one line without tyro's frames."""
     text: str = capsys.readouterr().err
