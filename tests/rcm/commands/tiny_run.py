@@ -1,11 +1,15 @@
 """Options of a tiny run, and helpers to start it and read what it wrote."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from rcm import train
+from rcm.data.dataset import Dataset
+from rcm.data.digits import DigitsConfig, load_digits, train_classifier
 from rcm.training.trainer import Trainer
 
 ANY_METHOD = [
@@ -21,6 +25,18 @@ TINY = [
 
 # An interrupted run ends in the same bytes of these.
 RESULTS = ("metrics.jsonl", "student.safetensors", "report.json")
+
+
+@contextmanager
+def small_data() -> Iterator[None]:
+    """200 of the digits, and one classifier for every run inside this process."""
+    digits = load_digits()
+    few = Dataset(digits.samples[:200], digits.labels[:200], digits.classes)
+    classifier = train_classifier(few, steps=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitsConfig, "load", lambda self: few)
+        patch.setattr(DigitsConfig, "classifier", lambda self, data: classifier)
+        yield
 
 
 def start(folder: Path, *options: str) -> int:
