@@ -105,8 +105,8 @@ def pretrained_network(
             ulysses=layout.mesh.get_group("ulysses"),
             group=layout.context_group,
         ).attention
-    one_pass = getattr(config.student, "passes", "one") == "one"
-    network.enable_gradient_checkpointing(checkpoint_primal if one_pass else checkpoint_jvp)
+    two_passes = getattr(config.student, "passes", None) == "two"
+    network.enable_gradient_checkpointing(checkpoint_jvp if two_passes else checkpoint_primal)
     return network
 
 

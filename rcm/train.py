@@ -107,8 +107,9 @@ def _method_in(options: list[str]) -> str | None:
 def _known(kind: str, name: str, known: Iterable[str]) -> str:
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; perhaps you meant {near[0]!r}" if near else ""
+    longer = [other for other in known if name and other.startswith(name)]
+    near = longer or difflib.get_close_matches(name, known, n=1)
+    hint = f"; perhaps you meant {' or '.join(map(repr, near))}" if near else ""
     raise OptionError(f"unknown {kind} {name!r}{hint}. {kind.capitalize()}s: {', '.join(known)}")
 
 

@@ -67,20 +67,34 @@ def _network(architecture: Architecture, **settings: Any) -> DiffusersConfig:
     return DiffusersConfig(architecture=architecture, settings=settings, dtype="bfloat16")
 
 
+def _cosmos(**settings: Any) -> DiffusersConfig:
+    """What all text-to-image models of Cosmos-Predict2 have in common."""
+    rope_scale = (1.0, 4.0, 4.0)
+    return _network("cosmos", rope_scale=rope_scale, extra_pos_embed_type=None, **settings)
+
+
 # ---- networks and their samples ----------------------------------------------------------------
 
 # The folder's config.json must agree with these arguments.
 WAN_1_3B = _network("wan", num_layers=30, num_attention_heads=12, ffn_dim=8960)
 WAN_14B = _network("wan", num_layers=40, num_attention_heads=40, ffn_dim=13824)
-COSMOS_0_6B = _network("cosmos", num_layers=28, num_attention_heads=8)
-COSMOS_2B = _network("cosmos", num_layers=28, num_attention_heads=16)
-COSMOS_14B = _network("cosmos", num_layers=36, num_attention_heads=40)
-SD3_5_MEDIUM = _network("sd3", num_layers=24, num_attention_heads=24)
+COSMOS_0_6B = _cosmos(num_layers=20, num_attention_heads=20, attention_head_dim=64)
+COSMOS_2B = _cosmos(num_layers=28, num_attention_heads=16)
+COSMOS_14B = _cosmos(num_layers=36, num_attention_heads=40)
+SD3_5_MEDIUM = _network(
+    "sd3",
+    num_layers=24,
+    num_attention_heads=24,
+    caption_projection_dim=1536,
+    pos_embed_max_size=384,
+    dual_attention_layers=tuple(range(13)),
+    qk_norm="rms_norm",
+)
 
 # 480p; 77 video frames are 20 latent frames and 81 are 21, as in rCM's code.
 WAN_77 = LatentsConfig(sample_shape=(16, 20, 60, 104), text_length=512)
 WAN_81 = LatentsConfig(sample_shape=(16, 21, 60, 104), text_length=512)
-COSMOS = LatentsConfig(sample_shape=(16, 1, 88, 160), text_length=512)  # 1280×704
+COSMOS = LatentsConfig(sample_shape=(16, 1, 96, 170), text_length=512)  # 1360×768
 SD3 = LatentsConfig(sample_shape=(16, 128, 128), text_length=333)  # 77 of CLIP and 256 of T5
 
 

@@ -19,6 +19,10 @@ from rcm.time_sampling import LogNormal, ShiftedUniform
 from rcm.training.ema import EMAConfig
 from rcm.training.optimization import OptimizerConfig
 
+# A guidance scale g means uncond + g (cond - uncond), as in that code. Its first versions computed
+# cond + g (cond - uncond), as Cosmos2TextToImagePipeline does: a g of these is g + 1 here. The
+# paper's 5.0 and 4.5 may be of either kind; they are taken as they are.
+
 # Sources: C is configs/experiments/rcm/wan2pt1_t2v.py and M is models/t2v_model_distill_rcm.py of
 # the code, followed by the line.
 

@@ -212,7 +212,8 @@ class Trainer:
         """Everything that the next steps depend on. Weights, averages and moments are no copies."""
         for network in self.networks.values():
             reshard(network)
-        state = {"iteration": torch.tensor(self.iteration)}
+        counters = {"iteration": self.iteration, "samples": len(self.batches.data)}
+        state = {name: torch.tensor(value) for name, value in counters.items()}
         for role, optimization in self.optimizations.items():
             state |= _prefixed(f"networks.{role}", self.networks[role].state_dict())
             state |= _prefixed(f"optimizers.{role}", optimization.state_dict())
@@ -221,7 +222,16 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a state; `state` may be that of this trainer, overwritten in place."""
+        """Continue from a state; `state` may be that of this trainer, overwritten in place.
+
+        Raises RunError if the data had another number of samples.
+        """
+        samples, before = len(self.batches.data), int(state["samples"])
+        if samples != before:
+            raise RunError(
+                f"the data have {samples} samples now, and had {before} when the run started; "
+                "restore them, or start another run"
+            )
         self.iteration = int(state["iteration"])
         for role, optimization in self.optimizations.items():
             self.networks[role].load_state_dict(_of(f"networks.{role}", state))
