@@ -16,7 +16,7 @@ TINY = [
     *("--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
     *("--teacher.iterations", "2", "--teacher.batch", "8"),
     *("--student.iterations", "4", "--student.batch", "8", "--student.tangent-warmup", "2"),
-    *("--probe-every", "2", "--report-every", "4", "--checkpoint-every", "3"),
+    *("--probe-every", "2", "--report-every", "100", "--checkpoint-every", "3"),
 ]
 # The losses of these call a weight w(t) and a second output of the student beside its forward.
 RUNS = {
