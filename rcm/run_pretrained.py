@@ -13,7 +13,7 @@ from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.context_parallel import ContextParallel
 from rcm.distributed.layout import Layout
 from rcm.distributed.loading import load_pretrained
-from rcm.distributed.sharding import shard
+from rcm.distributed.sharding import freeze, shard
 from rcm.distributed.token_plans import token_plan
 from rcm.errors import OptionError
 from rcm.models.backbone import Backbone
@@ -32,7 +32,9 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
     """Do what is left of the distillation. Raises OptionError and RunError."""
     layout = folder.layout
     networks = build_networks(
-        config.student.roles(), lambda start: pretrained_network(config, start, layout, device)
+        config.student.roles(),
+        lambda start: pretrained_network(config, start, layout, device),
+        lambda start: pretrained_network(config, start, layout, device, frozen=True),
     )
     student = networks[config.student.result]
     assert isinstance(student, Backbone)
@@ -58,10 +60,16 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
 
 
 def pretrained_network(
-    config: PretrainedConfig, start: str, layout: Layout, device: torch.device
+    config: PretrainedConfig,
+    start: str,
+    layout: Layout,
+    device: torch.device,
+    *,
+    frozen: bool = False,
 ) -> Backbone:
     """The network of the config's folder, sharded, with its tokens split and its blocks
-    checkpointed. Without a folder, and in a synthetic run, it has random weights.
+    checkpointed. Without a folder, and in a synthetic run, it has random weights. A frozen one
+    keeps them in the dtype of the computation.
 
     Raises:
         OptionError: the config has no folder, or the start is another run.
@@ -83,6 +91,8 @@ def pretrained_network(
     else:
         raise OptionError("the preset needs the folder of its model: --model.folder FOLDER")
     param_dtype = None if config.model.dtype == "float32" else DTYPES[config.model.dtype]
+    if frozen:
+        freeze(network, param_dtype)
     shard(
         network.model,
         [block for blocks in network.blocks for block in blocks],

@@ -1,6 +1,7 @@
 """FSDP2 for training with exact JVPs: parameters, gradients and optimizer states in shards.
 
-    weights      float32 master weights in shards; a block is gathered in param_dtype when it runs
+    weights      float32 master weights in shards; a block is gathered in param_dtype when it runs.
+                 Networks that are not trained may keep shards in param_dtype (freeze)
     gradients    sum over the ranks of a sample (context parallel), mean over the data-parallel
                  ranks, in float32
     inputs       are not cast, because a time in bfloat16 makes dF/dt wrong; the network casts its
@@ -50,13 +51,13 @@ def shard(
     methods: names of methods of the network that are called in place of its forward.
 
     Raises ValueError unless all parameters, frozen ones too, have one dtype, float32 (or float64
-    in tests), none of them is shared, the blocks are different submodules, data_size fits the mesh,
-    and the network is not sharded yet.
+    in tests), or param_dtype in a frozen network; none of them is shared, the blocks are different
+    submodules, data_size fits the mesh, and the network is not sharded yet.
     """
     blocks = list(blocks)
     _require_mesh(mesh, data_size)
     _require_blocks(network, blocks)
-    _require_master_weights(network)
+    _require_master_weights(network, param_dtype)
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
@@ -69,6 +70,18 @@ def shard(
         group.set_force_sum_reduction_for_comms(mesh.size(mesh.ndim - 1) > 1)
     for name in methods:
         register_fsdp_forward_method(network, name)
+
+
+def freeze(network: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Stop the training of a network that is not sharded yet; keep its weights in `dtype` if given.
+
+    In the dtype of the computation they take half the memory of float32, and the blocks that are
+    gathered are the same. Buffers keep their dtype, as they do in mixed precision.
+    """
+    network.requires_grad_(False)
+    if dtype is not None:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
 
 
 def reshard(network: nn.Module) -> None:
@@ -157,7 +170,7 @@ def _require_blocks(network: nn.Module, blocks: list[nn.Module]) -> None:
         raise ValueError("the same block is given more than once")
 
 
-def _require_master_weights(network: nn.Module) -> None:
+def _require_master_weights(network: nn.Module, param_dtype: torch.dtype | None) -> None:
     parameters = dict(network.named_parameters(remove_duplicate=False))
     names: dict[int, str] = {}
     for name, parameter in parameters.items():
@@ -167,8 +180,10 @@ def _require_master_weights(network: nn.Module) -> None:
                 f"{other} and {name} are one parameter; shared weights cannot be sharded"
             )
     dtypes = {parameter.dtype for parameter in parameters.values()}
+    trained = any(parameter.requires_grad for parameter in parameters.values())
+    allowed = MASTER_DTYPES if trained else (*MASTER_DTYPES, param_dtype)
     for name, parameter in parameters.items():
-        if parameter.dtype not in MASTER_DTYPES or len(dtypes) > 1:
+        if parameter.dtype not in allowed or len(dtypes) > 1:
             raise ValueError(
                 f"{name} has dtype {parameter.dtype}; all weights must be float32 master weights: "
                 "call network.float() first, and choose the dtype of the computation by param_dtype"

@@ -24,7 +24,7 @@ from rcm.errors import RunError
 from rcm.time_precision import require_unrounded_time
 from rcm.training.batches import Batches
 from rcm.training.ema import EMA
-from rcm.training.method import Averaged, Losses, Method, Role, Step, Trained
+from rcm.training.method import Averaged, Frozen, Losses, Method, Role, Step, Trained
 from rcm.training.optimization import Optimization
 
 Metrics = dict[str, float]
@@ -32,17 +32,21 @@ Weights = dict[str, Tensor]
 
 
 def build_networks(
-    roles: Mapping[str, Role], make: Callable[[str], nn.Module]
+    roles: Mapping[str, Role],
+    make: Callable[[str], nn.Module],
+    make_frozen: Callable[[str], nn.Module] | None = None,
 ) -> dict[str, nn.Module]:
     """A network for every role.
 
     make(start) makes one with the weights of a start: "teacher", "scratch" or the folder of a run.
-    Each is made anew, because a sharded network cannot be copied.
+    Each is made anew, because a sharded network cannot be copied. make_frozen does the same where
+    nothing ever changes the weights.
     """
     networks = {}
     for name, role in roles.items():
         start = roles[role.of].start if isinstance(role, Averaged) else role.start  # type: ignore[union-attr]
-        networks[name] = make(start).requires_grad_(isinstance(role, Trained))
+        made = make_frozen if make_frozen and isinstance(role, Frozen) else make
+        networks[name] = made(start).requires_grad_(isinstance(role, Trained))
     return networks
 
 
