@@ -99,5 +99,5 @@ def test_frozen_shards_of_another_dtype_than_the_computation_raise(mesh: DeviceM
     network = torch.nn.Linear(2, 2)
     freeze(network, torch.float16)
     for dtype in (None, torch.bfloat16):
-        with pytest.raises(ValueError, match="has dtype torch.float16"):
+        with pytest.raises(ValueError, match=r"has dtype torch\.float16"):
             shard(network, [], mesh, data_size=1, param_dtype=dtype)
