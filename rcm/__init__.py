@@ -20,12 +20,13 @@ Mathematics, in reading order:
 Training:
 
     models, data      the networks and the data sets, each with its config
+    distributed       ranks, sharding, context parallelism, loading of weights
     methods           which networks, losses and optimizers step when
-    training          loop, optimizer, averaged weights, checkpoints, run folder, config
+    training          trainer, loop, optimizer, averaged weights, checkpoints, run folder, config
     evaluation        metrics of samples, the protocol of a run, its report
     presets           functions that return a config
-    run               a run from its settings to its report
-    train, sample     the two commands
+    run               a run: run_from_scratch trains its own teacher, run_pretrained takes one
+    train, sample     the commands; python -m rcm.data.check reads a data set
 
 Each part imports only from those above it, except that the methods use the tools of `training`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,13 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
 
     Raises:
         OptionError: the machine lacks the device or the memory, the folder cannot be used, or the
-            mesh does not fit the ranks.
+            mesh does not fit the ranks or the batch.
         RunError: it cannot start or continue, or the student collapsed; the message says what to
             do.
     """
     torch.set_num_threads(config.threads)
+    # Nothing in rcm changes a network's output in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     needs_group = isinstance(config, PretrainedConfig)
     with processes(config.device, always_group=needs_group) as ranks:
         with errors_on_every_rank():
@@ -41,15 +44,16 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
         borrowed: dict[str, bytes] = {}
         with errors_on_every_rank():
             for method in config.phases():
-                layout.positions(method.batch, config.accumulation)
+                layout.positions(method.batch, config.accumulation, name=f"--{method.result}.batch")
             if layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(
                     config, path, build=config.build_network, read_config=config_from_settings
                 )
         with open_run_folder(path, config, layout) as folder, _explained(folder):
-            for name, content in borrowed.items():
-                write_atomically(path / name, content)
+            with errors_on_every_rank():
+                for name, content in borrowed.items():
+                    write_atomically(path / name, content)
             if isinstance(config, FromScratchConfig):
                 run_from_scratch(folder, config, ranks.device, on_collapse)
             elif isinstance(config, PretrainedConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -124,12 +124,16 @@ def _network(
     if weights is not None:
         load_into(network, weights, "the weights of the run")
     if layout.size > 1:
-        blocks = [m for m in network.children() if isinstance(m, nn.ModuleList)]
+        lists = [module for module in network.children() if isinstance(module, nn.ModuleList)]
+        # What a loss may call beside the network's forward; see ModelConfig.build.
+        log_weight = getattr(network, "log_weight", None)
+        heads = getattr(network, "heads", None)
         shard(
             network,
-            [b for m in blocks for b in m],
+            [*chain.from_iterable(lists), *([] if log_weight is None else [log_weight])],
             layout.parameter_mesh,
             data_size=layout.data_size,
+            methods=[] if heads is None else ["heads"],
         )
     return network
 

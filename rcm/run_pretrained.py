@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -31,8 +30,6 @@ SYNTHETIC_SAMPLES = 64
 
 def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.device) -> None:
     """Do what is left of the distillation. Raises OptionError and RunError."""
-    # Nothing here changes a network's output in place.
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     layout = folder.layout
     networks = build_networks(
         config.student.roles(),

@@ -101,16 +101,17 @@ class Layout:
         """The ranks that share the tokens of the same samples."""
         return self._context.get_group("context")
 
-    def positions(self, batch: int, accumulation: int) -> list[range]:
+    def positions(self, batch: int, accumulation: int, *, name: str = "the batch") -> list[range]:
         """Positions in the batch of this rank's samples, for each of `accumulation` micro-batches.
 
-        Raises OptionError unless data-parallel ranks × accumulation divides the batch.
+        Raises OptionError unless data-parallel ranks × accumulation divides the batch; name is
+        that of the batch, for the message.
         """
         parts = self.data_size * accumulation
         if batch % parts:
             raise OptionError(
-                f"the batch is {batch}; it must be a multiple of {parts}, data-parallel ranks × "
-                f"accumulation = {self.data_size} × {accumulation}"
+                f"{name} is {batch}; it must be a multiple of {parts}, data-parallel ranks × "
+                f"--accumulation = {self.data_size} × {accumulation}"
             )
         size = batch // parts
         own = range(self.data_rank * accumulation, (self.data_rank + 1) * accumulation)

@@ -19,7 +19,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from rcm.validation import require_integer
 
@@ -33,6 +38,7 @@ def shard(
     *,
     data_size: int,
     param_dtype: torch.dtype | None = None,
+    methods: Iterable[str] = (),
 ) -> None:
     """Shard a network in place, each block on its own and the rest as one more group.
 
@@ -42,6 +48,7 @@ def shard(
     mesh: (shard,) or (replicate, shard), of any size.
     data_size: number of ranks with different samples; gradients are averaged over them.
     param_dtype: dtype of the computation, usually bfloat16; None is that of the weights.
+    methods: names of methods of the network that are called in place of its forward.
 
     Raises ValueError unless all parameters, frozen ones too, have one dtype, float32 (or float64
     in tests), or param_dtype in a frozen network; none of them is shared, the blocks are different
@@ -61,6 +68,8 @@ def shard(
         # NCCL's own averages know one factor, the number of ranks. With one shard FSDP2 divides
         # before the all-reduce of the copies; after forced sums it would divide a second time.
         group.set_force_sum_reduction_for_comms(mesh.size(mesh.ndim - 1) > 1)
+    for name in methods:
+        register_fsdp_forward_method(network, name)
 
 
 def freeze(network: nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -75,7 +75,9 @@ class DiT(nn.Module):
 
     The options are those of DiTConfig. With null_class the label `classes` means "no label". With
     guidance_input the condition may be a GuidedCondition of labels; labels alone add nothing. With
-    learned_weight, log_weight(t) is w(t), (batch,) -> (batch,); otherwise it is None.
+    learned_weight, log_weight(t) is w(t), (batch,) -> (batch,); otherwise it is None. With
+    auxiliary_head, heads(x, t, labels, end=None) is (F, velocity at (x, t)), each like x, in one
+    evaluation (iMF, 2512.02012); otherwise it is None.
 
     The end and each option but double_norm and time_embedding start without effect on F, draw
     their weights after those of the plain network, and may be absent from a state dict: a network
@@ -92,6 +94,7 @@ class DiT(nn.Module):
     guidance: GuidanceEmbedding | None
     velocity_out: nn.Linear | None
     log_weight: LogWeight | None
+    heads: Callable[..., tuple[Tensor, Tensor]] | None
 
     def __init__(
         self,
@@ -140,20 +143,13 @@ class DiT(nn.Module):
             zero_init(nn.Linear(dim, channels * patch**2)) if auxiliary_head else None
         )
         self.log_weight = LogWeight(dim) if learned_weight else None
+        self.heads = self._heads if auxiliary_head else None
         allow_absent(self, OPTIONAL_PARTS)
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
     ) -> Tensor:
         return self._image(self.tokens_out(self._tokens(x, t, condition, end)))
-
-    @property
-    def heads(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """heads(x, t, condition, end=None) -> (F, velocity at (x, t)), each like x.
-
-        The auxiliary head of iMF (2512.02012); it shares all blocks. None without auxiliary_head.
-        """
-        return None if self.velocity_out is None else self._heads
 
     def _heads(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None

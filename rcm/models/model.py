@@ -20,5 +20,6 @@ class ModelConfig(ABC):
         """A TrigFlow network with new weights, for samples of that shape and integer labels.
 
         Its forward is `net(x, t, labels, end=None) -> F` (see rcm.trigflow.Network). It may have
-        the attributes `log_weight`, sCM's w(t), and `heads`, which returns F and a velocity.
+        the attributes `log_weight`, a module for sCM's w(t), and `heads`, a function of the same
+        arguments that returns F and a velocity; each may be None.
         """

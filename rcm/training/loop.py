@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from rcm.distributed.agreement import on_every_rank
 from rcm.errors import RunError
 from rcm.training.collapse import PATIENCE, CollapseError, CollapseWatch
 from rcm.training.run_folder import RunFolder
@@ -69,14 +70,18 @@ def train(
 def _handle_collapse(watch: CollapseWatch, trainer: Trainer, folder: RunFolder) -> None:
     if watch.on_collapse == "continue" and watch.streak > PATIENCE:
         return  # this collapse has been explained
-    explanation = watch.explain(trainer.iteration, folder.metrics(trainer.name))
+    explanation = "the student collapsed"
+    if folder.layout.is_main:  # which writes the metrics, and prints
+        explanation = watch.explain(trainer.iteration, folder.metrics(trainer.name))
     if watch.on_collapse == "continue":
-        tqdm.write(explanation)
+        if folder.layout.is_main:
+            tqdm.write(explanation)
         return
     good = folder.describe_good_checkpoint(trainer.name, watch.streak_start(trainer.iteration))
-    raise CollapseError(f"{explanation}; {good}")
+    raise on_every_rank(CollapseError(f"{explanation}; {good}"))
 
 
 def _require_finite_weights(trainer: Trainer) -> None:
     if not trainer.has_finite_weights():
-        raise RunError(f"iteration {trainer.iteration}: the averaged weights are not finite")
+        problem = f"iteration {trainer.iteration}: the averaged weights are not finite"
+        raise on_every_rank(RunError(problem))

@@ -104,13 +104,14 @@ class Optimization:
         self.optimizer.zero_grad()
         self.term_norms = {}
 
-    def backward(self, terms: dict[str, Tensor], *, measure: bool = True) -> None:
+    def backward(self, terms: dict[str, Tensor], *, compare: bool = True) -> None:
         """Add the gradient of a micro-batch: scalar losses by name, each with its own graph.
 
-        measure: whether to take the norm of each loss's gradient, if there are several.
+        compare says whether to measure the gradient of each of several losses; the norms of those
+        of micro-batches do not add up.
         """
         for name, loss in terms.items():
-            before = self._local_gradients() if measure and len(terms) > 1 else []
+            before = self._local_gradients() if compare and len(terms) > 1 else []
             before = [None if gradient is None else gradient.clone() for gradient in before]
             try:
                 loss.backward()
@@ -127,8 +128,9 @@ class Optimization:
 
         Returns metrics: "grad_norm" before clipping; "clipped", 1 if clipping acted;
         "nonfinite_grads", the number of elements set to zero; "skipped", the number of updates
-        skipped in a row, if this one was. If they were measured, also "grad_norm_NAME" of each
-        loss, over its finite elements, and "grad_ratio_NAME", its ratio to the first.
+        skipped in a row, if this one was. With several losses that were compared also
+        "grad_norm_NAME" of each, over its finite elements, and "grad_ratio_NAME", its ratio to the
+        first.
 
         Raises:
             RunError: the losses or the gradient are not finite, and the config says to stop. The

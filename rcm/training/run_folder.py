@@ -49,17 +49,15 @@ UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the fir
 class RunFolder:
     """An open run folder; use `open_run_folder`."""
 
-    def __init__(self, path: Path, layout: Layout, keep: int) -> None:
+    def __init__(self, path: Path, layout: Layout, keep: int, metrics: BinaryIO | None) -> None:
+        """metrics: the open metrics.jsonl on the main rank, None on the others."""
         self.path, self.layout = path, layout
         self.checkpoints = Checkpoints(path / "checkpoints", PHASES, group=layout.group, keep=keep)
         self.grids = path / "grids"
         self.teacher_weights = path / TEACHER_WEIGHTS
         self.start_weights = path / START_WEIGHTS
         self.student_weights = path / STUDENT_WEIGHTS
-        self._metrics: BinaryIO | None = None
-        if layout.is_main:
-            self.grids.mkdir(exist_ok=True)
-            self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed below)
+        self._metrics = metrics
 
     def log(self, phase: str, iteration: int, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -111,6 +109,7 @@ class RunFolder:
 
     def describe_last_checkpoint(self) -> str:
         """For error messages: where the last intact checkpoint is."""
+        self.finish_saving()
         paths = self.checkpoints.paths()
         if not paths:
             return "there is no checkpoint yet"
@@ -118,15 +117,14 @@ class RunFolder:
 
     def describe_good_checkpoint(self, phase: str, before: int) -> str:
         """For error messages: where the last checkpoint before an iteration of a phase is."""
+        self.finish_saving()
         paths = self.checkpoints.paths(before=(phase, before))
         return f"the last good checkpoint is {paths[0]}" if paths else "there is no good checkpoint"
 
-    def close(self) -> None:
-        """Finish a save in flight, and close the files. Another error is on its way, if any."""
+    def finish_saving(self) -> None:
+        """Wait for a save in flight, at the end of a run. Another error is on its way, if any."""
         with suppress(OSError, RunError, RuntimeError):
             self.checkpoints.finish()
-        if self._metrics is not None:
-            self._metrics.close()
 
 
 @contextmanager
@@ -142,19 +140,27 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
         RunError: another process is using it, or its settings differ.
     """
     with ExitStack() as stack:
-        with errors_on_every_rank():
+        metrics = None
+        with errors_on_every_rank(), _explained(path):
             if layout.is_main:
-                try:
-                    stack.enter_context(_locked(path))
-                    _require_same_settings(path, config)
-                except OSError as error:
-                    raise OptionError(
-                        f"run folder {path} cannot be written ({error.strerror}); choose another "
-                        "with --folder"
-                    ) from error
-        folder = RunFolder(path, layout, config.keep_checkpoints)
-        stack.callback(folder.close)
+                stack.enter_context(_locked(path))
+                _require_same_settings(path, config)
+                (path / "grids").mkdir(exist_ok=True)
+                metrics = stack.enter_context(open(path / "metrics.jsonl", "ab"))
+        with _explained(path):
+            folder = RunFolder(path, layout, config.keep_checkpoints, metrics)
+        stack.callback(folder.finish_saving)
         yield folder
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"run folder {path} cannot be written ({error.strerror}); choose another with --folder"
+        ) from error
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm.data.dataset import Data
-from rcm.distributed.agreement import errors_on_every_rank
+from rcm.distributed.agreement import errors_on_every_rank, on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import accumulating_gradients, reset_iteration, reshard
 from rcm.distributed.tensors import full_tensor, local_tensor
@@ -67,7 +67,7 @@ class Trainer:
     """Trains the networks of a method. A restored trainer takes the same steps.
 
     Raises OptionError if the mesh does not divide the batch, RunError if a network rounds its time
-    below float32.
+    below float32 or a sample cannot be read.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Trainer:
                 self.followers.setdefault(source, []).append(role)
 
     def _require_unrounded_time(self) -> None:
-        batch = self.batches.read(0, self.positions[0][:1])
+        with errors_on_every_rank():
+            batch = self.batches.read(0, self.positions[0][:1])
         t = torch.ones(1, device=batch.x0.device)
         for role, network in self.networks.items():
             try:
@@ -120,8 +121,8 @@ class Trainer:
         """Do one iteration; return the metrics of every network that it trained.
 
         Raises:
-            RunError: a loss or a gradient is not finite and the optimizer is to stop then, or the
-                method lacks a role.
+            RunError: a loss or a gradient is not finite and the optimizer is to stop then, a
+                sample cannot be read, or the method lacks a role. All ranks raise it.
         """
         metrics: Metrics = {}
         updates = {role: o.updates for role, o in self.optimizations.items()}
@@ -157,7 +158,7 @@ class Trainer:
             with nullcontext() if is_last else accumulating_gradients(self.networks[role]):
                 self.optimizations[role].backward(
                     {name: mean / len(runs) for name, mean in means.items()},
-                    measure=len(runs) == 1,
+                    compare=len(runs) == 1,
                 )
             part = {("loss", name): mean.detach() for name, mean in means.items()}
             for name, term in terms.items():
@@ -181,7 +182,7 @@ class Trainer:
                 problem=gradient.problem,
             )
         except RunError as error:
-            raise RunError(f"iteration {self.iteration + 1}: {error}") from error
+            raise on_every_rank(RunError(f"iteration {self.iteration + 1}: {error}")) from error
         self.optimizations[role].zero_grad()  # its memory is free for the other networks
         if "skipped" not in metrics:
             for follower in self.followers.get(role, ()):

@@ -5,20 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from rcm.data.dataset import Dataset
-from rcm.data.digits import DigitsConfig, load_digits, train_classifier
-from tests.rcm.commands.tiny_run import start
+from tests.rcm.commands.tiny_run import small_data, start
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _small_data() -> Iterator[None]:
-    """200 of the digits, and one classifier for every run inside this process."""
-    digits = load_digits()
-    few = Dataset(digits.samples[:200], digits.labels[:200], digits.classes)
-    classifier = train_classifier(few, steps=20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DigitsConfig, "load", lambda self: few)
-        patch.setattr(DigitsConfig, "classifier", lambda self, data: classifier)
+    with small_data():
         yield
 
 

@@ -28,7 +28,7 @@ def measure_as(patch: pytest.MonkeyPatch, rmse: dict[int, float]) -> None:
 
 
 def student_checkpoints(folder: Path) -> list[str]:
-    return sorted(path.stem for path in (folder / "checkpoints").glob("student-*.pt"))
+    return sorted(path.name for path in (folder / "checkpoints").glob("student-*"))
 
 
 def test_an_absurd_learning_rate_stops_the_run_each_time(
@@ -41,7 +41,7 @@ def test_an_absurd_learning_rate_stops_the_run_each_time(
         assert "iteration 6: the student collapsed" in message
         assert "in 3 probes in a row since iteration 2" in message
         assert "the last good checkpoint is " in message
-        assert "teacher-0000012.pt" in message
+        assert message.endswith("teacher-0000012")
     probes = [line["iteration"] for line in metrics(tmp_path) if "probe_rmse" in line]
     assert probes == [0, 2, 4, 6]
 
@@ -58,7 +58,7 @@ def test_a_stopped_run_resumes_from_the_last_good_checkpoint(
         "exceeded 15, 1.5 times its starting value, in 3 probes in a row since iteration 10, "
         "the last 16, 17, 18." in message
     )
-    assert message.endswith("student-0000009.pt")
+    assert message.endswith("student-0000009")
     assert "the last intact checkpoint" not in message
     assert student_checkpoints(tmp_path) == ["student-0000003", "student-0000009"]
     measure_as(monkeypatch, {0: 10.0, 2: 9.0})

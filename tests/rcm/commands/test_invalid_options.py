@@ -5,6 +5,7 @@ The command prints one line that names the option, exits with status 2 and creat
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +29,7 @@ OPTIMIZER = {
     "lr": (*NOT_POSITIVE, "101"),
     "schedule": ("linear", ""),
     "nonfinite": ("ignore", ""),
+    "max-skips": NOT_COUNTS,
     "warmup": NOT_COUNTS,
     "betas": ("0.9 1", "-0.1 0.9", "nan 0.9", "0.9", "a b"),
     "weight-decay": NOT_NEGATIVE_OR_FINITE,
@@ -42,8 +44,12 @@ VALUES = {
     "seed": ("-1", str(2**63), "1.5", "one", "nan", ""),
     "device": ("gpu", "meta", "mps", "cuda:-1", "cuda:9999", "cpu:1", ""),
     "threads": (*NOT_POSITIVE_INTEGERS, "1025"),
+    **{f"mesh.{name}": NOT_POSITIVE_INTEGERS for name in ("replicate", "ring", "ulysses")},
+    "mesh.shard": ("0", "-1", HUGE, "1.5", "one"),
+    "accumulation": (*NOT_POSITIVE_INTEGERS, "3"),
     "report-every": NOT_POSITIVE_INTEGERS,
     "checkpoint-every": NOT_POSITIVE_INTEGERS,
+    "keep-checkpoints": NOT_POSITIVE_INTEGERS,
     "probe-every": NOT_POSITIVE_INTEGERS,
     "model.dim": (*NOT_POSITIVE_INTEGERS, "62", "65540"),
     "model.depth": (*NOT_POSITIVE_INTEGERS, "1001"),
@@ -93,7 +99,9 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an option is accepted, the command ends with status 0 instead of training."""
-    monkeypatch.setattr(run, "_run_in", lambda *arguments: None)
+    monkeypatch.setattr(run, "open_run_folder", lambda *arguments: nullcontext())
+    monkeypatch.setattr(run, "_explained", lambda folder: nullcontext())
+    monkeypatch.setattr(run, "run_from_scratch", lambda *arguments: None)
 
 
 def options_of(settings: dict, prefix: str = "") -> list[str]:
@@ -153,6 +161,13 @@ def test_a_flag_takes_no_value(
             ["--student.critic-optimizer.weight-decay", "-1"],
             "--student.critic-optimizer.weight-decay is -1.0; it must be a number in [0, inf)",
         ),
+        (
+            ["--student.batch", "6", "--accumulation", "4"],
+            "--student.batch is 6; it must be a multiple of 4, data-parallel ranks × "
+            "--accumulation = 1 × 4",
+        ),
+        (["--mesh.shard", "2"], "the mesh has replicate × shard × ring × ulysses = 1 × 2 × 1 × 1"),
+        (["--mesh.ring", "2"], "mesh.ring × mesh.ulysses is 2; it must be 1"),
         (
             ["--model.dim", "65536", "--model.depth", "99"],
             "model is too large: its training needs at least",

@@ -1,6 +1,5 @@
 """An interrupted run, repeated, ends in the same bytes as an uninterrupted one."""
 
-import os
 import resource
 import signal
 import subprocess
@@ -10,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, metrics, start, stop_at
+from rcm.training import checkpoint, tensor_shards
+from rcm.training.tensor_shards import Piece
+from tests.rcm.commands.tiny_run import (
+    RESULTS,
+    TINY,
+    Killed,
+    assert_equal_up_to_rounding,
+    error_of,
+    metrics,
+    start,
+    stop_at,
+)
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -35,6 +45,26 @@ def test_a_run_killed_at_any_iteration_continues_to_the_same_metrics(
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_a_run_continues_with_other_micro_batches_to_nearly_the_same_metrics(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, "student", 6, Killed)
+        with pytest.raises(Killed):
+            start(tmp_path / "run")
+    assert start(tmp_path / "run", "--accumulation", "2") == 0
+
+    def without_norms_of_terms(folder: Path) -> list[dict]:
+        ours = ("grad_norm_", "grad_ratio_")
+        return [{n: line[n] for n in line if not n.startswith(ours)} for line in metrics(folder)]
+
+    found, expected = (without_norms_of_terms(run) for run in (tmp_path / "run", finished))
+    assert_equal_up_to_rounding(found, expected)
+    capsys.readouterr()
+    assert start(tmp_path / "run", "--accumulation", "2", "--seed", "1") == 1
+    assert "other settings (seed = 0 there, 1 now)" in error_of(capsys)
+
+
 def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -43,8 +73,9 @@ def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(
         stop_at(patch, "student", 1, Killed)
         with pytest.raises(Killed):
             start(folder)
-    newest = sorted((folder / "checkpoints").glob("teacher-*/*.safetensors"))[-1]
-    newest.write_bytes(newest.read_bytes()[:-10])
+    newest = sorted((folder / "checkpoints").glob("teacher-*"))[-1]
+    (shard,) = newest.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-10])
     (folder / "teacher.safetensors").unlink()
     assert start(folder) == 0
     assert "damaged" in capsys.readouterr().out
@@ -77,19 +108,20 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     finished: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    rename = os.rename
+    write = tensor_shards.write_pieces
 
-    def full(source: Path, target: Path) -> None:
-        if Path(target).name == "student-0000008":
+    def full(path: Path, pieces: dict[str, Piece]) -> str:
+        if "student-0000008" in str(path):
+            path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        rename(source, target)
+        return write(path, pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.rename", full)
+        patch.setattr(checkpoint, "write_pieces", full)
         assert start(tmp_path / "run") == 1
     message = error_of(capsys)
     assert "No space left" in message
-    assert "student-0000004" in message
+    assert message.endswith("student-0000004")
     assert start(tmp_path / "run") == 0
     same = (tmp_path / "run" / "metrics.jsonl", finished / "metrics.jsonl")
     assert same[0].read_bytes() == same[1].read_bytes()

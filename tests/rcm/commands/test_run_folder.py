@@ -70,14 +70,15 @@ def test_a_folder_that_cannot_be_written_is_rejected(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("folder", ["grids", "checkpoints"])
 def test_a_run_folder_with_a_file_in_place_of_a_folder_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, folder: str
 ) -> None:
     stop_at(monkeypatch, "teacher", 1, Killed)
     with pytest.raises(Killed):
         start(tmp_path)
-    (tmp_path / "grids").rmdir()
-    (tmp_path / "grids").write_text("")
+    (tmp_path / folder).rmdir()
+    (tmp_path / folder).write_text("")
     assert start(tmp_path) == 2
     assert "cannot be written (File exists)" in error_of(capsys)
 

@@ -64,7 +64,57 @@ def test_a_nan_loss_stops_the_run_and_names_iteration_loss_and_checkpoint(
     message = error_of(capsys)
     assert "iteration 7" in message
     assert term in message
-    assert f"{phase}-0000004.pt" in message
+    assert message.endswith(f"{phase}-0000004")
+
+
+def with_nan_students(patch: pytest.MonkeyPatch, iterations: set[int]) -> list[bool]:
+    """The student is NaN in iterations 1, 2, ...; returns whether each moved its average."""
+    step, moved = Trainer.step, []
+
+    def watched(self: Trainer) -> dict[str, float]:
+        if self.name != "student":
+            return step(self)
+        student, average = self.network, self.averages["student"]
+        before = {name: weight.clone() for name, weight in average.average.items()}
+        forward = student.forward
+        with pytest.MonkeyPatch.context() as inner:
+            if self.iteration + 1 in iterations:
+                inner.setattr(student, "forward", lambda *a, **k: torch.nan * forward(*a, **k))
+            metrics = step(self)
+        moved.append(any(not torch.equal(average.average[n], w) for n, w in before.items()))
+        return metrics
+
+    patch.setattr(Trainer, "step", watched)
+    return moved
+
+
+SKIPPING = (
+    *("--student.optimizer.nonfinite", "skip", "--student.optimizer.max-skips", "2"),
+    *("--student.critic-optimizer.nonfinite", "skip"),
+)
+
+
+def test_iterations_that_are_not_finite_are_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = with_nan_students(monkeypatch, {3, 4, 7})
+    assert start(tmp_path / "run", *SKIPPING) == 0
+    lines = [line for line in metrics(tmp_path / "run") if line["phase"] == "student"]
+    skipped = {line["iteration"]: line["skipped"] for line in lines if "skipped" in line}
+    assert skipped == {3: 1, 4: 2, 7: 1}
+    assert {line["iteration"] for line in lines if "critic_skipped" in line} == {3, 4, 7}
+    assert [i for i, average_moved in enumerate(moved, 1) if not average_moved] == [3, 4, 7]
+
+
+def test_a_run_stops_after_more_skipped_iterations_in_a_row_than_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with_nan_students(monkeypatch, {4, 5, 6, 7})
+    assert start(tmp_path / "run", *SKIPPING) == 1
+    assert error_of(capsys) == (
+        "error: iteration 6: the consistency loss is NaN everywhere, and so were 2 updates before; "
+        f"the last intact checkpoint is {tmp_path}/run/checkpoints/student-0000004"
+    )
 
 
 def test_non_finite_weights_are_not_saved(
@@ -82,7 +132,7 @@ def test_non_finite_weights_are_not_saved(
     assert start(tmp_path / "run") == 1
     message = error_of(capsys)
     assert "iteration 8: the averaged weights are not finite" in message
-    assert "teacher-0000004.pt" in message
+    assert message.endswith("teacher-0000004")
 
 
 def test_samples_that_are_not_finite_stop_the_run(
@@ -97,7 +147,7 @@ def test_samples_that_are_not_finite_stop_the_run(
 
 
 @pytest.mark.parametrize(
-    ("iteration", "where"), [(2, "there is no checkpoint yet"), (6, "teacher-0000004.pt")]
+    ("iteration", "where"), [(2, "there is no checkpoint yet"), (6, "teacher-0000004")]
 )
 def test_an_interrupted_run_says_where_its_checkpoint_is(
     tmp_path: Path,
@@ -150,7 +200,7 @@ def test_a_run_uses_the_threads_of_its_config(
 ) -> None:
     used: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(run, "_run_in", lambda *arguments: None)
+    monkeypatch.setattr(run, "run_from_scratch", lambda *arguments: None)
     assert start(tmp_path / "default") == 0
     assert start(tmp_path / "three", "--threads", "3") == 0
     assert used == [1, 3]

@@ -1,11 +1,15 @@
 """Options of a tiny run, and helpers to start it and read what it wrote."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from rcm import train
+from rcm.data.dataset import Dataset
+from rcm.data.digits import DigitsConfig, load_digits, train_classifier
 from rcm.training.trainer import Trainer
 
 ANY_METHOD = [
@@ -23,6 +27,18 @@ TINY = [
 RESULTS = ("metrics.jsonl", "student.safetensors", "report.json")
 
 
+@contextmanager
+def small_data() -> Iterator[None]:
+    """200 of the digits, and one classifier for every run inside this process."""
+    digits = load_digits()
+    few = Dataset(digits.samples[:200], digits.labels[:200], digits.classes)
+    classifier = train_classifier(few, steps=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitsConfig, "load", lambda self: few)
+        patch.setattr(DigitsConfig, "classifier", lambda self, data: classifier)
+        yield
+
+
 def start(folder: Path, *options: str) -> int:
     return train.main(["--folder", str(folder), *TINY, *options])
 
@@ -35,6 +51,19 @@ def start_method(folder: Path, method: str, teacher: Path, *options: str) -> int
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_up_to_rounding(found: list[dict], expected: list[dict]) -> None:
+    """Compare lines of metrics."""
+    for now, other in zip(found, expected, strict=True):
+        assert now.keys() == other.keys()
+        for name, value in other.items():
+            if isinstance(value, float):
+                # A central difference, which is part of the cosine, amplifies rounding.
+                bounds = {"abs": 1e-2} if name == "jvp_cosine" else {"rel": 1e-5, "abs": 1e-9}
+                assert now[name] == pytest.approx(value, **bounds), (name, other)
+            else:
+                assert now[name] == value, (name, other)
 
 
 def error_of(capsys: pytest.CaptureFixture) -> str:

@@ -51,7 +51,9 @@ def save_teacher_run(folder: Path) -> None:
     save_weights(folder / "teacher.safetensors", random_weights())
 
 
-def digits_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
+def digits_trainer(
+    method: str, iterations: int, *, accumulation: int = 1, **settings: Any
+) -> Trainer:
     """A trainer of the student, at its first iteration."""
     config = digits_config(method, iterations, **settings)
     digits = load_digits()
@@ -64,4 +66,4 @@ def digits_trainer(method: str, iterations: int, **settings: Any) -> Trainer:
         return network
 
     networks = build_networks(config.student.roles(), make)
-    return Trainer("student", config.student, networks, data, seed=1)
+    return Trainer("student", config.student, networks, data, seed=1, accumulation=accumulation)
