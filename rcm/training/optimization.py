@@ -113,7 +113,11 @@ class Optimization:
         for name, loss in terms.items():
             before = self._local_gradients() if compare and len(terms) > 1 else []
             before = [None if gradient is None else gradient.clone() for gradient in before]
-            loss.backward()
+            try:
+                loss.backward()
+            except BaseException:
+                _forget_backward_pass()
+                raise
             if before:
                 self.term_norms[name] = self._norm_of_change(before)
 
@@ -208,3 +212,12 @@ class Optimization:
         for name, tensor in self.state_dict().items():
             if name not in ("counters", "steps") and tensor is not state[name]:
                 tensor.copy_(state[name])
+
+
+def _forget_backward_pass() -> None:
+    """Empty this thread's queue of autograd after a pass that failed.
+
+    What a failed pass leaves there may have hooks in Python, as in checkpoints. PyTorch 2.15
+    destroys it after Python has ended and crashes, which hides the exit code.
+    """
+    torch.ones((), requires_grad=True).backward()

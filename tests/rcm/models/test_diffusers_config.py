@@ -232,10 +232,9 @@ def test_a_config_is_itself_after_a_round_trip_through_json(architecture: Archit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_dtype_and_the_null_condition_reach_the_network(dtype: str) -> None:
-    net = replace(tiny("wan"), dtype=dtype, null="zeros").build()  # type: ignore[arg-type]
+def test_the_dtype_reaches_the_network(dtype: str) -> None:
+    net = replace(tiny("wan"), dtype=dtype).build()  # type: ignore[arg-type]
     assert net.dtype == DTYPES[dtype]
-    assert net.null == "zeros"
     assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
@@ -244,12 +243,10 @@ def test_the_dtype_and_the_null_condition_reach_the_network(dtype: str) -> None:
     [
         ({"architecture": "unet"}, ValueError, "'unet'; it must be one of wan, cosmos, sd3, flux"),
         ({"dtype": "float16"}, ValueError, "'float16'; it must be one of float32, bfloat16"),
-        ({"null": "empty"}, ValueError, "'empty'; it must be one of negative, zeros"),
         ({"folder": 3}, TypeError, "folder is 3; it must be a path"),
         ({"settings": {}}, ValueError, "neither a folder nor settings; give its folder"),
         ({"settings": {"a": object}}, TypeError, "a is .*; settings are numbers"),
         ({"settings": 3, "folder": "x"}, TypeError, "settings is 3; it must be a dict"),
-        ({"guidance_input": True}, ValueError, "guidance_input is True"),
     ],
 )
 def test_an_invalid_setting_raises(

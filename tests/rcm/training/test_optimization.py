@@ -1,6 +1,8 @@
 """One update of a network: the gradient of several terms, clipping, and the learning rate."""
 
 import math
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -253,3 +255,28 @@ def test_a_restored_optimizer_takes_the_same_update(network: Network) -> None:
     step(restored, other.terms())
     for a, b in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+FAILING_PASS = """
+import torch
+from rcm.training.optimization import Optimization, OptimizerConfig
+
+def unpack(_):
+    raise RuntimeError("a block failed")
+
+def loss():
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        out = layer(torch.ones(1, 2))
+        return torch.cat([out.cos(), out.sin()]).sum()
+
+layer = torch.nn.Linear(2, 2)
+Optimization(layer, OptimizerConfig(lr=1.0)).backward({"loss": loss()})
+"""
+
+
+def test_a_process_ends_normally_after_a_failed_backward_pass() -> None:
+    """PyTorch 2.15 alone crashes at exit where saved tensors have hooks, as in checkpoints."""
+    command = [sys.executable, "-c", FAILING_PASS]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.endswith("RuntimeError: a block failed\n")
