@@ -30,6 +30,18 @@ SYNTHETIC_SAMPLES = 64
 
 def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.device) -> None:
     """Do what is left of the distillation. Raises OptionError and RunError."""
+    trainer = pretrained_trainer(folder, config, device)
+    if trainer.iteration > 0 and folder.layout.is_main:
+        print(f"continuing {folder.path} at iteration {trainer.iteration}")
+    train(trainer, folder, checkpoint_every=config.checkpoint_every)
+    if folder.layout.is_main:
+        print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")
+
+
+def pretrained_trainer(
+    folder: RunFolder, config: PretrainedConfig, device: torch.device
+) -> Trainer:
+    """The trainer at the folder's last checkpoint, or at the start. Raises like run_pretrained."""
     layout = folder.layout
     networks = build_networks(
         config.student.roles(),
@@ -51,12 +63,8 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
         device=device,
     )
     if last is not None:
-        if layout.is_main:
-            print(f"continuing {folder.path} at iteration {last.iteration}")
         folder.restore(trainer, last)
-    train(trainer, folder, checkpoint_every=config.checkpoint_every)
-    if layout.is_main:
-        print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")
+    return trainer
 
 
 def pretrained_network(
