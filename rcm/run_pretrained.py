@@ -14,6 +14,7 @@ from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.context_parallel import ContextParallel
 from rcm.distributed.layout import Layout
 from rcm.distributed.loading import load_pretrained
+from rcm.distributed.pretrained_folder import PretrainedFolder
 from rcm.distributed.sharding import shard
 from rcm.distributed.token_plans import token_plan
 from rcm.errors import OptionError
@@ -60,14 +61,41 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
         print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")
 
 
+def require_inputs(config: PretrainedConfig, layout: Layout) -> None:
+    """Look at the headers of all files, without reading weights or samples.
+
+    Raises:
+        OptionError: a folder is not given, or the mesh does not divide the batch.
+        RunError: the model's folder is incomplete or of another model, or the data do not fit it.
+    """
+    if not config.synthetic:
+        for name, given in (("model", config.model.folder), ("data", config.data.folder)):
+            if given is None:
+                raise OptionError(
+                    f"{config.preset} has no folder of its {name}; give it with --{name}.folder"
+                )
+    layout.positions(config.student.batch, config.accumulation)
+    network = config.model.build_on_meta()
+    try:
+        network.require_sample_shape(config.data.sample_shape)
+    except ValueError as error:
+        raise OptionError(f"--data.sample-shape does not fit the model: {error}") from error
+    if config.model.folder is not None:
+        PretrainedFolder.open(config.model.model_folder()).tensors()
+    if config.data.folder is not None:
+        data = config.data.load(network.condition_shapes, network.fixed_conditions)
+        if config.student.guidance.active:
+            data.null_condition({})
+
+
 def pretrained_network(
     config: PretrainedConfig, start: str, layout: Layout, device: torch.device
 ) -> Backbone:
     """The network of the config's folder, sharded, with its tokens split and its blocks
-    checkpointed. Without a folder, and in a synthetic run, it has random weights.
+    checkpointed. Without a folder it has random weights.
 
     Raises:
-        OptionError: the config has no folder, or the start is another run.
+        OptionError: the start is another run.
         RunError: the folder cannot be used.
     """
     if start != TEACHER:
@@ -77,14 +105,12 @@ def pretrained_network(
     if config.model.folder is not None:
         with errors_on_every_rank():
             network = config.model.build_on_meta()
-    elif config.synthetic:
+    else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = config.model.build()
             perturb(network)
         network.to(device)
-    else:
-        raise OptionError("the preset needs the folder of its model: --model.folder FOLDER")
     param_dtype = None if config.model.dtype == "float32" else DTYPES[config.model.dtype]
     shard(
         network.model,
@@ -114,9 +140,9 @@ def pretrained_network(
 
 
 def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -> Latents:
-    """The data set, checked against the network. Raises RunError."""
+    """The data set; without a folder, random samples in the run folder. Raises RunError."""
     shapes, settings = network.condition_shapes, config.data
-    if settings.folder is None and config.synthetic:
+    if settings.folder is None:
         made = folder.path / "data"
         settings = replace(settings, folder=str(made))
         with errors_on_every_rank():
@@ -124,8 +150,4 @@ def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -
                 sizes = settings.condition_sizes(shapes)
                 write_random_latents(made, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
     with errors_on_every_rank():
-        try:
-            network.require_sample_shape(settings.sample_shape)
-        except ValueError as error:
-            raise OptionError(f"data.sample_shape does not fit the model: {error}") from error
         return settings.load(shapes, network.fixed_conditions)

@@ -56,7 +56,6 @@ class RunFolder:
         self.student_weights = path / STUDENT_WEIGHTS
         self._metrics: BinaryIO | None = None
         if layout.is_main:
-            self.grids.mkdir(exist_ok=True)
             self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed below)
 
     def log(self, phase: str, iteration: int, metrics: dict[str, Any]) -> None:
@@ -124,7 +123,8 @@ class RunFolder:
         with suppress(OSError, RunError, RuntimeError):
             self.checkpoints.finish()
         if self._metrics is not None:
-            self._metrics.close()
+            with suppress(OSError):  # of a line that could not be written, tried again
+                self._metrics.close()
 
 
 @contextmanager
