@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+import jvp_attn.torch_version  # noqa: F401  first, since the others need a new torch
 from jvp_attn.autograd.functions import (
     FlashAttention,
     FlashAttentionBackward,
@@ -10,6 +11,7 @@ from jvp_attn.autograd.functions import (
 )
 from jvp_attn.backends.select import available_backends, backend, current_backend
 from jvp_attn.checkpoint import checkpoint_jvp
+from jvp_attn.flops import register_flop_formulas
 from jvp_attn.interface import (
     flash_attn_jvp,
     flash_attn_varlen_jvp,
@@ -20,6 +22,8 @@ from jvp_attn.one_pass import checkpoint_primal
 from jvp_attn.patching.replace_sdpa import replace_sdpa
 from jvp_attn.sdpa import scaled_dot_product_attention
 from jvp_attn.types import AttentionOptions, Causal
+
+register_flop_formulas()
 
 __version__ = version("jvp-attn")
 

@@ -163,7 +163,7 @@ class _FirstCall:
                 kind,
                 dtype=torch.get_autocast_dtype(kind),
                 enabled=torch.is_autocast_enabled(kind),
-                cache_enabled=False,  # the cached weights of the first call have no graph
+                cache_enabled=torch.is_autocast_cache_enabled(),
             )
             for kind in {"cpu", *(x.device.type for x in tensors)} - {"meta"}
         ]

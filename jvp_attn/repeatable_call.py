@@ -28,8 +28,7 @@ class RepeatableCall:
         self.positions = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         modules = _modules([self.leaves, function, _variables(function)])
         self.tensors_of_modules = [(module, _tensors(module)) for module in modules]
-        modes = _get_current_function_mode_stack()
-        self.modes = [mode for mode in modes if isinstance(mode, replace_sdpa)]
+        self.mode = _innermost_replace_sdpa()
 
     def take_tensors(self) -> list[Tensor]:
         """The tensors among the arguments, which the call then no longer holds."""
@@ -49,14 +48,17 @@ class RepeatableCall:
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         with ExitStack() as stack:
-            active = _get_current_function_mode_stack()
-            for mode in self.modes:
-                if mode not in active:
-                    stack.enter_context(mode)
+            if self.mode is not None and self.mode is not _innermost_replace_sdpa():
+                stack.enter_context(self.mode)
             for module, tensors in self.tensors_of_modules:
                 if _are_others(tensors, _tensors(module)):
                     stack.enter_context(_reparametrize_module(module, dict(tensors)))
             yield
+
+
+def _innermost_replace_sdpa() -> replace_sdpa | None:
+    modes = _get_current_function_mode_stack()
+    return next((mode for mode in reversed(modes) if isinstance(mode, replace_sdpa)), None)
 
 
 def _modules(tree: Any) -> list[nn.Module]:

@@ -29,3 +29,12 @@ Training:
 
 Each part imports only from those above it, except that the methods use the tools of `training`.
 """
+
+import torch
+from torch.torch_version import TorchVersion
+
+if TorchVersion(torch.__version__) < "2.13":
+    raise ImportError(
+        f"rcm needs torch 2.13 or newer, but torch {torch.__version__} is installed: run "
+        "pip install 'torch>=2.13'"
+    )

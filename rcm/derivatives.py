@@ -4,9 +4,12 @@ Distillation in continuous time needs dF/dt along an ODE, or dF/ds in the end of
 take the method as `derivative=`:
 
     exact_jvp              forward-mode automatic differentiation, exact in every precision
+    one_pass_jvp           the same in a single pass, for losses that detach the derivative
     central_difference(h)  two more evaluations, for networks without a JVP
 
-In bfloat16 a central difference rounds badly whatever h is; h = 0.03 is about the best.
+Most losses need F with a gradient, and its derivative without one. With exact_jvp they evaluate the
+network twice, with one_pass_jvp once. In bfloat16 a central difference rounds badly whatever h is;
+h = 0.03 is about the best.
 """
 
 import math
@@ -17,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rcm.norms import DifferentiableNorms
+from rcm.norms import DifferentiableNorms, detached_tangents
 
 
 class Derivative(Protocol):
@@ -28,9 +31,10 @@ class Derivative(Protocol):
     tangents: one per primal, of its shape, per unit of time; zeros for an argument that is fixed.
     scale: (batch,), a factor of the derivative; None is 1.
 
-    Both results carry gradients unless the caller disables them. All evaluations draw the same
-    dropout masks. Without gradients the random state is restored at the end, so that the pass with
-    gradients that follows draws these masks again; with gradients it advances by one evaluation.
+    Both results carry gradients unless the caller disables them, and the derivative of one_pass_jvp
+    never does. All evaluations draw the same dropout masks. Without gradients the random state is
+    restored at the end, so that the pass with gradients that follows draws these masks again; with
+    gradients it advances by one evaluation.
     """
 
     def __call__(
@@ -56,16 +60,29 @@ def exact_jvp(
     With gradients, PyTorch's layer_norm is replaced by one whose JVP has the right gradient, and
     norms of batch statistics raise NotImplementedError (rcm/norms.py).
     """
-    directions = tuple(
-        _scaled(tangent, scale).to(primal.dtype)
-        for primal, tangent in zip(primals, tangents, strict=True)
-    )
     norms = DifferentiableNorms() if torch.is_grad_enabled() else nullcontext()
-    with _restored_without_gradients(primals[0]), norms:
-        value, derivative = torch.func.jvp(  # type: ignore[misc]
-            function, primals, directions
-        )
-    return value, derivative
+    with norms:
+        return _jvp(function, primals, tangents, scale)
+
+
+def one_pass_jvp(
+    function: Callable[..., Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """exact_jvp whose value carries gradients, and whose derivative is detached.
+
+    Losses that stop the gradient of the derivative then need no second evaluation of F. Blocks of
+    the network that run through jvp_attn.checkpoint_primal keep only their inputs. Others also
+    record the graph of the tangent, which takes memory until the end of the JVP.
+
+    The gradient of the value is right with every normalisation of PyTorch. A student that overflows
+    makes the gradient of a loss non-finite: a second pass could replace its sample by zeros.
+    """
+    with detached_tangents():
+        value, derivative = _jvp(function, primals, tangents, scale)
+    return value, derivative.detach()
 
 
 def central_difference(h: float) -> Derivative:
@@ -105,6 +122,23 @@ def central_difference(h: float) -> Derivative:
 def restored_random_state(like: Tensor) -> AbstractContextManager[None]:
     """Restore the random state of the CPU and of like's device on exit."""
     return torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
+
+
+def _jvp(
+    function: Callable[..., Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    directions = tuple(
+        _scaled(tangent, scale).to(primal.dtype)
+        for primal, tangent in zip(primals, tangents, strict=True)
+    )
+    with _restored_without_gradients(primals[0]):
+        value, derivative = torch.func.jvp(  # type: ignore[misc]
+            function, primals, directions
+        )
+    return value, derivative
 
 
 def _step(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], h: float) -> Tensor:

@@ -5,10 +5,14 @@ is silently wrong: it takes the saved mean and standard deviation for constants 
 pytorch/pytorch#196700 and #196699). rms_norm and group_norm are right.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 # Functions that normalise by batch statistics if this argument is True.
@@ -35,6 +39,30 @@ def layer_norm(
     y = y if bias is None else y + bias
     # CUDA's autocast leaves the result of layer_norm in float32.
     return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
+
+
+class _Gradients(threading.local):
+    through_tangents = True
+
+
+_gradients = _Gradients()
+
+
+@contextmanager
+def detached_tangents() -> Iterator[None]:
+    """Inside, the caller needs no gradients through tangents, so that every norm is right."""
+    before, _gradients.through_tangents = _gradients.through_tangents, False
+    try:
+        yield
+    finally:
+        _gradients.through_tangents = before
+
+
+def needs_differentiable_norm(x: Tensor) -> bool:
+    """Whether a gradient may flow through the JVP of a norm of x."""
+    if not torch.is_grad_enabled() or forward_ad.unpack_dual(x).tangent is None:
+        return False
+    return _gradients.through_tangents
 
 
 class DifferentiableNorms(TorchFunctionMode):

@@ -18,7 +18,7 @@ from rcm.run_pretrained import require_inputs, run_pretrained
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
 from rcm.training.files import write_atomically
-from rcm.training.resources import require_device, require_memory
+from rcm.training.resources import require_memory
 from rcm.training.reuse import weights_of_other_runs
 from rcm.training.run_folder import RunFolder, open_run_folder
 
@@ -32,16 +32,19 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
         RunError: it cannot start or continue, or the student collapsed; the message says what to
             do.
     """
-    require_device(config)
     torch.set_num_threads(config.threads)
     needs_group = isinstance(config, PretrainedConfig)
     with processes(config.device, always_group=needs_group) as ranks:
+        with errors_on_every_rank():
+            config.mesh.sizes(ranks.size)
         layout = Layout(config.mesh, ranks.device.type)
         borrowed: dict[str, bytes] = {}
         # What can be wrong with the settings is found before the folder exists.
         with errors_on_every_rank():
+            for method in config.phases():
+                layout.positions(method.batch, config.accumulation)
             if isinstance(config, PretrainedConfig):
-                require_inputs(config, layout)
+                require_inputs(config)
             elif layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(

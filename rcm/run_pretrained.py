@@ -24,7 +24,7 @@ from rcm.presets.tiny import perturb
 from rcm.training.config import PretrainedConfig
 from rcm.training.loop import train
 from rcm.training.method import TEACHER
-from rcm.training.run_folder import RunFolder
+from rcm.training.run_folder import SYNTHETIC_DATA, RunFolder
 from rcm.training.trainer import Trainer, build_networks
 
 SYNTHETIC_SAMPLES = 64
@@ -61,11 +61,11 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
         print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")
 
 
-def require_inputs(config: PretrainedConfig, layout: Layout) -> None:
+def require_inputs(config: PretrainedConfig) -> None:
     """Look at the headers of all files, without reading weights or samples.
 
     Raises:
-        OptionError: a folder is not given, or the mesh does not divide the batch.
+        OptionError: a folder is not given, or the model does not take the shape of the samples.
         RunError: the model's folder is incomplete or of another model, or the data do not fit it.
     """
     if not config.synthetic:
@@ -74,7 +74,6 @@ def require_inputs(config: PretrainedConfig, layout: Layout) -> None:
                 raise OptionError(
                     f"{config.preset} has no folder of its {name}; give it with --{name}.folder"
                 )
-    layout.positions(config.student.batch, config.accumulation)
     network = config.model.build_on_meta()
     try:
         network.require_sample_shape(config.data.sample_shape)
@@ -143,7 +142,7 @@ def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -
     """The data set; without a folder, random samples in the run folder. Raises RunError."""
     shapes, settings = network.condition_shapes, config.data
     if settings.folder is None:
-        made = folder.path / "data"
+        made = folder.path / SYNTHETIC_DATA
         settings = replace(settings, folder=str(made))
         with errors_on_every_rank():
             if folder.layout.is_main and not made.exists():

@@ -16,13 +16,13 @@ import tyro
 from torch import Generator
 
 from rcm import command_line
+from rcm.distributed.processes import local_device
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
 from rcm.presets import config_from_settings
 from rcm.training.config import FromScratchConfig
 from rcm.training.files import load_weights
-from rcm.training.resources import require_device
 from rcm.training.run_folder import read_settings
 from rcm.validation import MAX_SEED, require_integer
 
@@ -108,7 +108,7 @@ def _config(run: Path) -> FromScratchConfig:
 
 def _require_allowed(arguments: Arguments, config: FromScratchConfig) -> None:
     classes, out = config.data.classes, arguments.out
-    require_device(config)
+    local_device(config.device)
     if arguments.num % classes or arguments.num > MAX_PER_CLASS * classes:
         raise OptionError(
             f"--num is {arguments.num}; it must be a multiple of {classes} in "

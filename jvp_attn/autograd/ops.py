@@ -8,7 +8,7 @@ a Function that has a jvp rule, and for graphs of torch.export and make_fx.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -119,6 +119,14 @@ def _options(
 # Registration
 
 
+def unpack(signature: Signature, arguments: Sequence[Any]) -> list[Any]:
+    """From the arguments of an operator to those of its primitive: groups of tensors, options."""
+    groups = signature.unpack(arguments[:-_N_OPTIONS])
+    if signature.results[0] is Gradients:
+        groups[-1] = tuple(groups[-1])  # the needs, a list
+    return [*groups, _options(*arguments[-_N_OPTIONS:])]
+
+
 def _implementation(
     name: str, signature: Signature, get_backend: Callable[[str], AttentionBackend], *, check: bool
 ) -> Callable[..., Any]:
@@ -131,13 +139,9 @@ def _implementation(
     """
 
     def compute(*arguments: Any) -> Any:
-        options = _options(*arguments[-_N_OPTIONS:])
-        inputs, *others = signature.unpack(arguments[:-_N_OPTIONS])
+        inputs, *others, options = unpack(signature, arguments)
         if check and not is_backward:
             check_lengths(inputs, options)
-        if is_backward:
-            *others, needs = others
-            others.append(tuple(needs))
         results = getattr(get_backend(options.backend), name)(inputs, *others, options)
         return tuple(results) if len(signature.results) == 1 else sum(results, start=())
 
@@ -145,14 +149,14 @@ def _implementation(
     return compute
 
 
-_SIGNATURES = {
+SIGNATURES = {
     "forward": FORWARD,
     "forward_jvp": FORWARD_JVP,
     "backward": BACKWARD,
     "jvp_backward": JVP_BACKWARD,
 }
 _library = torch.library.Library("jvp_attn", "DEF")
-for _name, _signature in _SIGNATURES.items():
+for _name, _signature in SIGNATURES.items():
     _library.define(_name + _signature.schema(_OPTIONS_SCHEMA))
     _compute = _implementation(_name, _signature, get_backend, check=True)
     for _device in ("CPU", "CUDA"):

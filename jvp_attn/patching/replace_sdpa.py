@@ -9,11 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._functorch.autograd_function import custom_function_call
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket, _compute_keyset
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from jvp_attn.patching.multi_head_attention import multi_head_attention_forward
+from jvp_attn.patching.collectives import IN_PLACE, is_collective, raise_if_tangent
+from jvp_attn.patching.multi_head_attention import (
+    multi_head_attention_forward,
+    raise_if_weights,
+)
 from jvp_attn.patching.unsupported_attention import guard_libraries, raise_if_attention
 from jvp_attn.sdpa import scaled_dot_product_attention
 
@@ -41,14 +46,16 @@ class replace_sdpa(TorchFunctionMode):
     Args:
         attention: what to call instead, with the signature of the default,
             `jvp_attn.scaled_dot_product_attention`. Context parallelism passes one that computes
-            attention over the tokens of several ranks.
+            attention over the tokens of several ranks. In nested blocks the innermost counts.
 
     Raises:
         NotImplementedError: inside the block, from attention that bypasses
             `F.scaled_dot_product_attention`: FlexAttention, `torch.nn.attention.varlen`, operators
             of other packages, and other backends of diffusers or transformers, such as
             attn_implementation="flash_attention_2". Attention inside a torch.jit script is not
-            detected; torch raises if a tangent enters it.
+            detected; torch raises if a tangent enters it. From a collective of torch.distributed
+            on a tensor with a tangent, which it would drop. From torch.nn.MultiheadAttention with
+            need_weights=True, if an attention other than the default is given.
     """
 
     def __init__(self, attention: Callable[..., Tensor] = scaled_dot_product_attention) -> None:
@@ -58,23 +65,46 @@ class replace_sdpa(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handle a call of a torch function."""
         kwargs = kwargs or {}
-        if func in _SDPA and self.attention is not scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
-        if func in _REPLACEMENTS:
+        if func in _REPLACED:
             proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
             if proxy is not None:
-                return proxy.__torch_function__(_REPLACEMENTS[func], types, args, kwargs)
-            return _REPLACEMENTS[func](*args, **kwargs)
-        if func in _RECOMPUTING:
+                return proxy.__torch_function__(self._in_graphs(func), types, args, kwargs)
+            if func in _SDPA:
+                return self.attention(*args, **kwargs)
+            if self.attention is not scaled_dot_product_attention:
+                raise_if_weights(args, kwargs)
+        if func in _REENTERED:
             with self:
-                return _RECOMPUTING[func](*args, **kwargs)
-        if isinstance(func, OpOverload | OpOverloadPacket | HigherOrderOperator):
-            raise_if_attention(func)
+                return _REENTERED[func](*args, **kwargs)
+        if func in IN_PLACE:
+            raise_if_tangent(f"torch.distributed.{IN_PLACE[func]}", args, kwargs)
+        elif isinstance(func, OpOverload | OpOverloadPacket | HigherOrderOperator):
+            name = str(func)
+            raise_if_attention(name)
+            if is_collective(name):
+                raise_if_tangent(name, args, kwargs)
         if not torch.compiler.is_compiling():
             guard_libraries(_is_active)
         elif func in _TRACED_AS_METHODS and getattr(type(args[0]), func.__name__) is func:
             return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def _in_graphs(self, func: Any) -> Callable[..., Any]:
+        """What a symbolic trace records."""
+        if func in _SDPA:
+            return self.attention
+        if self.attention is scaled_dot_product_attention:
+            return _multi_head_attention
+        raise NotImplementedError(
+            "torch.fx.symbolic_trace of torch.nn.functional.multi_head_attention_forward is not "
+            "supported inside replace_sdpa(attention=...) with another attention than the default"
+        )
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    """`F.multi_head_attention_forward` with this package's attention, for graphs."""
+    with replace_sdpa():
+        return F.multi_head_attention_forward(*args, **kwargs)
 
 
 def _is_active() -> bool:
@@ -90,20 +120,29 @@ def _without_modes(function: Any) -> Callable[..., Any]:
     return copy
 
 
-_SDPA = (
+def _call_custom_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """`custom_function_call` under torch.func, without dispatch to modes."""
+    keys = _compute_keyset(args, kwargs, custom_function_call.non_fallthrough_keys)
+    key = keys.highestPriorityTypeId()
+    return custom_function_call.dispatch(key, function, *args, **kwargs)
+
+
+_SDPA = {
     F.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
-)
-_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_SDPA, scaled_dot_product_attention),
-    F.multi_head_attention_forward: multi_head_attention_forward,
 }
+_REPLACED = {*_SDPA, F.multi_head_attention_forward}
 
-# A mode is off while it handles a call. Backward passes recompute checkpoints, so it must be on.
-_RECOMPUTING = {
-    function: _without_modes(function)
-    for function in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+# A mode is off while it handles a call. These calls may contain attention, so it must be on: the
+# backward passes recompute checkpoints, and under torch.func a custom Function runs its rules.
+_REENTERED: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention_forward,
+    **{
+        function: _without_modes(function)
+        for function in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+    },
+    custom_function_call: _call_custom_function,
 }
 
 # torch.compile traces calls of these methods, but not of the functions that a mode gets for them. A

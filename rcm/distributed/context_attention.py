@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -53,7 +54,8 @@ def context_attention(
     if ulysses.size() > 1:
         if k.shape[_HEADS] != heads:
             k, v = (x.repeat_interleave(heads // x.shape[_HEADS], _HEADS) for x in (k, v))
-        q, k, v = (F.pad(x, (0, 0, 0, -heads % ulysses.size())) for x in (q, k, v))
+        if missing := -heads % ulysses.size():
+            q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
         q, k, v = apply_collective(AllToAll(ulysses, split=_HEADS, join=_TOKENS), q, k, v)
     out = _ring_attention(q, k, v, ring, tokens, softmax_scale)
     if ulysses.size() > 1:
@@ -73,6 +75,7 @@ def _ring_attention(
         return flash_attn_jvp(
             q, _select(k, tokens[0]), _select(v, tokens[0]), softmax_scale=softmax_scale
         )
+    center = _center(_select(k, tokens[ring.rank()]))
     parts = []
     for step in range(ring.size()):
         if step:
@@ -83,13 +86,32 @@ def _ring_attention(
         parts.append(
             flash_attn_jvp(
                 q,
-                _select(k, chunk),
+                _select(k, chunk) - center,
                 _select(v, chunk),
                 softmax_scale=softmax_scale,
                 return_lse_lo=True,
             )
         )
     return merge_attention(parts)[0]
+
+
+def _center(k: Tensor) -> Tensor:
+    """A constant near which the keys are, or 0 if they are spread around it.
+
+    Attention does not depend on what is subtracted from all keys that a query sees, and neither do
+    its derivatives. But where keys have a large mean, the parts of a query's gradient that come
+    from single chunks are much larger than their sum, and so is what half precision rounds off
+    them. The subtraction itself rounds keys that are spread around 0.
+    """
+
+    def of(x: Tensor) -> Tensor:
+        if x.shape[_TOKENS] == 0:
+            return x.new_zeros(())
+        variance, mean = torch.var_mean(x.detach(), _TOKENS, correction=0, keepdim=True)
+        return torch.where(mean.square() > 4 * variance, mean, 0)
+
+    primal, tangent = fwAD.unpack_dual(k)
+    return of(primal) if tangent is None else fwAD.make_dual(of(primal), of(tangent))
 
 
 def _select(x: Tensor, tokens: Sequence[slice]) -> Tensor:

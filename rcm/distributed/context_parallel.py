@@ -16,8 +16,6 @@ not through the result, would count once per rank.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
@@ -30,7 +28,7 @@ from torch.distributed import ProcessGroup
 from jvp_attn import scaled_dot_product_attention
 from rcm.distributed.collectives import AllGather, apply_collective
 from rcm.distributed.context_attention import context_attention
-from rcm.distributed.token_plans import TokenPlan, Tokens
+from rcm.distributed.token_plans import TokenPlan, Tokens, argument_positions, modules_of
 from rcm.distributed.token_split import TokenSplit
 
 _SPLIT_MODELS: WeakSet[nn.Module] = WeakSet()
@@ -75,15 +73,15 @@ class ContextParallel:
         if model in _SPLIT_MODELS:
             raise ValueError(f"the tokens of this {type(model).__name__} are split already")
         for path, arguments in plan.inputs.items():
-            for module in _modules(model, path):
+            for module in modules_of(model, path):
                 self._split_arguments(module, path, arguments)
         for path, results in plan.results.items():
-            for module in _modules(model, path):
+            for module in modules_of(model, path):
                 self._split_results(module, results)
         for path, names in plan.attention.items():
-            for module in _modules(model, path):
+            for module in modules_of(model, path):
                 self._watch_attention(module, path, names)
-        for module in _modules(model, plan.output):
+        for module in modules_of(model, plan.output):
             module.register_forward_hook(lambda _module, _args, y: self._gather(y))
         _SPLIT_MODELS.add(model)
 
@@ -176,7 +174,7 @@ class ContextParallel:
     def _split_arguments(
         self, module: nn.Module, path: str, arguments: Mapping[str, Tokens]
     ) -> None:
-        positions = _positions(module, path, arguments)
+        positions = argument_positions(module, path, arguments)
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             new_args, new_kwargs = list(args), dict(kwargs)
@@ -200,7 +198,7 @@ class ContextParallel:
         module.register_forward_hook(hook)
 
     def _watch_attention(self, module: nn.Module, path: str, names: tuple[str, ...]) -> None:
-        positions = _positions(module, path, names)
+        positions = argument_positions(module, path, names)
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = (
@@ -234,31 +232,6 @@ class ContextParallel:
         total = self._split.total(y.shape[1])
         (whole,) = apply_collective(AllGather(self.group, 1), y)
         return whole[:, :total]
-
-
-def _modules(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules of a path in which * stands for any part of one component."""
-    pattern = re.compile(re.escape(path).replace(r"\*", "[^.]*"))
-    found = [module for name, module in model.named_modules() if pattern.fullmatch(name)]
-    if not found:
-        raise ValueError(
-            f"the token plan names {path!r}, but {type(model).__name__} has no such module"
-        )
-    return found
-
-
-def _positions(
-    module: nn.Module, path: str, names: Mapping[str, Any] | tuple[str, ...]
-) -> dict[str, int]:
-    """The positions of arguments of a module's forward."""
-    parameters = list(inspect.signature(module.forward).parameters)
-    for name in names:
-        if name not in parameters:
-            raise ValueError(
-                f"the token plan names the argument {name!r} of {path or 'the network'!r}, but "
-                f"{type(module).__name__}.forward has {', '.join(parameters)}"
-            )
-    return {name: parameters.index(name) for name in names}
 
 
 def _check_groups(ring: ProcessGroup, ulysses: ProcessGroup, group: ProcessGroup) -> None:

@@ -93,7 +93,7 @@ def is_main() -> bool:
 
 @contextmanager
 def _single_process(device: str, with_group: bool) -> Iterator[Processes]:
-    alone = Processes(0, 1, 0, _device(device, local_rank=None, size=1))
+    alone = Processes(0, 1, 0, local_device(device))
     if not with_group:
         yield alone
         return
@@ -115,7 +115,7 @@ def _joined(
     heartbeat.start()
     try:
         # From here on, a failure of this rank ends the others too.
-        found = _device(device, launch.local_rank, launch.size)
+        found = local_device(device, launch.local_rank, launch.size)
         ranks = Processes(launch.rank, launch.size, launch.local_rank, found)
         _start_group(ranks, dist.PrefixStore("group", store))
         yield ranks
@@ -178,8 +178,8 @@ def _start_group(ranks: Processes, store: dist.Store) -> None:
     )
 
 
-def _device(device: str, local_rank: int | None, size: int) -> torch.device:
-    """The device of this rank; local_rank is None in a single process.
+def local_device(device: str, local_rank: int | None = None, size: int = 1) -> torch.device:
+    """The device of this process, of which there are `size`; local_rank is None for a single one.
 
     Raises:
         OptionError: the machine does not have it.

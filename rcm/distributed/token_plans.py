@@ -1,11 +1,14 @@
 """Where the transformers of diffusers have tokens, for context parallelism.
 
-A plan names modules by their paths, in which * stands for one component: "blocks.*.attn1".
+A plan names modules by their paths, in which * stands for any part of one component:
+"blocks.*.attn1".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -105,3 +108,32 @@ def token_plan(model: nn.Module) -> TokenPlan:
         f"ranks; there are plans for {', '.join(TOKEN_PLANS)}. Run it without context parallelism, "
         "or pass a TokenPlan"
     )
+
+
+def modules_of(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules of a path in which * stands for any part of one component.
+
+    Raises ValueError if there is none.
+    """
+    pattern = re.compile(re.escape(path).replace(r"\*", "[^.]*"))
+    found = [module for name, module in model.named_modules() if pattern.fullmatch(name)]
+    if not found:
+        raise ValueError(
+            f"the token plan names {path!r}, but {type(model).__name__} has no such module"
+        )
+    return found
+
+
+def argument_positions(module: nn.Module, path: str, names: Iterable[str]) -> dict[str, int]:
+    """The positions of arguments of a module's forward.
+
+    Raises ValueError if it lacks one.
+    """
+    parameters = list(inspect.signature(module.forward).parameters)
+    for name in names:
+        if name not in parameters:
+            raise ValueError(
+                f"the token plan names the argument {name!r} of {path or 'the network'!r}, but "
+                f"{type(module).__name__}.forward has {', '.join(parameters)}"
+            )
+    return {name: parameters.index(name) for name in names}

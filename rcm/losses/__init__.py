@@ -1,6 +1,6 @@
 """Training losses: pure functions of networks and tensors that know nothing of a trainer."""
 
-from rcm.derivatives import central_difference, exact_jvp
+from rcm.derivatives import central_difference, exact_jvp, one_pass_jvp
 from rcm.losses.consistency import consistency_loss
 from rcm.losses.discrete_consistency import discrete_consistency_loss
 from rcm.losses.flow_matching import flow_matching_loss
@@ -21,6 +21,7 @@ __all__ = [
     "lagrangian_flow_map_loss",
     "lcm_loss",
     "mean_flow_loss",
+    "one_pass_jvp",
     "score_loss",
     "terminal_velocity_loss",
 ]

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rcm.derivatives import Derivative, central_difference, exact_jvp
+from rcm.derivatives import Derivative, central_difference, exact_jvp, one_pass_jvp
 from rcm.losses.loss import (
     Loss,
     Norm,
@@ -57,7 +57,10 @@ Form = Literal["scm", "rcm"]
 
 @dataclass(frozen=True)
 class Tangent:
-    """F, its derivative D = cos(d) sin(d) dF/dt along the ODE, and g; (batch, ...), detached."""
+    """F, its derivative D = cos(d) sin(d) dF/dt along the ODE, and g; (batch, ...), detached.
+
+    Inside of a loss with one_pass_jvp, F carries gradients.
+    """
 
     f: Tensor
     jvp: Tensor
@@ -84,7 +87,6 @@ def _derivative_along_ode(
     )
 
 
-@torch.no_grad()
 def consistency_tangent(
     student: Network,
     x: Tensor,
@@ -110,6 +112,22 @@ def consistency_tangent(
     x, ode_velocity: (batch, ...); t: (batch,); end: s (batch,), None is s = 0 and a network of one
     time. Raises ValueError for bad shapes, times, warmup or form.
     """
+    with torch.no_grad():
+        return _tangent(student, x, t, ode_velocity, condition, end, warmup, form, derivative)
+
+
+def _tangent(
+    student: Network,
+    x: Tensor,
+    t: Tensor,
+    ode_velocity: Tensor,
+    condition: Any,
+    end: Tensor | None,
+    warmup: float,
+    form: Form,
+    derivative: Derivative,
+) -> Tangent:
+    """consistency_tangent, whose F carries gradients unless they are disabled."""
     check_times(t, x.shape[0])
     check_like("ode_velocity", ode_velocity, "x", x)
     if end is not None:
@@ -129,11 +147,12 @@ def consistency_tangent(
     )
     cos, sin = cos_sin(gap, x)
     f, jvp = f.to(cos.dtype), jvp.to(cos.dtype)
+    error = f.detach() - ode_velocity
     if form == "scm":
-        g = -(cos**2) * (f - ode_velocity) - warmup * (cos * sin * x + jvp)
+        g = -(cos**2) * error - warmup * (cos * sin * x + jvp)
     elif form == "rcm":
         root = torch.sqrt(1 - (warmup * sin) ** 2)
-        g = -cos * root * (f - ode_velocity) - (warmup * cos * sin * x + jvp)
+        g = -cos * root * error - (warmup * cos * sin * x + jvp)
     else:
         raise ValueError(f"form {form!r} is unknown; allowed are 'scm' and 'rcm'")
     return Tangent(f, jvp, g)
@@ -181,9 +200,11 @@ def consistency_loss(
     x0, noise: (batch, ...) in units of σd; t: (batch,); end: s (batch,) in [0, t], passed to the
     student (None is s = 0 and a student of one time); teacher: a network of one time, None trains
     from data alone; tangent_norm_eps: sCM's c; log_weight: w(t), (batch,) -> (batch,), learned with
-    the student (None is w = 0); derivative: how dF/dt is computed.
+    the student (None is w = 0); derivative: how dF/dt is computed; with one_pass_jvp the student is
+    evaluated once.
 
-    Samples with a non-finite tangent get value 0 and no gradient. Diagnostics: "tangent_norm" ‖g‖,
+    Samples with a non-finite tangent get value 0 and no gradient, except that with one_pass_jvp a
+    student that overflows has a non-finite gradient. Diagnostics: "tangent_norm" ‖g‖,
     "jvp_norm" ‖D‖, "velocity_error" ‖F - V‖, and "nonfinite", 1 for such a sample. Raises
     ValueError for bad shapes, times, warmup, form, norm or eps.
     """
@@ -192,23 +213,18 @@ def consistency_loss(
     x, time = interpolate(x0, noise, t), network_time(t, x0)
     with torch.no_grad():
         ode_velocity = velocity(x0, noise, t) if teacher is None else teacher(x, time, condition)
-    tangent = consistency_tangent(
-        student,
-        x,
-        t,
-        ode_velocity,
-        condition,
-        end=end,
-        warmup=warmup,
-        form=form,
-        derivative=derivative,
-    )
-    finite = all_finite(x, tangent.f, tangent.g)
-    g_hat = normalize_tangent(tangent.g, norm=tangent_norm, eps=tangent_norm_eps)
-
-    # Non-finite samples enter the pass with gradients as zeros: a NaN activation would reach the
+    # Non-finite samples enter a pass with gradients as zeros: a NaN activation would reach the
     # gradient of the weights as 0 · NaN even with a masked loss.
-    f = evaluate(student, zero_outside(finite, x), time, condition, end)
+    finite = all_finite(x, ode_velocity)
+    x, ode_velocity = zero_outside(finite, x), zero_outside(finite, ode_velocity)
+    one_pass = derivative is one_pass_jvp
+    with torch.set_grad_enabled(torch.is_grad_enabled() and one_pass):
+        tangent = _tangent(student, x, t, ode_velocity, condition, end, warmup, form, derivative)
+    finite = finite & all_finite(tangent.f, tangent.g)
+    g_hat = normalize_tangent(tangent.g, norm=tangent_norm, eps=tangent_norm_eps)
+    f = tangent.f
+    if not one_pass:
+        f = evaluate(student, zero_outside(finite, x), time, condition, end)
     value = move_along(f, g_hat, finite, tangent_norm)
     if log_weight is not None:
         w = log_weight(time)
@@ -219,7 +235,7 @@ def consistency_loss(
             "tangent_norm": zero_outside(finite, sample_norm(tangent.g, tangent_norm)),
             "jvp_norm": zero_outside(finite, sample_norm(tangent.jvp, tangent_norm)),
             "velocity_error": zero_outside(
-                finite, sample_norm(tangent.f - ode_velocity, tangent_norm)
+                finite, sample_norm(tangent.f.detach() - ode_velocity, tangent_norm)
             ),
             "nonfinite": (~finite).to(x0.dtype),
         },

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.derivatives import Derivative, exact_jvp
+from rcm.derivatives import Derivative, exact_jvp, one_pass_jvp
 from rcm.losses.consistency import move_along, normalize_tangent
 from rcm.losses.loss import Loss, Norm, all_finite, sample_norm, squared_norm, zero_outside
 from rcm.trigflow import (
@@ -39,8 +39,9 @@ from rcm.trigflow import (
 
 @dataclass(frozen=True)
 class LagrangianError:
-    """D = sin(d) dF/ds, sin(d) x + cos(d) F - V(f, s), and e; (batch, ...) each."""
+    """F, D = sin(d) dF/ds, sin(d) x + cos(d) F - V(f, s), and e; (batch, ...) each."""
 
+    f: Tensor
     jvp: Tensor
     velocity_error: Tensor
     e: Tensor
@@ -59,7 +60,8 @@ def lagrangian_error(
 ) -> LagrangianError:
     """e = sin(d) x + cos(d) F - r D - V(f, s), r = warmup; with gradients unless disabled.
 
-    x: (batch, ...); t, end: (batch,). Raises ValueError for bad times or warmup.
+    With one_pass_jvp only F has gradients. x: (batch, ...); t, end: (batch,). Raises ValueError for
+    bad times or warmup.
     """
     check_times(t, x.shape[0])
     check_end(end, t)
@@ -72,6 +74,9 @@ def lagrangian_error(
         (torch.ones_like(end_time),),
         scale=torch.sin(t - end),
     )
+    graded = f
+    if derivative is one_pass_jvp:
+        f = f.detach()
     point = denoised(x, f, t - end)
     ode_velocity = teacher(point, end_time, condition)
     if point.requires_grad:
@@ -80,7 +85,7 @@ def lagrangian_error(
         point.register_hook(lambda gradient: zero_outside(finite, gradient))
     cos, sin = cos_sin(t - end, x)
     velocity_error = sin * x + cos * f - ode_velocity
-    return LagrangianError(jvp, velocity_error, velocity_error - warmup * jvp)
+    return LagrangianError(graded, jvp, velocity_error, velocity_error - warmup * jvp)
 
 
 def lagrangian_flow_map_loss(
@@ -101,31 +106,41 @@ def lagrangian_flow_map_loss(
     """‖F - sg(F + ĝ)‖² with g = -e, or ‖e‖² if not stopped, per sample, at x of data and noise.
 
     Un-stopped needs a `derivative` of the student that carries gradients, and a differentiable
-    teacher. tangent_norm: "rms" averages over the elements of a sample, "l2" sums.
+    teacher. Stopped evaluates the student once with one_pass_jvp. tangent_norm: "rms" averages over
+    the elements of a sample, "l2" sums.
 
     x0, noise: (batch, ...) in units of σd; t: (batch,); end: s (batch,) in [0, t], passed to the
     student; teacher: a network of one time; warmup: r, a factor of D; tangent_norm_eps: c, of the
     stopped loss.
 
     Samples with non-finite data or e get value 0. They have no gradient either, except in the
-    un-stopped loss if the student itself overflows. Diagnostics: "tangent_norm" ‖e‖, "jvp_norm"
-    ‖D‖, "velocity_error" ‖sin(d) x + cos(d) F - V(f, s)‖, and "nonfinite", 1 for such a sample.
-    Raises ValueError for bad shapes, times, warmup, norm or eps.
+    un-stopped loss and with one_pass_jvp if the student itself overflows. Diagnostics:
+    "tangent_norm" ‖e‖, "jvp_norm" ‖D‖, "velocity_error" ‖sin(d) x + cos(d) F - V(f, s)‖, and
+    "nonfinite", 1 for such a sample.
+    Raises ValueError for bad shapes, times, warmup, norm or eps, and for one_pass_jvp if not
+    stopped.
     """
     check_times(t, x0.shape[0])
     check_like("noise", noise, "x0", x0)
+    one_pass = derivative is one_pass_jvp
+    if one_pass and not stopped:
+        raise ValueError(
+            "the un-stopped loss has gradients through the derivative, which one_pass_jvp "
+            "detaches; use exact_jvp"
+        )
     x = interpolate(x0, noise, t)
     finite = all_finite(x)
     x = zero_outside(finite, x)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not stopped):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (one_pass or not stopped)):
         error = lagrangian_error(
             student, teacher, x, t, end, condition, warmup=warmup, derivative=derivative
         )
     finite = finite & all_finite(error.jvp, error.e)
     if stopped:
         g_hat = normalize_tangent(-error.e, norm=tangent_norm, eps=tangent_norm_eps)
-        end_time = network_time(end, x)
-        f = student(zero_outside(finite, x), network_time(t, x), condition, end=end_time)
+        f, end_time = error.f, network_time(end, x)
+        if not one_pass:
+            f = student(zero_outside(finite, x), network_time(t, x), condition, end=end_time)
         value = move_along(f, g_hat, finite, tangent_norm)
     else:
         value = squared_norm(zero_outside(finite, error.e), tangent_norm)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.derivatives import Derivative, exact_jvp
+from rcm.derivatives import Derivative, exact_jvp, one_pass_jvp
 from rcm.guidance import TIME_ROUNDING, GuidedCondition
 from rcm.losses.loss import Loss, Norm, all_finite, sample_norm, squared_norm, zero_outside
 from rcm.trigflow import (
@@ -92,7 +92,11 @@ def mean_flow_loss(
     null_condition(condition) at scale 1, without an interval. At a fixed point its own velocity is
     v_u + w (E[v|x] - v_u). Samples whose condition is already the null condition need scale 1.
 
-    Samples with a non-finite x, U or target get value 0 and no gradient. Diagnostics: "mean_flow"
+    derivative: how dU/du is computed; with one_pass_jvp the same evaluation of the student gives U
+    its gradient.
+
+    Samples with a non-finite x, U or target get value 0 and no gradient, except that with
+    one_pass_jvp a student that overflows has a non-finite gradient. Diagnostics: "mean_flow"
     ‖U - U_target‖², "auxiliary" the same of the head if there is one, "jvp_norm"
     ‖(u - r) dU/du‖, "velocity_error" ‖U - v‖, and "nonfinite", 1 for such a sample.
 
@@ -117,32 +121,39 @@ def mean_flow_loss(
             condition = GuidedCondition(condition, *guidance)
         elif improved:
             direction = _own_velocity(student, x, time, condition)
-
-        def mean_velocity_at(x: Tensor, time: Tensor) -> Tensor:
-            return mean_velocity(student(x, time, condition, end=end_time), x, time)
-
-        u, change = derivative(
-            mean_velocity_at, (x, time), (direction, torch.ones_like(time)), _time_factor(t, end)
-        )
         v = mean_velocity(v, x, t)
-        target = v - warmup * change
-        finite = all_finite(x, u, target)
-
-    # Non-finite samples enter the pass with gradients as zeros; see consistency_loss.
-    x = zero_outside(finite, x)
+    # Non-finite samples enter a pass with gradients as zeros; see consistency_loss.
+    finite = all_finite(x, direction, v)
+    x, direction = zero_outside(finite, x), zero_outside(finite, direction)
     heads = _heads(student) if improved else None
-    if heads is None:
-        f = student(x, time, condition, end=end_time)
-    else:
-        f, own_velocity = heads(x, time, condition, end_time)
 
-    def squared_error(f: Tensor, target: Tensor) -> Tensor:
-        return squared_norm(zero_outside(finite, mean_velocity(f, x, t) - target), norm)
+    def mean_velocities(x: Tensor, time: Tensor) -> Tensor:
+        """U and, if there is an auxiliary head, its velocity: (batch, 1 or 2, ...)."""
+        outputs: tuple[Tensor, ...]
+        if heads is None:
+            outputs = (student(x, time, condition, end=end_time),)
+        else:
+            outputs = heads(x, time, condition, end_time)
+        return torch.stack([mean_velocity(f, x, time) for f in outputs], dim=1)
+
+    one_pass = derivative is one_pass_jvp
+    with torch.set_grad_enabled(torch.is_grad_enabled() and one_pass):
+        velocities, changes = derivative(
+            mean_velocities, (x, time), (direction, torch.ones_like(time)), _time_factor(t, end)
+        )
+    u, change = velocities[:, 0].detach(), changes[:, 0]
+    target = v - warmup * change
+    finite = finite & all_finite(u, target)
+    if not one_pass:
+        velocities = mean_velocities(zero_outside(finite, x), time)
+
+    def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
+        return squared_norm(zero_outside(finite, velocity - target), norm)
 
     def weighted(squared: Tensor) -> Tensor:
         return squared / (squared.detach() + eps) ** power
 
-    squared = squared_error(f, target)
+    squared = squared_error(velocities[:, 0], target)
     value = weighted(squared)
     diagnostics = {
         "mean_flow": squared.detach(),
@@ -151,7 +162,7 @@ def mean_flow_loss(
         "nonfinite": (~finite).to(x0.dtype),
     }
     if heads is not None:
-        auxiliary = squared_error(own_velocity, v)
+        auxiliary = squared_error(velocities[:, 1], v)
         value = value + weighted(auxiliary)
         diagnostics["auxiliary"] = auxiliary.detach()
     return Loss(value, diagnostics)

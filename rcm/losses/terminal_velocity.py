@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.derivatives import Derivative, exact_jvp
+from rcm.derivatives import Derivative, exact_jvp, one_pass_jvp
 from rcm.guidance import GuidedCondition
 from rcm.losses.loss import Loss, all_finite, squared_norm, zero_outside
 from rcm.losses.mean_flow import check_scale, guided_at_all_times, mean_velocity
@@ -80,9 +80,14 @@ def terminal_velocity_loss(
     Samples with non-finite data, target or error get value 0. They have no gradient either, except
     if the student itself overflows. Diagnostics: "terminal" and "flow_matching" the two terms
     without their weights, "jvp_norm" the root mean square of (r - u) dU/dr, and "nonfinite", 1 for
-    such a sample. Raises ValueError for bad shapes, times or weights, and for a guidance_scale
-    without null_condition.
+    such a sample. Raises ValueError for bad shapes, times or weights, for a guidance_scale without
+    null_condition, and for one_pass_jvp, whose derivative has no gradient.
     """
+    if derivative is one_pass_jvp:
+        raise ValueError(
+            "terminal velocity matching has gradients through the derivative, which one_pass_jvp "
+            "detaches; use exact_jvp"
+        )
     check_times(t, x0.shape[0])
     check_end(end, t)
     check_like("noise", noise, "x0", x0)

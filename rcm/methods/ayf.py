@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rcm.derivatives import Derivative, exact_jvp, one_pass_jvp
 from rcm.losses.consistency import consistency_loss
 from rcm.losses.lagrangian import lagrangian_flow_map_loss
 from rcm.losses.loss import Loss
@@ -36,6 +37,17 @@ class AYF(WithNormalizedTangent, FlowMap):
         super().__post_init__()
         require_choice(get_args(Objective), objective=self.objective)
         require_number("[]", 0, 1, tangent_limit=self.tangent_limit)
+        if self.objective == "unstopped-lmd" and self.passes is not None:
+            raise ValueError(
+                f"passes is {self.passes!r}; it must be left out with objective 'unstopped-lmd', "
+                "which evaluates the student once and has gradients through the derivative"
+            )
+
+    @property
+    def derivative(self) -> Derivative:
+        derivative = super().derivative
+        has_gradients = self.objective == "unstopped-lmd"
+        return exact_jvp if has_gradients and derivative is one_pass_jvp else derivative
 
     def roles(self) -> dict[str, Role]:
         return {"student": self.student_role(), "teacher": Frozen()}

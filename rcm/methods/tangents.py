@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self, get_args
+from typing import Literal, Self, get_args
 
-from rcm.derivatives import Derivative, central_difference, exact_jvp
+from rcm.derivatives import Derivative, central_difference, exact_jvp, one_pass_jvp
 from rcm.losses.loss import Norm
 from rcm.training.method import Distillation
 from rcm.validation import require_choice, require_integer, require_positive
+
+Passes = Literal["one", "two"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +27,37 @@ class WithDerivative(Distillation):
 
     @property
     def derivative(self) -> Derivative:
-        return (
-            exact_jvp if self.difference_step is None else central_difference(self.difference_step)
-        )
+        if self.difference_step is not None:
+            return central_difference(self.difference_step)
+        return exact_jvp
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithTangent(WithDerivative):
-    """A method that moves the student along a tangent, whose derivative is ramped up."""
+    """A method that moves the student along a detached tangent, whose derivative is ramped up."""
 
     tangent_warmup: int
     """Iterations over which the second term of the tangent is ramped up."""
+    passes: Passes | None = None
+    """Evaluate the student once for F and its derivative, or twice, which leaves out samples on
+    which it overflows. None is once where the derivative is a stopped JVP."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.passes is not None:
+            require_choice(get_args(Passes), passes=self.passes)
+        if self.passes == "one" and self.difference_step is not None:
+            raise ValueError(
+                "passes is 'one', but a central difference (difference_step) needs more "
+                "evaluations of the student: leave out one of the two"
+            )
         require_integer(0, tangent_warmup=self.tangent_warmup)
+
+    @property
+    def derivative(self) -> Derivative:
+        if self.difference_step is None and self.passes != "two":
+            return one_pass_jvp
+        return super().derivative
 
     def shortened(self) -> Self:
         return replace(super().shortened(), tangent_warmup=1)

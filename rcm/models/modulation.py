@@ -7,12 +7,10 @@ pnorm divides by the root mean square over the features. The derivative of s and
 time grows with their size, and dF/dt with it; normalised, they cannot grow.
 """
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from rcm.models.embeddings import zero_init
-from rcm.norms import layer_norm
+from rcm.norms import layer_norm, needs_differentiable_norm
 
 # b starts at 0, where pnorm has the slope eps^-½ and the third derivative -3 eps^-3/2 along b. The
 # usual 1e-8 multiplies the first gradients by 10⁴, and the first step of Adam takes b from 0 to
@@ -49,7 +47,7 @@ class AdaptiveLayerNorm(nn.Module):
 
 def _layer_norm(h: Tensor) -> Tensor:
     """Over the last dimension; PyTorch's is faster, but its JVP has a wrong gradient."""
-    if torch.is_grad_enabled() and forward_ad.unpack_dual(h).tangent is not None:
+    if needs_differentiable_norm(h):
         return layer_norm(h, h.shape[-1:])
     return nn.functional.layer_norm(h, h.shape[-1:])
 

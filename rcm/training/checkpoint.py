@@ -96,9 +96,12 @@ class Checkpoints:
             facts: JSON; those of rank 0 are written.
 
         Raises:
+            ValueError: the phase is unknown.
             TypeError: a value is no tensor or has an unsupported dtype, or facts are no JSON.
             OSError, RunError: see `finish`.
         """
+        if phase not in self.phases:
+            raise ValueError(f"phase is {phase!r}; it must be one of {', '.join(self.phases)}")
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} is of type {type(tensor).__name__}; save a tensor instead")

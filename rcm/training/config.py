@@ -56,6 +56,10 @@ class RunConfig(ABC):
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
 
+    def phases(self) -> tuple[Method, ...]:
+        """The methods that train a network, in their order."""
+        return (self.student,)
+
     def shortened(self) -> Self:
         """The same run with few iterations, for a dry run."""
         return replace(self, student=self.student.shortened(), checkpoint_every=2)
@@ -104,6 +108,9 @@ class FromScratchConfig(RunConfig):
                 f"student.guidance is active, which is an input of the student of {self.method}: "
                 "set model.guidance_input"
             )
+
+    def phases(self) -> tuple[Method, ...]:
+        return self.teacher, self.student
 
     def load_data(self) -> Dataset:
         """The data set, on the CPU.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm.distributed.layout import Layout
+from rcm.distributed.sharding import reshard
 from rcm.distributed.tensors import full_tensor, local_tensor
 from rcm.errors import RunError
 from rcm.validation import require_choice, require_integer, require_number, require_numbers
@@ -75,7 +76,7 @@ class OptimizerConfig:
 class Optimization:
     """The optimizer of one network; the network may be sharded by FSDP2.
 
-    An update is zero_grad(), backward(...) of each micro-batch, then step(...).
+    An update is zero_grad(), the forward passes, backward(...) of each micro-batch, then step(...).
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Optimization:
         self.config, self.layout = config, layout or Layout()
         self.updates = 0
         self.skipped_in_a_row = 0
+        reshard(network)  # gathered parameters are other tensors, which get no gradient
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -98,14 +100,17 @@ class Optimization:
         self.term_norms: dict[str, float] = {}
 
     def zero_grad(self) -> None:
-        """Start an update."""
+        """Start an update, before the forward pass."""
         self.optimizer.zero_grad()
         self.term_norms = {}
 
-    def backward(self, terms: dict[str, Tensor]) -> None:
-        """Add the gradient of a micro-batch: scalar losses by name, each with its own graph."""
+    def backward(self, terms: dict[str, Tensor], *, measure: bool = True) -> None:
+        """Add the gradient of a micro-batch: scalar losses by name, each with its own graph.
+
+        measure: whether to take the norm of each loss's gradient, if there are several.
+        """
         for name, loss in terms.items():
-            before = self._local_gradients() if len(terms) > 1 else []
+            before = self._local_gradients() if measure and len(terms) > 1 else []
             before = [None if gradient is None else gradient.clone() for gradient in before]
             loss.backward()
             if before:
@@ -118,9 +123,8 @@ class Optimization:
 
         Returns metrics: "grad_norm" before clipping; "clipped", 1 if clipping acted;
         "nonfinite_grads", the number of elements set to zero; "skipped", the number of updates
-        skipped in a row, if this one was. With several losses and one micro-batch also
-        "grad_norm_NAME" of each, over its finite elements, and "grad_ratio_NAME", its ratio to the
-        first.
+        skipped in a row, if this one was. If they were measured, also "grad_norm_NAME" of each
+        loss, over its finite elements, and "grad_ratio_NAME", its ratio to the first.
 
         Raises:
             RunError: the losses or the gradient are not finite, and the config says to stop. The

@@ -1,4 +1,4 @@
-"""What a run needs of the machine, checked before it starts: its device, and memory for weights."""
+"""The memory that a run needs for its weights, checked before it starts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,10 @@ import os
 import torch
 
 from rcm.errors import OptionError
-from rcm.training.config import FromScratchConfig, RunConfig
+from rcm.training.config import FromScratchConfig
 
 # Training holds at least the weights, their gradient, AdamW's two moments and the average.
 COPIES_OF_WEIGHTS = 5
-
-
-def require_device(config: RunConfig) -> None:
-    """Raise OptionError unless the machine has the config's device."""
-    device = torch.device(config.device)
-    if device.type != "cuda":
-        return
-    if not torch.cuda.is_available():
-        raise OptionError(f"device is {config.device!r}, but PyTorch finds no CUDA device")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise OptionError(
-            f"device is {config.device!r}; it must be cuda:N with N in 0..{count - 1}"
-        )
 
 
 def require_memory(config: FromScratchConfig) -> None:

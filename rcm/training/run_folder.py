@@ -6,6 +6,7 @@ config.json             the settings; once there is a checkpoint, others are ref
                         of ANY_RANKS
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
+data/                   samples of a synthetic run
 checkpoints/            see rcm/training/checkpoint.py
 teacher.safetensors     written when the teacher is finished, or copied from another run
 start.safetensors       the student's first weights, if it starts from another run's student
@@ -41,6 +42,7 @@ TEACHER_WEIGHTS, START_WEIGHTS = "teacher.safetensors", "start.safetensors"
 STUDENT_WEIGHTS = "student.safetensors"
 # Settings that a run may change when it continues: on how many ranks, and how they share the work.
 ANY_RANKS = {"accumulation", "keep_checkpoints", *(f"mesh.{f.name}" for f in fields(MeshConfig))}
+SYNTHETIC_DATA = "data"  # the folder of a synthetic run's samples
 UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the first checkpoint
 
 
@@ -227,8 +229,9 @@ def _require_same_settings(path: Path, config: RunConfig) -> None:
 
 def _is_unstarted(path: Path) -> bool:
     """Whether the folder holds nothing but what a run writes before its first checkpoint."""
-    made = [p for p in path.glob("**/*") if p.is_file() and p.suffix != ".partial"]
-    return {p.name for p in made} <= UNSTARTED
+    made = [p.relative_to(path) for p in path.glob("**/*") if p.is_file()]
+    whole = [p for p in made if not any(part.endswith(".partial") for part in p.parts)]
+    return {p.name for p in whole if p.parts[0] != SYNTHETIC_DATA} <= UNSTARTED
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm.data.dataset import Data
+from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import accumulating_gradients, reset_iteration, reshard
 from rcm.distributed.tensors import full_tensor, local_tensor
@@ -120,7 +121,8 @@ class Trainer:
         """
         metrics: Metrics = {}
         updates = {role: o.updates for role, o in self.optimizations.items()}
-        batches = [self.batches.read(self.iteration, positions) for positions in self.positions]
+        with errors_on_every_rank():  # one rank may read a bad sample
+            batches = [self.batches.read(self.iteration, part) for part in self.positions]
         runs = [
             self.method.losses(Step(self.iteration, batch, self.networks, updates))
             for batch in batches
@@ -147,11 +149,12 @@ class Trainer:
                     f"the method has a loss for {role!r}, but trains only "
                     f"{', '.join(self.optimizations)}"
                 )
-            if not parts:
-                self.optimizations[role].zero_grad()
             means = {name: term.value.mean() for name, term in terms.items()}
             with nullcontext() if is_last else accumulating_gradients(self.networks[role]):
-                self.optimizations[role].backward({n: m / len(runs) for n, m in means.items()})
+                self.optimizations[role].backward(
+                    {name: mean / len(runs) for name, mean in means.items()},
+                    measure=len(runs) == 1,
+                )
             part = {("loss", name): mean.detach() for name, mean in means.items()}
             for name, term in terms.items():
                 part |= {(name, kind): x.mean() for kind, x in term.diagnostics.items()}
@@ -175,6 +178,7 @@ class Trainer:
             )
         except RunError as error:
             raise RunError(f"iteration {self.iteration + 1}: {error}") from error
+        self.optimizations[role].zero_grad()  # its memory is free for the other networks
         if "skipped" not in metrics:
             for follower in self.followers.get(role, ()):
                 self.averages[follower].update(self.networks[role])
@@ -207,7 +211,8 @@ class Trainer:
         """Everything that the next steps depend on. Weights, averages and moments are no copies."""
         for network in self.networks.values():
             reshard(network)
-        state = {"iteration": torch.tensor(self.iteration)}
+        counters = {"iteration": self.iteration, "samples": len(self.batches.data)}
+        state = {name: torch.tensor(value) for name, value in counters.items()}
         for role, optimization in self.optimizations.items():
             state |= _prefixed(f"networks.{role}", self.networks[role].state_dict())
             state |= _prefixed(f"optimizers.{role}", optimization.state_dict())
@@ -216,7 +221,16 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a state; `state` may be that of this trainer, overwritten in place."""
+        """Continue from a state; `state` may be that of this trainer, overwritten in place.
+
+        Raises RunError if the data had another number of samples.
+        """
+        samples, before = len(self.batches.data), int(state["samples"])
+        if samples != before:
+            raise RunError(
+                f"the data have {samples} samples now, and had {before} when the run started; "
+                "restore them, or start another run"
+            )
         self.iteration = int(state["iteration"])
         for role, optimization in self.optimizations.items():
             self.networks[role].load_state_dict(_of(f"networks.{role}", state))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import jvp
 from torch.nn.parallel import DistributedDataParallel
 
-from jvp_attn import checkpoint_jvp, checkpoint_primal, flash_attn_jvp
+from jvp_attn import checkpoint_jvp, checkpoint_primal, flash_attn_jvp, replace_sdpa
 
 RANKS = 2
 BATCH, SEQLEN, WIDTH, HEADS = 2 * RANKS, 5, 8, 2
@@ -111,6 +111,12 @@ def checkpoint_blocks(model: nn.Module, checkpoint: Callable[..., Tensor]) -> No
             module.checkpoint = checkpoint
 
 
+def inside_replace_sdpa(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
+    """The collectives that gather parameters, which have no tangents, work there."""
+    with replace_sdpa():
+        return through_checkpoints(model, x, tx)
+
+
 def towards_a_target(model: nn.Module, x: Tensor, tx: Tensor) -> Named:
     """The target comes from a JVP without gradients, as in the consistency loss."""
     with torch.no_grad():
@@ -131,6 +137,7 @@ def gradients(model: nn.Module, loss: Tensor, **inputs: Tensor) -> Named:
 DERIVATIVES: list[Derivative] = [
     *(without_tangents, jvp_without_grad, towards_a_target),
     *(through_out_and_tangent, through_the_tangent, through_checkpoints, in_one_pass),
+    inside_replace_sdpa,
 ]
 
 

@@ -277,6 +277,24 @@ OTHER_USES = [
         ("distributed/test_data_parallel.py::test_each_rank_agrees_with_one_process",),
     ),
     OtherUse(
+        "collectives of torch.distributed on a tensor with a tangent, under `replace_sdpa`",
+        False,
+        ("jvp_attn/test_replace_sdpa_collectives.py::test_a_collective_on_a_tangent_raises",),
+    ),
+    OtherUse(
+        "attention in the rules of a custom `autograd.Function`, under `replace_sdpa`",
+        True,
+        (
+            "jvp_attn/test_replace_sdpa_functions.py"
+            "::test_all_rules_of_a_function_call_the_attention",
+        ),
+    ),
+    OtherUse(
+        "`FlopCounterMode`: matrix products of attention and of its derivatives",
+        True,
+        ("jvp_attn/test_flops.py::test_derivatives_take_as_many_products_as_the_algorithm",),
+    ),
+    OtherUse(
         "`jvp_attn.checkpoint_jvp` inside a jvp, and a gradient through both",
         True,
         (

@@ -196,15 +196,16 @@ def test_parameters_may_have_tangents() -> None:
     assert_close(*outcomes)
 
 
+@WAYS
 @pytest.mark.parametrize("backward_inside", [True, False])
-def test_autocast_is_the_same_in_the_second_call(backward_inside: bool) -> None:
+def test_autocast_is_the_same_in_the_second_call(backward_inside: bool, along: Call) -> None:
     """Also inside of the autocast block, where weights cast by the first call are cached."""
     outcomes = []
     for call in (checkpoint_primal, kept):
         block = Block().eval().float()
         x, tx = leaves((randn(*SHAPE, seed="x").float(), randn(*SHAPE, seed="tx").float()))
         with torch.autocast("cpu", torch.bfloat16):
-            out, tangent = jvp(partial(call, block), (x,), (tx,))
+            out, tangent = along(partial(call, block), (x,), (tx,))
             loss = (out * tangent.detach()).square().sum()
             if backward_inside:
                 loss.backward()

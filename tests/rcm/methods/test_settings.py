@@ -46,6 +46,22 @@ def test_a_central_difference_gives_nearly_the_losses_of_the_exact_derivative(me
     assert difference == pytest.approx(exact, rel=0.01)
 
 
+@pytest.mark.parametrize("method", methods_with("passes"))
+def test_one_pass_is_the_default_and_gives_the_losses_of_two(method: str) -> None:
+    one, two = losses(method), losses(method, passes="two")
+    assert losses(method, passes="one") == one
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_one_pass_is_refused_where_the_derivative_has_two_or_has_gradients() -> None:
+    with pytest.raises(ValueError, match=r"passes is 'one', but a central difference"):
+        digits_config("scm", 4, passes="one", difference_step=0.01)
+    with pytest.raises(ValueError, match=r"passes is 'one'; it must be left out"):
+        digits_config("ayf", 4, passes="one", objective="unstopped-lmd")
+    with pytest.raises(ValueError, match=r"passes is 'three'; it must be one of one, two"):
+        digits_config("scm", 4, passes="three")
+
+
 def test_the_three_objectives_of_ayf_differ() -> None:
     found = {tuple(losses("ayf", objective=o)) for o in ("emd", "lmd", "unstopped-lmd")}
     assert len(found) == 3

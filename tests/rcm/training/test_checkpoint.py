@@ -105,12 +105,18 @@ def test_every_dtype_and_shape_is_restored_exactly(checkpoints: Checkpoints) -> 
     for name, x in tensors.items():
         assert bits(restored[name]) == bits(x), name
     assert found.facts == {"nested": {"list": [1, 2.5, None, "text"]}}
+    content = (found.path / SHARD).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[n]["data_offsets"][0] % x.itemsize == 0 for n, x in tensors.items())
 
 
 def bits(x: Tensor) -> bytes:
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_files_are_plain_safetensors_that_torch_reads_too(checkpoints: Checkpoints) -> None:
     path = save(checkpoints, "teacher", 3)
     assert load_file(path / SHARD)["weights"].eq(3).all()
@@ -152,6 +158,8 @@ def test_what_is_neither_a_tensor_nor_json_is_refused(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         checkpoints.save("teacher", 1, tensors, facts)
+    with pytest.raises(ValueError, match="phase is 'critic'; it must be one of teacher, student"):
+        checkpoints.save("critic", 1, {}, {})
     checkpoints.finish()
     assert names(checkpoints) == []
 
