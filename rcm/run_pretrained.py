@@ -36,7 +36,7 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     layout = folder.layout
     networks = build_networks(
-        config.student.roles(), lambda start: pretrained_network(config, start, layout, device)
+        config.student.roles(), lambda _: pretrained_network(config, layout, device)
     )
     student = networks[config.student.result]
     assert isinstance(student, Backbone)
@@ -65,7 +65,8 @@ def require_inputs(config: PretrainedConfig) -> None:
     """Look at the headers of all files, without reading weights or samples.
 
     Raises:
-        OptionError: a folder is not given, or the model does not take the shape of the samples.
+        OptionError: a folder is not given, the start of the student is another run, or the model
+            does not take the shape of the samples.
         RunError: the model's folder is incomplete or of another model, or the data do not fit it.
     """
     if not config.synthetic:
@@ -74,6 +75,11 @@ def require_inputs(config: PretrainedConfig) -> None:
                 raise OptionError(
                     f"{config.preset} has no folder of its {name}; give it with --{name}.folder"
                 )
+    if config.student.start != TEACHER:
+        raise OptionError(
+            f"--student.start is {config.student.start!r}; it must be {TEACHER!r}, because this "
+            "network is pretrained"
+        )
     network = config.model.build_on_meta()
     try:
         network.require_sample_shape(config.data.sample_shape)
@@ -87,20 +93,12 @@ def require_inputs(config: PretrainedConfig) -> None:
             data.null_condition({})
 
 
-def pretrained_network(
-    config: PretrainedConfig, start: str, layout: Layout, device: torch.device
-) -> Backbone:
+def pretrained_network(config: PretrainedConfig, layout: Layout, device: torch.device) -> Backbone:
     """The network of the config's folder, sharded, with its tokens split and its blocks
     checkpointed. Without a folder it has random weights.
 
-    Raises:
-        OptionError: the start is another run.
-        RunError: the folder cannot be used.
+    Raises RunError if the folder cannot be used.
     """
-    if start != TEACHER:
-        raise OptionError(
-            f"the start of a network is {start!r}; networks of diffusers start from the teacher"
-        )
     if config.model.folder is not None:
         with errors_on_every_rank():
             network = config.model.build_on_meta()

@@ -98,7 +98,11 @@ class RunFolder:
         if self._metrics is not None:
             for problem in problems:
                 print(f"{problem}; using the one before it")
-            self._metrics.truncate(0 if checkpoint is None else checkpoint.facts["metrics_bytes"])
+            kept = 0 if checkpoint is None else checkpoint.facts["metrics_bytes"]
+            length = self._metrics.seek(0, os.SEEK_END)
+            if length < kept:  # truncate() would add zeros
+                print(f"{self._metrics.name} has lost its last {kept - length} bytes")
+            self._metrics.truncate(min(kept, length))
             self._metrics.seek(0, os.SEEK_END)
         return checkpoint
 

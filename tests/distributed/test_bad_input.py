@@ -114,6 +114,7 @@ def test_a_folder_of_a_model_and_a_folder_of_latents(
         ("--data.sample-shape 5 3 6 10", "with 4 channels and other sizes divisible by (1, 2, 2)"),
         ("--data.sample-shape 4 3 7 10", "--data.sample-shape does not fit the model: samples"),
         ("--data.sample-shape 4 6 10", "takes (channels, frames, height, width)"),
+        ("--student.start runs/a", "--student.start is 'runs/a'; it must be 'teacher', because"),
         ("--model.dtype float16", "invalid choice 'float16' for argument '--model.dtype'"),
     ],
 )

@@ -29,7 +29,7 @@ from tests.distributed.launched_training import (
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 
-ITERATIONS, FEW, CHECKPOINT_EVERY = 60, 16, 4
+ITERATIONS, FEW, CHECKPOINT_EVERY = 200, 16, 4
 SEED = 16
 # Three tokens for two ranks, and a tiny network: what counts are the processes and the files.
 OPTIONS = [
@@ -100,7 +100,7 @@ def moments(soak: Soak, kind: str, chance: random.Random) -> Callable[[], bool]:
     if kind == "start":
         end = time.monotonic() + chance.uniform(0, 1.5)
         return lambda: time.monotonic() > end
-    last = iterations(soak.folder) + chance.randint(1, 5)
+    last = iterations(soak.folder) + chance.randint(1, 30)
     if kind == "training":
         return lambda: iterations(soak.folder) >= last
     return lambda: iterations(soak.folder) >= last and soak.is_saving()
