@@ -110,7 +110,7 @@ def test_a_folder_of_a_model_and_a_folder_of_latents(
     [
         ("--method meanflow", "unknown method 'meanflow'. Methods: rcm, scm, dmd, dcm"),
         ("--mesh.ulysses 2", "2 ranks, but the run has 1; change --mesh.* or torchrun's"),
-        ("--student.batch 3 --accumulation 2", "the batch is 3; it must be a multiple of 2"),
+        ("--student.batch 3 --accumulation 2", "--student.batch is 3; it must be a multiple of 2"),
         ("--data.sample-shape 5 3 6 10", "with 4 channels and other sizes divisible by (1, 2, 2)"),
         ("--data.sample-shape 4 3 7 10", "--data.sample-shape does not fit the model: samples"),
         ("--data.sample-shape 4 6 10", "takes (channels, frames, height, width)"),
@@ -341,7 +341,7 @@ def lines(ranks: ForkedRanks | TorchrunRanks) -> list[str]:
     [
         ("--mesh.ulysses 3", "3 ranks, but the run has 2; change --mesh.* or", 2),
         ("--mesh.ring 2 --mesh.ulysses 2", "= 4 ranks, but the run has 2; change --mesh.* or", 2),
-        ("--student.batch 3", "the batch is 3; it must be a multiple of 2, data-parallel", 2),
+        ("--student.batch 3", "--student.batch is 3; it must be a multiple of 2, data-parallel", 2),
         ("--seed x", "--seed is 'x'; it must be an integer", 2),
         ("--model.folder missing", "missing is not a folder; give that of a", 1),
         ("--data.folder missing", "missing is not a folder", 1),
