@@ -1,7 +1,7 @@
 """Join the process group that torchrun starts, or run alone, and end all ranks together.
 
-    python -m rcm.train ...                                      one process
-    torchrun --standalone --nproc-per-node 8 -m rcm.train ...    8 GPUs of one machine
+    python -m rcm.train digits                                      one process
+    torchrun --standalone --nproc-per-node 8 -m rcm.train digits    8 GPUs of one machine
 
     with processes("cuda") as ranks:
         train(ranks.device)
