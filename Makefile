@@ -33,7 +33,7 @@ QUIET := --quiet
 PIP_QUIET := --quiet --quiet
 endif
 
-.PHONY: help demo test test-attn test-kernels test-rcm test-slow test-exhaustive check format clean
+.PHONY: help demo demo-scale test test-attn test-kernels test-rcm test-slow test-exhaustive check format clean
 
 help:  ## show this
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
@@ -44,6 +44,9 @@ help:  ## show this
 
 demo: $(VENV)/ready build/cpu $(if $(USES_GPU),build/cuda)  ## train and distil a small model on real digits
 	$(BIN)/python -m rcm.train $(ARGS)
+
+demo-scale: $(VENV)/ready-diffusers build/cpu  ## distil on two ranks, kill them, finish on one: the same losses
+	$(BIN)/python benchmarks/demo_scale.py $(ARGS)
 
 test: check build/cpu build/cuda  ## check, build for CPU and GPU, run the default tests
 	$(PYTEST) $(ARGS)
@@ -80,8 +83,8 @@ clean:  ## remove everything that make built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------
-# Set-up. `ready` has what the demo needs, `ready-test` also what the tests need. An interrupted run
-# leaves `unfinished` behind; the next one starts anew.
+# Set-up. `ready` has what the demo needs, `ready-diffusers` also what demo-scale needs, `ready-test`
+# also what the tests need. An interrupted run leaves `unfinished` behind; the next one starts anew.
 $(VENV)/ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
@@ -92,6 +95,11 @@ $(VENV)/ready: pyproject.toml Makefile
 	@$(BIN)/pip install $(PIP_QUIET) 'setuptools>=70.1' pybind11 ninja '$(TORCH)' $$($(cpu_index))
 	@$(call install,train)
 	@rm $(VENV)/unfinished && touch $@
+
+$(VENV)/ready-diffusers: $(VENV)/ready
+	@echo 'Setting up $(VENV) for networks of diffusers: half a minute, once.'
+	@$(call install,train$(comma)diffusers)
+	@touch $@
 
 $(VENV)/ready-test: $(VENV)/ready
 	@echo 'Setting up $(VENV) for tests: a minute or two, once.'

@@ -13,6 +13,7 @@ from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.context_parallel import ContextParallel
 from rcm.distributed.layout import Layout
 from rcm.distributed.loading import load_pretrained
+from rcm.distributed.pretrained_folder import PretrainedFolder
 from rcm.distributed.sharding import freeze, shard
 from rcm.distributed.token_plans import token_plan
 from rcm.errors import OptionError
@@ -30,11 +31,23 @@ SYNTHETIC_SAMPLES = 64
 
 def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.device) -> None:
     """Do what is left of the distillation. Raises OptionError and RunError."""
+    trainer = pretrained_trainer(folder, config, device)
+    if trainer.iteration > 0 and folder.layout.is_main:
+        print(f"continuing {folder.path} at iteration {trainer.iteration}")
+    train(trainer, folder, checkpoint_every=config.checkpoint_every)
+    if folder.layout.is_main:
+        print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")
+
+
+def pretrained_trainer(
+    folder: RunFolder, config: PretrainedConfig, device: torch.device
+) -> Trainer:
+    """The trainer at the folder's last checkpoint, or at the start. Raises like run_pretrained."""
     layout = folder.layout
     networks = build_networks(
         config.student.roles(),
-        lambda start: pretrained_network(config, start, layout, device),
-        lambda start: pretrained_network(config, start, layout, device, frozen=True),
+        lambda _: pretrained_network(config, layout, device),
+        lambda _: pretrained_network(config, layout, device, frozen=True),
     )
     student = networks[config.student.result]
     assert isinstance(student, Backbone)
@@ -51,45 +64,60 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
         device=device,
     )
     if last is not None:
-        if layout.is_main:
-            print(f"continuing {folder.path} at iteration {last.iteration}")
         folder.restore(trainer, last)
-    train(trainer, folder, checkpoint_every=config.checkpoint_every)
-    if layout.is_main:
-        print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")
+    return trainer
+
+
+def require_inputs(config: PretrainedConfig) -> None:
+    """Look at the headers of all files, without reading weights or samples.
+
+    Raises:
+        OptionError: a folder is not given, the start of the student is another run, or the model
+            does not take the shape of the samples.
+        RunError: the model's folder is incomplete or of another model, or the data do not fit it.
+    """
+    if not config.synthetic:
+        for name, given in (("model", config.model.folder), ("data", config.data.folder)):
+            if given is None:
+                raise OptionError(
+                    f"{config.preset} has no folder of its {name}; give it with --{name}.folder"
+                )
+    if config.student.start != TEACHER:
+        raise OptionError(
+            f"--student.start is {config.student.start!r}; it must be {TEACHER!r}, because this "
+            "network is pretrained"
+        )
+    network = config.model.build_on_meta()
+    try:
+        network.require_sample_shape(config.data.sample_shape)
+    except ValueError as error:
+        raise OptionError(f"--data.sample-shape does not fit the model: {error}") from error
+    if config.model.folder is not None:
+        PretrainedFolder.open(config.model.model_folder()).tensors()
+    if config.data.folder is not None:
+        data = config.data.load(network.condition_shapes, network.fixed_conditions)
+        if config.student.guidance.active:
+            data.null_condition({})
 
 
 def pretrained_network(
-    config: PretrainedConfig,
-    start: str,
-    layout: Layout,
-    device: torch.device,
-    *,
-    frozen: bool = False,
+    config: PretrainedConfig, layout: Layout, device: torch.device, *, frozen: bool = False
 ) -> Backbone:
     """The network of the config's folder, sharded, with its tokens split and its blocks
-    checkpointed. Without a folder, and in a synthetic run, it has random weights. A frozen one
-    keeps them in the dtype of the computation.
+    checkpointed. Without a folder it has random weights. A frozen one keeps them in the dtype of
+    the computation.
 
-    Raises:
-        OptionError: the config has no folder, or the start is another run.
-        RunError: the folder cannot be used.
+    Raises RunError if the folder cannot be used.
     """
-    if start != TEACHER:
-        raise OptionError(
-            f"the start of a network is {start!r}; networks of diffusers start from the teacher"
-        )
     if config.model.folder is not None:
         with errors_on_every_rank():
             network = config.model.build_on_meta()
-    elif config.synthetic:
+    else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = config.model.build()
             perturb(network)
         network.to(device)
-    else:
-        raise OptionError("the preset needs the folder of its model: --model.folder FOLDER")
     param_dtype = None if config.model.dtype == "float32" else DTYPES[config.model.dtype]
     if frozen:
         freeze(network, param_dtype)
@@ -121,9 +149,9 @@ def pretrained_network(
 
 
 def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -> Latents:
-    """The data set, checked against the network. Raises RunError."""
+    """The data set; without a folder, random samples in the run folder. Raises RunError."""
     shapes, settings = network.condition_shapes, config.data
-    if settings.folder is None and config.synthetic:
+    if settings.folder is None:
         made = folder.path / SYNTHETIC_DATA
         settings = replace(settings, folder=str(made))
         with errors_on_every_rank():
@@ -131,8 +159,4 @@ def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -
                 sizes = settings.condition_sizes(shapes)
                 write_random_latents(made, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
     with errors_on_every_rank():
-        try:
-            network.require_sample_shape(settings.sample_shape)
-        except ValueError as error:
-            raise OptionError(f"data.sample_shape does not fit the model: {error}") from error
         return settings.load(shapes, network.fixed_conditions)

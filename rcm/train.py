@@ -19,6 +19,7 @@ Repeat the command to continue an interrupted run, on any number of ranks (docs/
 from __future__ import annotations
 
 import difflib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,8 @@ from typing import Annotated
 import tyro
 
 from rcm import command_line
+from rcm.distributed.processes import is_main
+from rcm.distributed.rendezvous import Launch
 from rcm.errors import OptionError, RunError
 from rcm.presets import DEFAULT_PRESET, PRESETS, config_from_settings
 from rcm.run import run
@@ -61,6 +64,9 @@ def main(argv: list[str]) -> int:
     """
     try:
         arguments = parse(argv)
+    except OptionError as error:  # of every rank alike
+        return command_line.report(error) if is_main() else command_line.OPTION_CODE
+    try:
         config = arguments.config
         if isinstance(config, FromScratchConfig):
             default = PRESETS[config.preset].config(arguments.method)
@@ -69,9 +75,10 @@ def main(argv: list[str]) -> int:
                 config, arguments.folder, default=default, read_config=config_from_settings
             )
         if arguments.dry_run:
-            with _temporary_folder() as folder:
-                run(folder / "dry-run", config.shortened(), arguments.on_collapse)
-            print("dry run: everything was built and works")
+            with _dry_run_folder(arguments.folder) as folder:
+                run(folder, config.shortened(), arguments.on_collapse)
+            if is_main():
+                print("dry run: everything was built and works")
         else:
             run(arguments.folder, config, arguments.on_collapse)
     except (OptionError, RunError) as error:
@@ -121,13 +128,26 @@ def _known(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[Path]:
+def _dry_run_folder(folder: Path) -> Iterator[Path]:
+    """A run folder that is deleted afterwards.
+
+    That of one process is a temporary one. Several ranks, which may be on several machines, share
+    one beside the folder of the run.
+    """
+    if Launch.from_environment() is not None:
+        shared = folder.with_name(f".{folder.name}.dry-run")
+        try:
+            yield shared
+        finally:
+            if is_main():
+                shutil.rmtree(shared, ignore_errors=True)
+        return
     try:
-        folder = tempfile.TemporaryDirectory()
+        temporary = tempfile.TemporaryDirectory()
     except OSError as error:
         raise OptionError(f"--dry-run finds no temporary folder ({error}); set TMPDIR") from error
-    with folder as path:
-        yield Path(path)
+    with temporary as path:
+        yield Path(path) / "dry-run"
 
 
 if __name__ == "__main__":

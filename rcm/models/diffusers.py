@@ -115,10 +115,7 @@ class DiffusersConfig:
         stored = _read_json(path)
         name = stored.get("_class_name")
         if name != self.adapter.class_name:
-            raise RunError(
-                f"{path} describes a {name}; the model is a {self.adapter.class_name} "
-                f"({self.architecture})"
-            )
+            raise RunError(f"{path} is of a {name}; give the folder of a {self.adapter.class_name}")
         for key, expected in self.settings.items():
             found = _plain(key, stored.get(key, parameters[key].default))
             if found != expected:

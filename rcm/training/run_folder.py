@@ -97,7 +97,11 @@ class RunFolder:
         if self._metrics is not None:
             for problem in problems:
                 print(f"{problem}; using the one before it")
-            self._metrics.truncate(0 if checkpoint is None else checkpoint.facts["metrics_bytes"])
+            kept = 0 if checkpoint is None else checkpoint.facts["metrics_bytes"]
+            length = self._metrics.seek(0, os.SEEK_END)
+            if length < kept:  # truncate() would add zeros
+                print(f"{self._metrics.name} has lost its last {kept - length} bytes")
+            self._metrics.truncate(min(kept, length))
             self._metrics.seek(0, os.SEEK_END)
         return checkpoint
 
@@ -145,12 +149,17 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
             if layout.is_main:
                 stack.enter_context(_locked(path))
                 _require_same_settings(path, config)
-                (path / "grids").mkdir(exist_ok=True)
-                metrics = stack.enter_context(open(path / "metrics.jsonl", "ab"))
+                metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed below)
+                stack.callback(_close, metrics)
         with _explained(path):
             folder = RunFolder(path, layout, config.keep_checkpoints, metrics)
         stack.callback(folder.finish_saving)
         yield folder
+
+
+def _close(metrics: BinaryIO) -> None:
+    with suppress(OSError):  # of a line that could not be written, which closing tries again
+        metrics.close()
 
 
 @contextmanager

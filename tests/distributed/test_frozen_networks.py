@@ -65,8 +65,8 @@ def test_a_frozen_network_computes_what_a_trained_one_does(
 ) -> None:
     folder = saved(architecture, tmp_path) if from_folder else None
     settings = config(architecture, "bfloat16", folder)
-    trained = pretrained_network(settings, "teacher", layout, CPU)
-    frozen = pretrained_network(settings, "teacher", layout, CPU, frozen=True)
+    trained = pretrained_network(settings, layout, CPU)
+    frozen = pretrained_network(settings, layout, CPU, frozen=True)
     assert torch.equal(output(frozen, architecture), output(trained, architecture))
     reshard(trained)
     reshard(frozen)
@@ -83,7 +83,7 @@ def test_a_frozen_network_computes_what_a_trained_one_does(
 
 
 def test_a_frozen_network_keeps_float32_where_it_computes_in_it(layout: Layout) -> None:
-    network = pretrained_network(config("wan", "float32"), "teacher", layout, CPU, frozen=True)
+    network = pretrained_network(config("wan", "float32"), layout, CPU, frozen=True)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 

@@ -50,7 +50,7 @@ def trained(config: PretrainedConfig, sharded: bool) -> tuple[list[float], dict[
 
     def make(start: str) -> Backbone:
         if sharded:
-            return pretrained_network(config, start, layout, torch.device("cpu"))
+            return pretrained_network(config, layout, torch.device("cpu"))
         return unsharded(config)
 
     layout = Layout()

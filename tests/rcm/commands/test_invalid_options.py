@@ -76,6 +76,7 @@ VALUES = {
     "student.critic-start": NOT_COUNTS,
     "student.critic-norm": ("x", "L2"),
     "student.form": ("x", ""),
+    "student.passes": ("1", "three", ""),
     "student.tangent-norm": ("x", "L2"),
     "student.tangent-norm-eps": NOT_POSITIVE,
     "student.score-weight": NOT_POSITIVE,

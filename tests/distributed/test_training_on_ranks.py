@@ -1,0 +1,81 @@
+"""`python -m rcm.train` under torchrun: what it prints, and what ends with a dead rank."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launched_ranks import is_running
+from tests.distributed.launched_training import (
+    LIMIT,
+    TorchrunRanks,
+    finished_checkpoints,
+    iterations,
+)
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def torchrun(folder: Path, *options: str) -> TorchrunRanks:
+    arguments = ["wan-tiny", "--folder", str(folder), "--mesh.ulysses", "2", *options]
+    return TorchrunRanks("rcm.train", arguments, folder.with_name("output"), "--standalone")
+
+
+def wait_for_iterations(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + LIMIT
+    while iterations(folder) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_ranks_print_each_line_once(folder: Path) -> None:
+    ranks = torchrun(folder, "--student.iterations", "2")
+    assert ranks.codes() == [0]
+    last = folder / "checkpoints" / "student-0000002"
+    assert ranks.output.read_text() == (
+        f"finished 2 iterations; the last intact checkpoint is {last}\n"
+    )
+
+
+def test_a_dry_run_of_two_ranks_leaves_nothing(folder: Path) -> None:
+    ranks = torchrun(folder, "--dry-run")
+    assert ranks.codes() == [0], ranks.output.read_text()
+    assert ranks.output.read_text().splitlines()[-1] == "dry run: everything was built and works"
+    assert [path.name for path in folder.parent.iterdir()] == ["output"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_and_is_named(folder: Path, victim: int) -> None:
+    ranks = torchrun(folder)
+    wait_for_iterations(folder, 5)
+    pids = ranks.pids
+    ranks.kill(victim)
+    assert ranks.codes() == [1]
+    output = ranks.output.read_text()
+    assert f"rank      : {victim} (local_rank: {victim})" in output
+    assert f"exitcode  : -9 (pid: {pids[victim]})" in output
+    assert "Traceback" not in output
+    assert not any(map(is_running, pids))
+    assert finished_checkpoints(folder)
+
+
+def test_an_interrupt_says_how_to_continue(folder: Path) -> None:
+    ranks = torchrun(folder)
+    wait_for_iterations(folder, 6)
+    pids = ranks.pids
+    ranks.process.send_signal(signal.SIGINT)
+    assert ranks.codes() != [0]
+    output = ranks.output.read_text()
+    print(output)
+    assert not any(map(is_running, pids))
