@@ -1,12 +1,19 @@
-"""Train a teacher and distil it into a few-step student.
+"""Train a teacher and distil it into a few-step student, or distil a pretrained network.
 
     python -m rcm.train                              the preset `digits`, in runs/digits
-    python -m rcm.train digits --folder runs/a --seed 1
     python -m rcm.train digits --method meanflow     another method, in runs/digits-meanflow
     python -m rcm.train digits --method scm --teacher runs/digits    with the teacher of that run
-    python -m rcm.train --dry-run                    build everything, run a few steps
+    python -m rcm.train wan-tiny                     a tiny Wan with random weights, on a laptop
+    python -m rcm.train wan-tiny --dry-run           build everything, run a few steps
 
-Repeat the command to continue an interrupted run.
+    1 GPU     python -m rcm.train wan2.1-t2v-1.3b-released --accumulation 8 \\
+                  --model.folder Wan2.1-T2V-1.3B-Diffusers --data.folder latents
+    8 GPUs    torchrun --standalone --nproc-per-node 8 -m rcm.train wan2.1-t2v-1.3b-released ...
+    8 nodes   torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d \\
+                  --rdzv-endpoint HOST:29500 -m rcm.train wan2.1-t2v-14b-paper \\
+                  --mesh.ulysses 8 --accumulation 8 ...
+
+Repeat the command to continue an interrupted run, on any number of ranks (docs/scale.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands in docstrings and in docs/digits.md are valid."""
+"""The commands in docstrings, README.md and two pages of docs are valid."""
 
 import re
 from pathlib import Path
@@ -9,19 +9,30 @@ import tyro
 from rcm import sample, train
 
 ROOT = Path(train.__file__).parents[1]
-FILES = [*(ROOT / "rcm").rglob("*.py"), ROOT / "docs" / "digits.md"]
-# A command ends at its comment, two spaces away, or at the end of the line.
-COMMAND = re.compile(r"^ *python -m rcm\.(train|sample)\b(.*?)(?:  .*)?$", re.MULTILINE)
-COMMANDS = [match.groups() for file in FILES for match in COMMAND.finditer(file.read_text())]
+PAGES = ["README.md", "docs/digits.md", "docs/scale.md"]
+FILES = [*(ROOT / "rcm").rglob("*.py"), *(ROOT / page for page in PAGES)]
+# A command may follow a title such as "8 GPUs". It ends at its comment, two spaces away, or at the
+# end of the line, which a backslash continues.
+COMMAND = re.compile(
+    r"^ *(?:\d \w+ +)?(?:python|torchrun .*?) -m rcm\.(train|sample)\b(.*?)(?:  .*)?$", re.MULTILINE
+)
+CONTINUATION = re.compile(r" *\\+\n *")
+COMMANDS = [
+    match.groups()
+    for file in FILES
+    for match in COMMAND.finditer(CONTINUATION.sub(" ", file.read_text()))
+]
 
 
 def test_commands_are_found() -> None:
     assert {name for name, _ in COMMANDS} == {"train", "sample"}
+    options = [options for name, options in COMMANDS if name == "train"]
+    assert sum("--mesh.ulysses 8 --accumulation 8" in line for line in options) == 2
 
 
 @pytest.mark.parametrize(("name", "options"), COMMANDS, ids=lambda text: text.strip() or "-")
 def test_documented_command_is_valid(name: str, options: str) -> None:
-    arguments = options.split()
+    arguments = [argument for argument in options.split() if argument != "..."]
     if name == "sample":
         tyro.cli(sample.Arguments, args=arguments)
     elif "--help" not in arguments:
