@@ -19,17 +19,20 @@ from rcm.presets import PRESETS
 from rcm.presets.tiny import tiny
 from rcm.run_pretrained import pretrained_trainer
 from rcm.training.config import PretrainedConfig
+from rcm.training.optimization import Optimization
 from rcm.training.run_folder import RunFolder, open_run_folder
-from rcm.training.trainer import Metrics, Trainer
+from rcm.training.trainer import Trainer
 
 Named = dict[str, Tensor]
 # From this iteration on, the student has the DMD loss too, and every other one trains the critic.
 DMD_START = 2
-STOP, END, PRODUCT_END = (
-    4,
-    6,
-    20,
-)  # iterations; after STOP, both networks have taken steps with all of their losses
+FIRST_UPDATES = {0: "student", DMD_START: "student with DMD", DMD_START + 1: "critic"}
+# Iterations. At STOP every loss has been used once.
+STOP, END, PRODUCT_END = 4, 6, 20
+
+SHARD, ULYSSES, RING = MeshConfig(shard=2), MeshConfig(ulysses=2), MeshConfig(ring=2)
+RING_ULYSSES, SHARD_ULYSSES = MeshConfig(ring=2, ulysses=2), MeshConfig(shard=2, ulysses=2)
+COPIES, SHARD_4 = MeshConfig(replicate=2, shard=2), MeshConfig(shard=4)
 
 
 @dataclass(frozen=True)
@@ -97,29 +100,24 @@ def measured(cases: Sequence[Case], iterations: int, path: Path) -> dict[str, An
 def trained(trainer: Trainer, end: int) -> dict[str, Any]:
     """Train until an iteration.
 
-    Returns the metrics of each iteration; the gradients of the first update of each kind (see
-    update_kind) by parameter; and the averaged weights at the end.
+    Returns the metrics of each iteration, the clipped gradients of FIRST_UPDATES by parameter, and
+    the averaged weights at the end.
     """
-    metrics: list[Metrics] = []
     gradients: dict[str, Named] = {}
-    while trainer.iteration < end:
-        metrics.append(trainer.step())
-        kind = update_kind(metrics[-1])
-        if kind not in gradients:
-            network = trainer.networks["critic" if kind == "critic" else "student"]
-            gradients[kind] = {
-                name: full_tensor(parameter.grad).clone()
-                for name, parameter in network.named_parameters()
-                if parameter.grad is not None
-            }
+    for optimization in trainer.optimizations.values():
+
+        def keep(*_: Any, optimization: Optimization = optimization) -> None:
+            if trainer.iteration in FIRST_UPDATES:
+                parameters = zip(optimization.names, optimization.parameters, strict=True)
+                gradients[FIRST_UPDATES[trainer.iteration]] = {
+                    name: full_tensor(parameter.grad).clone()
+                    for name, parameter in parameters
+                    if parameter.grad is not None
+                }
+
+        optimization.optimizer.register_step_pre_hook(keep)
+    metrics = [trainer.step() for _ in range(trainer.iteration, end)]
     return {"metrics": metrics, "gradients": gradients, "weights": trainer.weights()}
-
-
-def update_kind(metrics: Metrics) -> str:
-    """Which network an iteration trained, and with which losses."""
-    if "critic_loss" in metrics:
-        return "critic"
-    return "student with DMD" if "dmd" in metrics else "student"
 
 
 def stopped(case: Case, path: Path) -> dict[str, Any]:
@@ -140,16 +138,15 @@ def continued(before: Case, case: Case, path: Path) -> dict[str, Any]:
 
 # ---- what the ranks do -------------------------------------------------------------------------
 
-WAN_SHARD = Case("wan-tiny", MeshConfig(shard=2))
-WAN_ULYSSES = Case("wan-tiny", MeshConfig(ulysses=2))
+WAN_SHARD, WAN_ULYSSES = Case("wan-tiny", SHARD), Case("wan-tiny", ULYSSES)
 WAN_ALONE = WAN_SHARD.alone
 # A text of 7 tokens, a video of 45 and an image of 15; 4 and 3 heads: 2 does not divide them all.
 TWO_RANKS = [
     WAN_SHARD,
     WAN_ULYSSES,
-    Case("cosmos-tiny", MeshConfig(ring=2), passes="two"),
-    Case("sd3-tiny", MeshConfig(ulysses=2), heads=3),
-    Case("wan-tiny", MeshConfig(shard=2), accumulation=2),
+    Case("cosmos-tiny", RING, passes="two"),
+    Case("sd3-tiny", ULYSSES, heads=3),
+    Case("wan-tiny", SHARD, accumulation=2),
 ]
 BFLOAT16 = [replace(case, dtype="bfloat16") for case in (WAN_SHARD, WAN_ULYSSES)]
 BFLOAT16_END = DMD_START + 2
@@ -190,9 +187,6 @@ def alone(cases: Sequence[Case]) -> list[Case]:
 # ---- presets × layouts × passes ----------------------------------------------------------------
 
 NAMES = ("wan-tiny", "cosmos-tiny", "sd3-tiny")
-SHARD, ULYSSES, RING = MeshConfig(shard=2), MeshConfig(ulysses=2), MeshConfig(ring=2)
-RING_ULYSSES, SHARD_ULYSSES = MeshConfig(ring=2, ulysses=2), MeshConfig(shard=2, ulysses=2)
-COPIES, SHARD_4 = MeshConfig(replicate=2, shard=2), MeshConfig(shard=4)
 
 # All presets run on all layouts in one pass, but only Wan on SHARD_4, which is COPIES without an
 # all-reduce. In two passes Wan runs on all layouts but these two, the others on one each.
