@@ -82,7 +82,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise RunError(f"{path} is damaged or truncated: it has no safetensors header")
+            raise RunError(f"{path} is damaged or truncated: it has no safetensors header; copy it again")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -96,7 +96,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     end = max((t.offset + _bytes(t) for t in tensors.values()), default=8 + length)
     if end != size:
         raise RunError(
-            f"{path} is damaged or truncated: it has {size} bytes, but its header describes {end}"
+            f"{path} is damaged or truncated: it has {size} bytes, but its header describes {end}; "
+            "copy it again"
         )
     return tensors
 
