@@ -82,7 +82,9 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise RunError(f"{path} is damaged or truncated: it has no safetensors header; copy it again")
+            raise RunError(
+                f"{path} is damaged or truncated: it has no safetensors header; copy it again"
+            )
         text = file.read(length)
     try:
         header = json.loads(text)
