@@ -20,27 +20,33 @@ from torch.utils._pytree import tree_map, tree_map_only
 from rcm.data.dataset import Data
 from rcm.errors import RunError
 
-ORDER, SHARED, SAMPLE = 0, 1, 2  # what a seed is for
+ORDER, SHARED, SAMPLES = 0, 1, 2  # what a seed is for
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples x0 (batch, ...), their condition, and a random generator for each of them."""
+    """Some samples of a batch: x0 (n, ...), their condition and their random numbers."""
 
     x0: Tensor
     condition: Any
+    positions: range
+    """Where these samples are in the whole batch, of `size` samples."""
+    size: int
     generators: Sequence[Generator]
+    """For noise: one for each of these samples."""
     shared: Generator
-    """The same on all ranks, for what the samples of an iteration have in common."""
+    """For all else: the same on all ranks, which draw alike."""
     null_condition: Callable[[Any], Any]
 
     def draw(self, distribution: Callable[[int, Generator], Any]) -> Any:
-        """distribution(1, generator) of each sample: tensors (..., 1) -> (..., batch).
+        """distribution(count, generator) for these samples, on the device of x0.
 
-        The result may also be a tuple of tensors. They are on the device of x0.
+        It draws for the whole batch and returns tensors (..., count), one or a tuple of them, of
+        which these samples get theirs.
         """
-        drawn = [distribution(1, generator) for generator in self.generators]
-        return tree_map(lambda *parts: torch.cat(parts, -1).to(self.x0.device), *drawn)
+        own = slice(self.positions.start, self.positions.stop)
+        drawn = distribution(self.size, self.shared)
+        return tree_map(lambda tensor: tensor[..., own].to(self.x0.device), drawn)
 
     def noise(self) -> Tensor:
         """Standard normal noise, like x0."""
@@ -63,10 +69,13 @@ class Batches:
     def read(self, iteration: int, positions: range) -> Batch:
         """The samples at some positions of the batch of iteration 0, 1, ..."""
         x0, condition = self.data.batch(self.indices(iteration, positions))
+        seeds = self._seeds(self.batch, SAMPLES, iteration)
         return Batch(
             x0.to(self.device),
             tree_map_only(Tensor, lambda tensor: tensor.to(self.device), condition),
-            [self._generator(SAMPLE, iteration, position) for position in positions],
+            positions,
+            self.batch,
+            [Generator().manual_seed(seeds[position]) for position in positions],
             self._generator(SHARED, iteration),
             self.data.null_condition,
         )
@@ -80,5 +89,11 @@ class Batches:
         return torch.randperm(len(self.data), generator=self._generator(ORDER, epoch))
 
     def _generator(self, *purpose: int) -> Generator:
-        (seed,) = np.random.SeedSequence([self.seed, *purpose]).generate_state(1)
-        return Generator().manual_seed(int(seed))
+        (seed,) = self._seeds(1, *purpose)
+        return Generator().manual_seed(seed)
+
+    def _seeds(self, count: int, *purpose: int) -> list[int]:
+        seeds: list[int] = (
+            np.random.SeedSequence([self.seed, *purpose]).generate_state(count).tolist()
+        )
+        return seeds

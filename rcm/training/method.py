@@ -108,10 +108,10 @@ class Step:
         return self._batch.noise()
 
     def draw(self, distribution: Callable[[int, Generator], Any]) -> Any:
-        """A random number for each sample, from distribution(count, generator).
+        """Random numbers of each sample, from distribution(count, generator).
 
         distribution returns tensors (..., count), one or a tuple of them; so does this function,
-        with the batch as count.
+        with the samples of this step as count.
         """
         return self._batch.draw(distribution)
 
