@@ -18,6 +18,7 @@ from rcm.distributed.sharding import freeze, shard
 from rcm.distributed.token_plans import token_plan
 from rcm.errors import OptionError
 from rcm.models.backbone import Backbone
+from rcm.models.compiled_blocks import compile_blocks
 from rcm.models.diffusers import DTYPES
 from rcm.presets.tiny import perturb
 from rcm.training.config import PretrainedConfig
@@ -104,8 +105,8 @@ def pretrained_network(
     config: PretrainedConfig, layout: Layout, device: torch.device, *, frozen: bool = False
 ) -> Backbone:
     """The network of the config's folder, sharded, with its tokens split and its blocks
-    checkpointed. Without a folder it has random weights. A frozen one keeps them in the dtype of
-    the computation.
+    checkpointed, and compiled if the config says so. Without a folder it has random weights. A
+    frozen one keeps them in the dtype of the computation.
 
     Raises RunError if the folder cannot be used.
     """
@@ -118,12 +119,15 @@ def pretrained_network(
             network = config.model.build()
             perturb(network)
         network.to(device)
+    blocks = [block for blocks in network.blocks for block in blocks]
+    if config.compile:
+        compile_blocks(blocks)
     param_dtype = None if config.model.dtype == "float32" else DTYPES[config.model.dtype]
     if frozen:
         freeze(network, param_dtype)
     shard(
         network.model,
-        [block for blocks in network.blocks for block in blocks],
+        blocks,
         layout.parameter_mesh,
         data_size=layout.data_size,
         param_dtype=param_dtype,

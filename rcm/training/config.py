@@ -145,8 +145,19 @@ class PretrainedConfig(RunConfig):
 
     synthetic: tyro.conf.Suppress[bool] = False
     """Random weights and data where no folder is given, to try everything out."""
+    compile: bool = False
+    """Compile the blocks of the networks with torch.compile."""
     data: LatentsConfig
     model: DiffusersConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.mesh.ring * self.mesh.ulysses > 1:
+            raise ValueError(
+                f"compile is set, and mesh.ring × mesh.ulysses is "
+                f"{self.mesh.ring * self.mesh.ulysses}; attention over several ranks cannot be "
+                "compiled: leave out one of the two"
+            )
 
 
 def updated(config: Any, settings: dict[str, Any]) -> Any:
