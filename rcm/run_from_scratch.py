@@ -153,7 +153,6 @@ def _evaluate_student(
     shown = {title: evaluator.first_of_each_class(images) for title, images in panels.items()}
     weights = trainer.weights()
     if folder.layout.is_main:
-        folder.grids.mkdir(exist_ok=True)
         for path in (folder.grids / f"{trainer.iteration:07d}.png", folder.path / "grid.png"):
             save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
         save_weights(folder.student_weights, weights)

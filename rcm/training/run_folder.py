@@ -32,7 +32,7 @@ from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout, MeshConfig
 from rcm.errors import OptionError, RunError
 from rcm.training.checkpoint import Checkpoints
-from rcm.training.config import RunConfig
+from rcm.training.config import FromScratchConfig, RunConfig
 from rcm.training.files import save_weights, write_atomically
 from rcm.training.manifest import Checkpoint
 from rcm.training.trainer import Trainer
@@ -40,6 +40,7 @@ from rcm.training.trainer import Trainer
 PHASES = ("teacher", "student")
 TEACHER_WEIGHTS, START_WEIGHTS = "teacher.safetensors", "start.safetensors"
 STUDENT_WEIGHTS = "student.safetensors"
+GRIDS = "grids"
 # Settings that a run may change when it continues: on how many ranks, and how they share the work.
 ANY_RANKS = {"accumulation", "keep_checkpoints", *(f"mesh.{f.name}" for f in fields(MeshConfig))}
 SYNTHETIC_DATA = "data"  # the folder of a synthetic run's samples
@@ -53,7 +54,7 @@ class RunFolder:
         """metrics: the open metrics.jsonl on the main rank, None on the others."""
         self.path, self.layout = path, layout
         self.checkpoints = Checkpoints(path / "checkpoints", PHASES, group=layout.group, keep=keep)
-        self.grids = path / "grids"
+        self.grids = path / GRIDS
         self.teacher_weights = path / TEACHER_WEIGHTS
         self.start_weights = path / START_WEIGHTS
         self.student_weights = path / STUDENT_WEIGHTS
@@ -149,6 +150,8 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
             if layout.is_main:
                 stack.enter_context(_locked(path))
                 _require_same_settings(path, config)
+                if isinstance(config, FromScratchConfig):
+                    (path / GRIDS).mkdir(exist_ok=True)
                 metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 (closed below)
                 stack.callback(_close, metrics)
         with _explained(path):
