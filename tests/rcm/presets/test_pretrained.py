@@ -260,5 +260,5 @@ def test_a_released_network_needs_its_folder(
     finally:
         torch.set_num_threads(threads)
     assert capsys.readouterr().err == (
-        "error: the preset needs the folder of its model: --model.folder FOLDER\n"
+        f"error: {COSMOS[0]} has no folder of its model; give it with --model.folder\n"
     )
