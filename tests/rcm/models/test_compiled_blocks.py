@@ -158,6 +158,19 @@ def test_arguments_and_outputs_keep_their_structure() -> None:
     torch.testing.assert_close(both(), expected)
 
 
+def test_a_checkpointed_block_has_a_gradient_but_a_detached_tangent() -> None:
+    block, shift = Scaled(), (torch.ones(3), torch.ones(3))
+    compile_blocks([block], "eager")
+    x = torch.ones(3, requires_grad=True)
+    out, tangent = torch.func.jvp(
+        lambda x: checkpoint_primal(block, x, shift=shift)[1]["twice"], (x,), (torch.ones(3),)
+    )
+    assert not tangent.requires_grad
+    out.sum().backward()
+    assert block.weight.grad == 3
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
 def test_networks_that_train_together_share_their_graphs() -> None:
     counted = Counted("eager")
     blocks = [Scaled(2.0), Scaled(3.0)]
