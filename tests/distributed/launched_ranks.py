@@ -103,6 +103,8 @@ def _run_rank(
 ) -> None:
     from tests.distributed.rank_program import main
 
+    # A shell that started the tests in the background made their processes ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(variables)
     with open(output, "w") as file:
         os.dup2(file.fileno(), 2)
