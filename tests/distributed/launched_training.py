@@ -20,6 +20,11 @@ QUICK = HeartbeatConfig(interval=0.2, timeout=2)
 PROGRAM = "tests.distributed.training_program"
 
 
+def _allow_interrupts() -> None:
+    """A shell that started the tests in the background made their processes ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class ForkedRanks:
     """Ranks of training_program, with the environment of torchrun. The output goes to a file."""
 
@@ -95,6 +100,7 @@ class TorchrunRanks:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_allow_interrupts,
             )
 
     @property

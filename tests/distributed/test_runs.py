@@ -29,6 +29,7 @@ from tests.distributed.run_cases import (
     DMD_START,
     END,
     FIRST_UPDATES,
+    FOUR_RANKS_END,
     PRODUCT_END,
     PRODUCT_ON_FOUR,
     PRODUCT_ON_TWO,
@@ -199,6 +200,12 @@ def product_alone(one_thread: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
+def product_alone_on_four(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    with processes("cpu", always_group=True):
+        return measured(alone(PRODUCT_ON_FOUR), FOUR_RANKS_END, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
 def product_on_two(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
     function = partial(product_on_two_ranks, tmp_path_factory.mktemp("runs"))
     return run_on_ranks(function, 2, tmp_path_factory.mktemp("ranks"))
@@ -222,10 +229,10 @@ def test_long_run_on_two_ranks_equals_that_of_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PRODUCT_ON_FOUR, **ids)
 def test_long_run_on_four_ranks_equals_that_of_one_process(
-    case: Case, product_on_four: list[Measured], product_alone: Measured
+    case: Case, product_on_four: list[Measured], product_alone_on_four: Measured
 ) -> None:
     for rank in product_on_four:
-        check_equal(case, rank[case.name], product_alone[case.alone.name])
+        check_equal(case, rank[case.name], product_alone_on_four[case.alone.name])
 
 
 @pytest.mark.slow
