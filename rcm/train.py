@@ -85,7 +85,8 @@ def main(argv: list[str]) -> int:
         return command_line.report(error)
     except KeyboardInterrupt as interrupt:
         where = "".join(f"; {note}" for note in getattr(interrupt, "__notes__", ()))
-        print(f"\ninterrupted{where}; repeat the command to continue", file=sys.stderr)
+        if is_main():
+            print(f"\ninterrupted{where}; repeat the command to continue", file=sys.stderr)
         return 130
     return 0
 
