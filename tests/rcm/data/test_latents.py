@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import re
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -109,9 +111,15 @@ def test_no_file_stays_open(layout: str, tmp_path: Path) -> None:
 
 
 def test_forked_processes_read_at_once(layout: str, tmp_path: Path) -> None:
+    """In a process of its own: one that has threads, as those of pytest-xdist, must not fork."""
+    command = [sys.executable, "-m", "tests.rcm.data.test_latents", layout, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120)
+
+
+def read_in_forks(layout: str, folder: Path) -> None:
     samples = random_samples()
-    WRITERS[layout](tmp_path, samples)
-    data = load(tmp_path)
+    WRITERS[layout](folder, samples)
+    data = load(folder)
     data.batch([0])  # what this opened or cached is inherited
     context = multiprocessing.get_context("fork")
     ends, processes = [], []
@@ -265,3 +273,7 @@ def test_a_condition_cannot_be_named_latents(tmp_path: Path) -> None:
     config = LatentsConfig(folder=str(tmp_path), sample_shape=SHAPES.latents, text_length=6)
     with pytest.raises(ValueError, match="'latents'"):
         config.load({LATENTS: (6, 7)})
+
+
+if __name__ == "__main__":
+    read_in_forks(sys.argv[1], Path(sys.argv[2]))
