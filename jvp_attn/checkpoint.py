@@ -109,9 +109,6 @@ def checkpoint_jvp(
 def _checkpointed(
     function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_state: bool
 ) -> Any:
-    if isinstance(function, partial):
-        args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
-        function = function.func
     call = RepeatableCall(function, args, kwargs)
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     if inside_jvp():

@@ -110,9 +110,6 @@ def checkpoint_primal(
 def _checkpointed(
     function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_state: bool
 ) -> Any:
-    if isinstance(function, partial):
-        args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
-        function = function.func
     call = RepeatableCall(function, args, kwargs)
     if inside_jvp():
         return _inside_jvp(call, preserve_rng_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -23,6 +24,9 @@ class RepeatableCall:
     """
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        if isinstance(function, partial):
+            args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
+            function = function.func
         self.function = function
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.positions = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
