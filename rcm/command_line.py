@@ -28,7 +28,7 @@ SUGGESTION = re.compile(r"Perhaps you meant:\s+(--[\w.-]+)")
 # `config` its field with the settings; options leave both out.
 OPTION = re.compile(r"Error parsing (--[\w.-]+): (.*)")
 SETTING = re.compile(
-    r"(?:Error parsing (?:(?:Arguments|config)\b\.?)?(?P<group>[\w.-]*): )?"
+    r"(?:Error parsing (?:(?:\w*Arguments|config)\b\.?)?(?P<group>[\w.-]*): )?"
     r"(?P<name>[\w.]+(?:\[\d\])?) (?P<problem>is .*)"
 )
 NOT_A_NUMBER = {

@@ -15,7 +15,7 @@ from rcm.distributed.processes import processes
 from rcm.errors import RunError
 from rcm.presets import config_from_settings
 from rcm.run_from_scratch import run_from_scratch
-from rcm.run_pretrained import require_inputs, run_pretrained
+from rcm.run_pretrained import open_inputs, run_pretrained
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
 from rcm.training.files import write_atomically
@@ -42,12 +42,13 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
             config.mesh.sizes(ranks.size)
         layout = Layout(config.mesh, ranks.device.type)
         borrowed: dict[str, bytes] = {}
+        data = None
         # What can be wrong with the settings is found before the folder exists.
         with errors_on_every_rank():
             for method in config.phases():
                 layout.positions(method.batch, config.accumulation, name=f"--{method.result}.batch")
             if isinstance(config, PretrainedConfig):
-                require_inputs(config)
+                data = open_inputs(config)
             elif layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(
@@ -60,7 +61,7 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
             if isinstance(config, FromScratchConfig):
                 run_from_scratch(folder, config, ranks.device, on_collapse)
             elif isinstance(config, PretrainedConfig):
-                run_pretrained(folder, config, ranks.device)
+                run_pretrained(folder, config, ranks.device, data)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from jvp_attn import checkpoint_jvp, checkpoint_primal
-from rcm.data.latents import Latents
+from rcm.data.latents import Latents, LatentsConfig
 from rcm.data.random_latents import write_random_latents
 from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.context_parallel import ContextParallel
@@ -30,9 +30,14 @@ from rcm.training.trainer import Trainer, build_networks
 SYNTHETIC_SAMPLES = 64
 
 
-def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.device) -> None:
-    """Do what is left of the distillation. Raises OptionError and RunError."""
-    trainer = pretrained_trainer(folder, config, device)
+def run_pretrained(
+    folder: RunFolder, config: PretrainedConfig, device: torch.device, data: Latents | None
+) -> None:
+    """Do what is left of the distillation. Raises OptionError and RunError.
+
+    data: of `open_inputs`.
+    """
+    trainer = pretrained_trainer(folder, config, device, data)
     if trainer.iteration > 0 and folder.layout.is_main:
         print(f"continuing {folder.path} at iteration {trainer.iteration}")
     train(trainer, folder, checkpoint_every=config.checkpoint_every)
@@ -41,9 +46,15 @@ def run_pretrained(folder: RunFolder, config: PretrainedConfig, device: torch.de
 
 
 def pretrained_trainer(
-    folder: RunFolder, config: PretrainedConfig, device: torch.device
+    folder: RunFolder,
+    config: PretrainedConfig,
+    device: torch.device,
+    data: Latents | None = None,
 ) -> Trainer:
-    """The trainer at the folder's last checkpoint, or at the start. Raises like run_pretrained."""
+    """The trainer at the folder's last checkpoint, or at the start. Raises like run_pretrained.
+
+    Without data it makes synthetic ones.
+    """
     layout = folder.layout
     networks = build_networks(
         config.student.roles(),
@@ -52,7 +63,8 @@ def pretrained_trainer(
     )
     student = networks[config.student.result]
     assert isinstance(student, Backbone)
-    data = _load_data(folder, config, student)
+    if data is None:
+        data = _synthetic_data(folder, config.data, student)
     last = folder.last_checkpoint()
     trainer = Trainer(
         "student",
@@ -69,8 +81,10 @@ def pretrained_trainer(
     return trainer
 
 
-def require_inputs(config: PretrainedConfig) -> None:
+def open_inputs(config: PretrainedConfig) -> Latents | None:
     """Look at the headers of all files, without reading weights or samples.
+
+    Returns the data set, or None if the run makes its own.
 
     Raises:
         OptionError: a folder is not given, the start of the student is another run, or the model
@@ -95,10 +109,12 @@ def require_inputs(config: PretrainedConfig) -> None:
         raise OptionError(f"--data.sample-shape does not fit the model: {error}") from error
     if config.model.folder is not None:
         PretrainedFolder.open(config.model.model_folder()).tensors()
-    if config.data.folder is not None:
-        data = config.data.load(network.condition_shapes, network.fixed_conditions)
-        if config.student.guidance.active:
-            data.null_condition({})
+    if config.data.folder is None:
+        return None
+    data = config.data.load(network.condition_shapes, network.fixed_conditions)
+    if config.student.guidance.active:
+        data.null_condition({})
+    return data
 
 
 def pretrained_network(
@@ -152,15 +168,13 @@ def pretrained_network(
     return network
 
 
-def _load_data(folder: RunFolder, config: PretrainedConfig, network: Backbone) -> Latents:
-    """The data set; without a folder, random samples in the run folder. Raises RunError."""
-    shapes, settings = network.condition_shapes, config.data
-    if settings.folder is None:
-        made = folder.path / SYNTHETIC_DATA
-        settings = replace(settings, folder=str(made))
-        with errors_on_every_rank():
-            if folder.layout.is_main and not made.exists():
-                sizes = settings.condition_sizes(shapes)
-                write_random_latents(made, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
+def _synthetic_data(folder: RunFolder, settings: LatentsConfig, network: Backbone) -> Latents:
+    """Random samples, kept in the run folder. Raises RunError."""
+    made = folder.path / SYNTHETIC_DATA
     with errors_on_every_rank():
-        return settings.load(shapes, network.fixed_conditions)
+        if folder.layout.is_main and not made.exists():
+            sizes = settings.condition_sizes(network.condition_shapes)
+            write_random_latents(made, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
+    with errors_on_every_rank():
+        settings = replace(settings, folder=str(made))
+        return settings.load(network.condition_shapes, network.fixed_conditions)

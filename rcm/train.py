@@ -19,11 +19,12 @@ Repeat the command to continue an interrupted run, on any number of ranks (docs/
 from __future__ import annotations
 
 import difflib
+import io
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +45,7 @@ from rcm.training.reuse import with_teacher_settings
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train a teacher and distil it into a few-step student."""
+    """Distil a pretrained network into a few-step student."""
 
     folder: Path
     """The run folder. It is created, or continued if it exists."""
@@ -52,9 +53,15 @@ class Arguments:
     """Build everything and run a few steps of each phase in a temporary folder."""
     method: str
     """The distillation method."""
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromScratchArguments(Arguments):
+    """Train a teacher and distil it into a few-step student."""
+
     on_collapse: OnCollapse = "stop"
     """Stop a run whose student collapses, or explain it and continue."""
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 def main(argv: list[str]) -> int:
@@ -62,13 +69,18 @@ def main(argv: list[str]) -> int:
 
     It is 2 after an invalid option, 1 if the run cannot start or continue, 130 after an interrupt.
     """
+    help_of_one_rank = nullcontext() if is_main() else redirect_stdout(io.StringIO())
     try:
-        arguments = parse(argv)
+        with help_of_one_rank:
+            arguments = parse(argv)
     except OptionError as error:  # of every rank alike
         return command_line.report(error) if is_main() else command_line.OPTION_CODE
     try:
         config = arguments.config
-        if isinstance(config, FromScratchConfig):
+        on_collapse: OnCollapse = "stop"
+        if isinstance(arguments, FromScratchArguments):
+            assert isinstance(config, FromScratchConfig)
+            on_collapse = arguments.on_collapse
             default = PRESETS[config.preset].config(arguments.method)
             assert isinstance(default, FromScratchConfig)
             config = with_teacher_settings(
@@ -76,11 +88,11 @@ def main(argv: list[str]) -> int:
             )
         if arguments.dry_run:
             with _dry_run_folder(arguments.folder) as folder:
-                run(folder, config.shortened(), arguments.on_collapse)
+                run(folder, config.shortened(), on_collapse)
             if is_main():
                 print("dry run: everything was built and works")
         else:
-            run(arguments.folder, config, arguments.on_collapse)
+            run(arguments.folder, config, on_collapse)
     except (OptionError, RunError) as error:
         return command_line.report(error)
     except KeyboardInterrupt as interrupt:
@@ -104,9 +116,14 @@ def parse(argv: list[str]) -> Arguments:
     preset = PRESETS[_known("preset", name, PRESETS)]
     method = _known("method", _method_in(options) or preset.default_method, preset.methods)
     folder = name if method == preset.default_method else f"{name}-{method}"
-    default = Arguments(folder=Path("runs") / folder, method=method, config=preset.config(method))
-    prog = f"python -m rcm.train {name}"
-    return command_line.parse(Arguments, prog=prog, args=options, default=default)
+    config = preset.config(method)
+    arguments = FromScratchArguments if isinstance(config, FromScratchConfig) else Arguments
+    return command_line.parse(
+        arguments,
+        prog=f"python -m rcm.train {name}",
+        args=options,
+        default=arguments(folder=Path("runs") / folder, method=method, config=config),
+    )
 
 
 def _method_in(options: list[str]) -> str | None:

@@ -47,10 +47,6 @@ class Processes:
     device: torch.device
     """Where it computes: cpu, or its own GPU."""
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 @contextmanager
 def processes(

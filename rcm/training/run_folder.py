@@ -3,7 +3,7 @@
 The main rank writes all files but the shards of checkpoints, which every rank writes.
 
 config.json             the settings; once there is a checkpoint, others are refused, except those
-                        of ANY_RANKS
+                        of ANY_RANKS, which are those of the last start
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
 data/                   samples of a synthetic run
@@ -243,6 +243,8 @@ def _require_same_settings(path: Path, config: RunConfig) -> None:
             f"run folder {path} was created with other settings ({'; '.join(differences)}). "
             "Repeat its command to continue it, or choose another folder with --folder"
         )
+    if given != stored:
+        write_atomically(path / "config.json", json.dumps(given, indent=2).encode())
 
 
 def _is_unstarted(path: Path) -> bool:

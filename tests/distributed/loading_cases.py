@@ -16,50 +16,63 @@ from rcm.distributed.loading import load_pretrained
 from rcm.distributed.pretrained_folder import PretrainedFolder
 from rcm.distributed.sharding import shard
 from rcm.distributed.stored_tensors import StoredTensor
-from tests.distributed.tiny_transformers import cosmos, data, raw_network, sd3, wan
+from rcm.models.diffusers import ADAPTERS, Architecture
+from tests.rcm.models.backbones import example, tiny_backbone
 
-BLOCKS = {wan: "blocks", cosmos: "transformer_blocks", sd3: "transformer_blocks"}
-Build = Callable[..., nn.Module]
+
+def build(architecture: Architecture) -> nn.Module:
+    """A tiny network of diffusers. Two ranks divide some dimensions of its weights only."""
+    settings = {"ffn_dim": 33} if architecture == "wan" else {}
+    return tiny_backbone(architecture, heads=3, **settings).model
 
 
 def save(
-    build: Build, folder: Path, dtype: torch.dtype = torch.bfloat16, size: str = "30KB"
+    architecture: Architecture,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    size: str = "30KB",
 ) -> None:
     """As diffusers saves it, in several files."""
-    build().to(dtype).save_pretrained(folder, max_shard_size=size)
+    model: Any = build(architecture).to(dtype)
+    model.save_pretrained(folder, max_shard_size=size)
 
 
-def remade_buffers(build: Build, folder: Path) -> dict[str, Tensor]:
+def remade_buffers(architecture: Architecture, folder: Path) -> dict[str, Tensor]:
     """The buffers of the same network with one block."""
-    network_class: Any = type(build())
+    network_class: Any = type(build(architecture))
     config = {**PretrainedFolder.open(folder).config, "num_layers": 1}
     return dict(network_class.from_config(config).named_buffers())
 
 
-def meta(build: Build, folder: Path) -> nn.Module:
+def meta(architecture: Architecture, folder: Path) -> nn.Module:
     """The network without memory for its weights."""
-    network_class: Any = type(build())
+    network_class: Any = type(build(architecture))
     with torch.device("meta"):
         return network_class.from_config(PretrainedFolder.open(folder).config)
 
 
 def load(
-    build: Build, folder: Path, mesh: tuple[int, ...] | None = None, data_size: int = 1
+    architecture: Architecture,
+    folder: Path,
+    mesh: tuple[int, ...] | None = None,
+    data_size: int = 1,
 ) -> nn.Module:
-    network = meta(build, folder)
+    network = meta(architecture, folder)
     if mesh is not None:
         names = ("replicate", "shard")[-len(mesh) :]
+        [blocks] = (getattr(network, name) for name in ADAPTERS[architecture].blocks)
         device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
-        shard(network, getattr(network, BLOCKS[build]), device_mesh, data_size=data_size)
-    load_pretrained(network, folder, remake_buffers=lambda: remade_buffers(build, folder))
+        shard(network, blocks, device_mesh, data_size=data_size)
+    load_pretrained(network, folder, remake_buffers=lambda: remade_buffers(architecture, folder))
     return network
 
 
-def contents(build: Build, network: nn.Module) -> dict[str, Tensor]:
+def contents(architecture: Architecture, network: nn.Module) -> dict[str, Tensor]:
     """Weights, all buffers and the output."""
-    x, t, text = (data(2)[name] for name in ("x0", "t", "condition"))
+    adapter = ADAPTERS[architecture]
+    x, t, condition = example(architecture)
     with torch.no_grad(), replace_sdpa():
-        output = raw_network(build, network, torch.float32)(x, 1000 * t, text)
+        output = adapter.predict(network, x, adapter.time_scale * t, condition)
     tensors = {**network.state_dict(), **dict(network.named_buffers())}
     whole = {n: y.full_tensor() if isinstance(y, DTensor) else y for n, y in tensors.items()}
     return {**whole, "output": output}
@@ -67,15 +80,17 @@ def contents(build: Build, network: nn.Module) -> dict[str, Tensor]:
 
 # ---- ranks -------------------------------------------------------------------------------------
 
+LOADED_ON_TWO: tuple[Architecture, ...] = ("wan", "sd3")
+
 
 def two_ranks(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for build in (wan, sd3):
+    for architecture in LOADED_ON_TWO:
         read = count_reads()
-        network = load(build, folders[build.__name__], (2,), 2)
+        network = load(architecture, folders[architecture], (2,), 2)
         local = sum(y.to_local().numel() for y in network.parameters() if isinstance(y, DTensor))
-        found[build.__name__] = {
-            "contents": contents(build, network),
+        found[architecture] = {
+            "contents": contents(architecture, network),
             "bytes read": sum(read),
             "local parameters": local,
         }
@@ -83,7 +98,7 @@ def two_ranks(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def four_ranks(rank: int, folders: dict[str, Path]) -> dict[str, Tensor]:
-    return contents(cosmos, load(cosmos, folders["cosmos"], (2, 2), 4))
+    return contents("cosmos", load("cosmos", folders["cosmos"], (2, 2), 4))
 
 
 def count_reads() -> list[int]:
@@ -104,10 +119,10 @@ def errors(rank: int, folders: dict[str, Path]) -> dict[str, str]:
     """Errors that only rank 1 meets at first."""
     own = folders[f"of rank {rank}"]
     missing = own / "none" if rank == 1 else own
-    remade = remade_buffers(wan, own)
+    remade = remade_buffers("wan", own)
     found = {
         "missing": error_of(
-            lambda: load_pretrained(meta(wan, own), missing, remake_buffers=lambda: remade)
+            lambda: load_pretrained(meta("wan", own), missing, remake_buffers=lambda: remade)
         )
     }
 
@@ -119,7 +134,7 @@ def errors(rank: int, folders: dict[str, Path]) -> dict[str, str]:
         return remade
 
     found["truncated meanwhile"] = error_of(
-        lambda: load_pretrained(meta(wan, own), own, remake_buffers=truncate_on_one_rank)
+        lambda: load_pretrained(meta("wan", own), own, remake_buffers=truncate_on_one_rank)
     )
     return found
 

@@ -18,12 +18,39 @@ from jvp_attn import replace_sdpa
 from rcm.distributed.sharding import accumulating_gradients, reset_iteration, reshard, shard
 from rcm.losses.consistency import consistency_loss, consistency_tangent
 from rcm.models.dit import DiT
+from rcm.models.wan import WAN
+from rcm.network_conversions import from_rectified_flow
+from rcm.presets.tiny import TEXT_DIM, TEXT_LENGTH, VIDEO
 from rcm.training.ema import EMA, constant_decay
-from rcm.trigflow import evaluate, interpolate, velocity
-from tests.distributed.tiny_transformers import data, trigflow_network, wan
+from rcm.trigflow import Network, evaluate, interpolate, velocity
+from tests.rcm.models.backbones import tiny_backbone
 
 BATCH = 8
 Named = dict[str, Tensor]
+
+
+def wan(seed: int = 0) -> Any:
+    """A transformer of diffusers. Two ranks divide some dimensions of its weights only."""
+    return tiny_backbone("wan", heads=3, seed=seed, ffn_dim=33).model
+
+
+def trigflow_network(model: nn.Module, dtype: torch.dtype = torch.float32) -> Network:
+    """Its F, computed in dtype but for the time."""
+
+    def network(x: Tensor, t: Tensor, text: Tensor, end: Tensor | None = None) -> Tensor:
+        condition = {"prompt_embeds": text.to(dtype)}
+        return WAN.predict(model, x.to(dtype), t.float(), condition).float()
+
+    return from_rectified_flow(network, WAN.time_scale)
+
+
+def data(batch: int) -> Named:
+    """x0 and noise (batch, ...), times (batch,) float64, and a text, as consistency_loss takes."""
+    generator = torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, batch, *VIDEO, generator=generator)
+    t = 0.2 + 1.2 * torch.rand(batch, generator=generator, dtype=torch.float64)
+    text = torch.randn(batch, TEXT_LENGTH, TEXT_DIM, generator=generator)
+    return {"x0": x0, "noise": noise, "t": t, "condition": text}
 
 
 @dataclass(frozen=True)

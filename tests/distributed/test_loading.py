@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from rcm.distributed.loading import load_pretrained
 from rcm.distributed.pretrained_folder import INDEX, WEIGHTS
 from rcm.errors import RunError
+from rcm.models.diffusers import Architecture
 from tests.distributed.loading_cases import (
+    LOADED_ON_TWO,
+    build,
     contents,
     four_ranks,
     load,
@@ -27,11 +30,8 @@ from tests.distributed.loading_cases import (
     two_ranks,
 )
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.tiny_transformers import cosmos, sd3, wan
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-Build = Callable[..., nn.Module]
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,10 @@ def _one_thread() -> Iterator[None]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By network, in bfloat16 and several files; and two copies that ranks may damage."""
     root = tmp_path_factory.mktemp("folders")
-    for build in (wan, cosmos, sd3):
-        save(build, root / build.__name__)
-        assert (root / build.__name__ / INDEX).exists()
+    architectures: tuple[Architecture, ...] = ("wan", "cosmos", "sd3")
+    for architecture in architectures:
+        save(architecture, root / architecture)
+        assert (root / architecture / INDEX).exists()
     for rank in range(2):
         shutil.copytree(root / "wan", root / f"of rank {rank}")
     return {path.name: path for path in root.iterdir()}
@@ -64,7 +65,7 @@ def wan_folder(folders: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def one_file(tmp_path: Path) -> Path:
     """The same in one file."""
-    save(wan, tmp_path / "one", size="10GB")
+    save("wan", tmp_path / "one", size="10GB")
     return tmp_path / "one"
 
 
@@ -75,12 +76,14 @@ def on_two(
     return run_on_ranks(partial(two_ranks, folders=folders), 2, tmp_path_factory.mktemp("ranks"))
 
 
-def expected(build: Build, folder: Path) -> dict[str, Tensor]:
+def expected(architecture: Architecture, folder: Path) -> dict[str, Tensor]:
     """What diffusers loads; in float32 it may, without accelerate, which is not installed."""
-    network_class = type(build())
+    network_class = type(build(architecture))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network_class, "_keep_in_fp32_modules", None)
-        return contents(build, network_class.from_pretrained(folder, torch_dtype=torch.float32))
+        return contents(
+            architecture, network_class.from_pretrained(folder, torch_dtype=torch.float32)
+        )
 
 
 def check_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -93,44 +96,50 @@ def check_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 # ---- equality ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [wan, sd3])
+@pytest.mark.parametrize("architecture", LOADED_ON_TWO)
 def test_ranks_load_what_diffusers_loads(
-    build: Build, folders: dict[str, Path], on_two: list[dict[str, Any]]
+    architecture: Architecture, folders: dict[str, Path], on_two: list[dict[str, Any]]
 ) -> None:
-    wanted = expected(build, folders[build.__name__])
+    wanted = expected(architecture, folders[architecture])
     for found in on_two:
-        check_equal(found[build.__name__]["contents"], wanted)
+        check_equal(found[architecture]["contents"], wanted)
 
 
-@pytest.mark.parametrize("build", [wan, sd3])
-def test_each_rank_reads_only_its_shards(build: Build, on_two: list[dict[str, Any]]) -> None:
-    network = build().bfloat16()
+@pytest.mark.parametrize("architecture", LOADED_ON_TWO)
+def test_each_rank_reads_only_its_shards(
+    architecture: Architecture, on_two: list[dict[str, Any]]
+) -> None:
+    network = build(architecture).bfloat16()
     whole = sum(p.nbytes for p in network.parameters())
     saved = network.state_dict().keys()
     buffers = sum(b.nbytes for name, b in network.named_buffers() if name in saved)
-    shards = [found[build.__name__]["bytes read"] - buffers for found in on_two]
+    shards = [found[architecture]["bytes read"] - buffers for found in on_two]
     assert sum(shards) == whole
     for found, read in zip(on_two, shards, strict=True):
-        assert read == 2 * found[build.__name__]["local parameters"]
+        assert read == 2 * found[architecture]["local parameters"]
         assert read < 0.6 * whole
 
 
 @pytest.mark.parametrize(
-    ("build", "dtype"), [(wan, torch.bfloat16), (cosmos, torch.float16), (sd3, torch.float32)]
+    ("architecture", "dtype"),
+    [("wan", torch.bfloat16), ("cosmos", torch.float16), ("sd3", torch.float32)],
 )
 def test_one_process_loads_what_diffusers_loads(
-    build: Build, dtype: torch.dtype, tmp_path: Path
+    architecture: Architecture, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    save(build, tmp_path / "pipeline" / "transformer", dtype, size="10GB")
+    save(architecture, tmp_path / "pipeline" / "transformer", dtype, size="10GB")
     folder = tmp_path / "pipeline"
-    check_equal(contents(build, load(build, folder)), expected(build, folder / "transformer"))
+    check_equal(
+        contents(architecture, load(architecture, folder)),
+        expected(architecture, folder / "transformer"),
+    )
 
 
 @pytest.mark.slow
 def test_copies_of_shards_load_what_diffusers_loads(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    wanted = expected(cosmos, folders["cosmos"])
+    wanted = expected("cosmos", folders["cosmos"])
     for found in run_on_ranks(partial(four_ranks, folders=folders), 4, tmp_path):
         check_equal(found, wanted)
 
@@ -236,7 +245,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_bad_folder_raises_before_anything_is_loaded(damage: str, wan_folder: Path) -> None:
-    network = meta(wan, wan_folder)
+    network = meta("wan", wan_folder)
     change, message = DAMAGES[damage]
     change(wan_folder)
     with pytest.raises(RunError) as raised:
@@ -258,7 +267,7 @@ def add_and_remove(tensors: dict[str, Tensor]) -> None:
 def test_tensors_that_do_not_fit_are_named_and_counted(one_file: Path) -> None:
     change_tensors(one_file / WEIGHTS, add_and_remove)
     with pytest.raises(RunError) as raised:
-        load_pretrained(meta(wan, one_file), one_file)
+        load_pretrained(meta("wan", one_file), one_file)
     message = str(raised.value)
     assert "does not fit this WanTransformer3DModel: 5 tensors are missing: blocks.0." in message
     assert "and 2 more; 1 tensors are not in the network: blocks.7.weight; 2 tensors" in message
@@ -281,9 +290,9 @@ def test_all_ranks_raise_the_error_of_one(on_two: list[dict[str, Any]]) -> None:
 
 def test_buffers_that_are_not_remade_raise(wan_folder: Path) -> None:
     with pytest.raises(ValueError, match="2 buffers are in no file and must be remade: rope"):
-        load_pretrained(meta(wan, wan_folder), wan_folder)
-    network = meta(wan, wan_folder)
-    remade = remade_buffers(wan, wan_folder)
+        load_pretrained(meta("wan", wan_folder), wan_folder)
+    network = meta("wan", wan_folder)
+    remade = remade_buffers("wan", wan_folder)
     with pytest.raises(ValueError, match=r"1 buffers .* must be remade: rope\.freqs_sin"):
         load_pretrained(
             network,

@@ -62,7 +62,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_process_needs_no_group() -> None:
     with processes("cpu") as alone:
         assert alone == Processes(0, 1, 0, torch.device("cpu"))
-        assert alone.is_main and is_main()
+        assert alone.rank == 0 and is_main()
         assert not dist.is_initialized()
 
 

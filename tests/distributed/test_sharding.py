@@ -24,9 +24,10 @@ from tests.distributed.sharding_cases import (
     four_ranks,
     output,
     student_step,
+    trigflow_network,
     two_ranks,
+    wan,
 )
-from tests.distributed.tiny_transformers import trigflow_network, wan
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rcm.training import checkpoint, tensor_shards
+from rcm.training.run_folder import read_settings
 from rcm.training.tensor_shards import Piece
 from tests.rcm.commands.tiny_run import (
     RESULTS,
@@ -60,6 +61,7 @@ def test_a_run_continues_with_other_micro_batches_to_nearly_the_same_metrics(
 
     found, expected = (without_norms_of_terms(run) for run in (tmp_path / "run", finished))
     assert_equal_up_to_rounding(found, expected)
+    assert read_settings(tmp_path / "run")["accumulation"] == 2
     capsys.readouterr()
     assert start(tmp_path / "run", "--accumulation", "2", "--seed", "1") == 1
     assert "other settings (seed = 0 there, 1 now)" in error_of(capsys)

@@ -182,8 +182,19 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
         "--student.tangent-warmup",
         "--teacher.ema.std",
         "--method",
+        "--on-collapse",
     ):
         assert option in text
+
+
+def test_one_rank_prints_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["wan-tiny", "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_dry_run_builds_everything_and_leaves_nothing(

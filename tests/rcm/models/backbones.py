@@ -14,9 +14,11 @@ ARCHITECTURES = tuple(SAMPLE_SHAPES)
 BATCH = 2
 
 
-def tiny_backbone(architecture: Architecture, *, heads: int = 4, **settings: Any) -> Backbone:
+def tiny_backbone(
+    architecture: Architecture, *, heads: int = 4, seed: int = 0, **settings: Any
+) -> Backbone:
     """A network without zeros or ones in its weights; settings replace those of the tiny config."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = tiny(architecture, heads=heads)
     network = replace(config, settings={**config.settings, **settings}).build()
     perturb(network)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,14 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.flop_counter import FlopCounterMode
 
 from jvp_attn import checkpoint_jvp, checkpoint_primal
+from rcm import train
 from rcm.distributed.layout import MeshConfig
 from rcm.errors import RunError
 from rcm.models.backbone import Backbone
 from rcm.models.compiled_blocks import compile_blocks
 from rcm.models.diffusers import Architecture
 from rcm.presets.pretrained import PRETRAINED
+from tests.rcm.commands.tiny_run import assert_equal_up_to_rounding, metrics
 from tests.rcm.models.backbones import example, tiny_backbone
 
 TOLERANCE = 1e-5
@@ -237,3 +241,19 @@ def test_the_setting_excludes_context_parallelism() -> None:
     assert not config.compile
     with pytest.raises(ValueError, match=r"mesh\.ring × mesh\.ulysses is 2.*leave out one"):
         replace(config, compile=True, mesh=MeshConfig(ulysses=2))
+
+
+def test_a_compiled_run_has_the_metrics_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted("eager")
+    monkeypatch.setattr(
+        "rcm.run_pretrained.compile_blocks", partial(compile_blocks, backend=counted)
+    )
+    options = ["--student.iterations", "4", "--student.critic-start", "2"]
+    found = []
+    for name, option in (("eager", "--no-compile"), ("compiled", "--compile")):
+        assert train.main(["wan-tiny", "--folder", str(tmp_path / name), option, *options]) == 0
+        found.append(metrics(tmp_path / name))
+        assert (counted.calls > 0) == (option == "--compile")
+    assert_equal_up_to_rounding(found[1], found[0])
