@@ -27,10 +27,8 @@ from tests.distributed.run_cases import (
     BFLOAT16,
     BFLOAT16_END,
     DMD_START,
-    END,
     FIRST_UPDATES,
-    FOUR_RANKS_END,
-    PRODUCT_END,
+    LONG_ON_TWO,
     PRODUCT_ON_FOUR,
     PRODUCT_ON_TWO,
     STOP,
@@ -41,12 +39,13 @@ from tests.distributed.run_cases import (
     Case,
     Named,
     alone,
-    measured,
+    long_runs,
     on_one_rank_afterwards,
     on_one_rank_before,
     on_two_ranks,
     opened,
     product_on_four_ranks,
+    product_on_one_rank,
     product_on_two_ranks,
 )
 
@@ -196,13 +195,13 @@ def test_stopped_run_continues_on_another_layout(name: str, by_rank: list[Measur
 @pytest.fixture(scope="module")
 def product_alone(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     with processes("cpu", always_group=True):
-        return measured(alone(PRODUCT_ON_TWO), PRODUCT_END, tmp_path_factory.mktemp("runs"))
+        return product_on_one_rank(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def product_alone_on_four(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+def long_alone(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     with processes("cpu", always_group=True):
-        return measured(alone(PRODUCT_ON_FOUR), FOUR_RANKS_END, tmp_path_factory.mktemp("runs"))
+        return long_runs(alone(LONG_ON_TWO), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +218,7 @@ def product_on_four(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PRODUCT_ON_TWO, **ids)
-def test_long_run_on_two_ranks_equals_that_of_one_process(
+def test_any_run_on_two_ranks_equals_that_of_one_process(
     case: Case, product_on_two: list[Measured], product_alone: Measured
 ) -> None:
     for rank in product_on_two:
@@ -227,15 +226,24 @@ def test_long_run_on_two_ranks_equals_that_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", LONG_ON_TWO, **ids)
+def test_long_run_on_two_ranks_equals_that_of_one_process(
+    case: Case, product_on_two: list[Measured], long_alone: Measured
+) -> None:
+    for rank in product_on_two:
+        check_equal(case, rank[case.name], long_alone[case.alone.name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PRODUCT_ON_FOUR, **ids)
-def test_long_run_on_four_ranks_equals_that_of_one_process(
-    case: Case, product_on_four: list[Measured], product_alone_on_four: Measured
+def test_any_run_on_four_ranks_equals_that_of_one_process(
+    case: Case, product_on_four: list[Measured], product_alone: Measured
 ) -> None:
     for rank in product_on_four:
-        check_equal(case, rank[case.name], product_alone_on_four[case.alone.name])
+        check_equal(case, rank[case.name], product_alone[case.alone.name])
 
 
 @pytest.mark.slow
 def test_run_on_four_ranks_repeats_bit_for_bit(product_on_four: list[Measured]) -> None:
     for rank in product_on_four:
-        assert rank["repeated"]["metrics"] == rank[WAN_SHARD_4.name]["metrics"][:END]
+        assert rank["repeated"]["metrics"] == rank[WAN_SHARD_4.name]["metrics"]
