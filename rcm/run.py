@@ -48,7 +48,8 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
             for method in config.phases():
                 layout.positions(method.batch, config.accumulation, name=f"--{method.result}.batch")
             if isinstance(config, PretrainedConfig):
-                data = open_inputs(config)
+                with _readable():
+                    data = open_inputs(config)
             elif layout.is_main and isinstance(config, FromScratchConfig):
                 require_memory(config)
                 borrowed = weights_of_other_runs(
@@ -65,6 +66,16 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
 
 
 @contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"a file cannot be read: {error}") from error
+    except ImportError as error:  # of diffusers; the message says what to do
+        raise RunError(str(error)) from error
+
+
+@contextmanager
 def _explained(folder: RunFolder) -> Iterator[None]:
     """Say where the last checkpoint is when a run stops."""
     try:
@@ -75,8 +86,8 @@ def _explained(folder: RunFolder) -> Iterator[None]:
         raise RunError(f"{error}; {folder.describe_last_checkpoint()}") from error
     except OSError as error:
         raise RunError(
-            f"writing to {folder.path} failed ({error.strerror or error}). Free some space or "
-            f"repair the folder and repeat the command; {folder.describe_last_checkpoint()}"
+            f"a file cannot be read or written: {error}. Free some space or repair the file system "
+            f"and repeat the command; {folder.describe_last_checkpoint()}"
         ) from error
     except KeyboardInterrupt as interrupt:
         interrupt.add_note(folder.describe_last_checkpoint())

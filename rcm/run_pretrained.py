@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import torch
@@ -173,8 +174,11 @@ def _synthetic_data(folder: RunFolder, settings: LatentsConfig, network: Backbon
     made = folder.path / SYNTHETIC_DATA
     with errors_on_every_rank():
         if folder.layout.is_main and not made.exists():
+            partial = made.with_name(f"{made.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
             sizes = settings.condition_sizes(network.condition_shapes)
-            write_random_latents(made, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
+            write_random_latents(partial, SYNTHETIC_SAMPLES, settings.sample_shape, sizes)
+            partial.rename(made)
     with errors_on_every_rank():
         settings = replace(settings, folder=str(made))
         return settings.load(network.condition_shapes, network.fixed_conditions)

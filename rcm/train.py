@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import difflib
 import io
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +40,7 @@ from rcm.run import run
 from rcm.training.collapse import OnCollapse
 from rcm.training.config import FromScratchConfig, RunConfig
 from rcm.training.reuse import with_teacher_settings
+from rcm.training.run_folder import delete_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +69,16 @@ def main(argv: list[str]) -> int:
 
     It is 2 after an invalid option, 1 if the run cannot start or continue, 130 after an interrupt.
     """
-    help_of_one_rank = nullcontext() if is_main() else redirect_stdout(io.StringIO())
     try:
-        with help_of_one_rank:
-            arguments = parse(argv)
-    except OptionError as error:  # of every rank alike
-        return command_line.report(error) if is_main() else command_line.OPTION_CODE
-    try:
-        config = arguments.config
+        with _alike_on_every_rank():
+            try:
+                arguments = parse(argv)
+                config = _with_teacher(arguments)
+            except (OptionError, RunError) as error:
+                return command_line.report(error)
         on_collapse: OnCollapse = "stop"
         if isinstance(arguments, FromScratchArguments):
-            assert isinstance(config, FromScratchConfig)
             on_collapse = arguments.on_collapse
-            default = PRESETS[config.preset].config(arguments.method)
-            assert isinstance(default, FromScratchConfig)
-            config = with_teacher_settings(
-                config, arguments.folder, default=default, read_config=config_from_settings
-            )
         if arguments.dry_run:
             with _dry_run_folder(arguments.folder) as folder:
                 run(folder, config.shortened(), on_collapse)
@@ -126,6 +119,28 @@ def parse(argv: list[str]) -> Arguments:
     )
 
 
+def _with_teacher(arguments: Arguments) -> RunConfig:
+    """The settings, with those of another run's teacher if it shall be used. Raises RunError."""
+    config = arguments.config
+    if not isinstance(config, FromScratchConfig):
+        return config
+    default = PRESETS[config.preset].config(arguments.method)
+    assert isinstance(default, FromScratchConfig)
+    return with_teacher_settings(
+        config, arguments.folder, default=default, read_config=config_from_settings
+    )
+
+
+@contextmanager
+def _alike_on_every_rank() -> Iterator[None]:
+    """What all ranks print inside, help or an error, is printed by rank 0."""
+    with ExitStack() as stack:
+        if not is_main():
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
 def _method_in(options: list[str]) -> str | None:
     """The value of --method, which decides what the other options are."""
     for option, value in pairwise([*options, ""]):
@@ -150,15 +165,19 @@ def _dry_run_folder(folder: Path) -> Iterator[Path]:
     """A run folder that is deleted afterwards.
 
     That of one process is a temporary one. Several ranks, which may be on several machines, share
-    one beside the folder of the run.
+    one beside the folder of the run. What a killed dry run left there is deleted first: no rank
+    opens the folder before the main rank has joined the others.
     """
     if Launch.from_environment() is not None:
         shared = folder.with_name(f".{folder.name}.dry-run")
+        if is_main():
+            delete_run_folder(shared)
         try:
             yield shared
         finally:
             if is_main():
-                shutil.rmtree(shared, ignore_errors=True)
+                with suppress(OptionError, RunError):  # such as another dry run that uses it now
+                    delete_run_folder(shared)
         return
     try:
         temporary = tempfile.TemporaryDirectory()

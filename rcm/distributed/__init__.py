@@ -2,7 +2,7 @@
 
 processes          join the process group that torchrun starts, or run alone
 rendezvous         the environment of torchrun, and the store in which the ranks meet
-heartbeat          end all ranks when one dies, hangs or fails
+heartbeat          end all ranks when one dies, is stopped or fails
 agreement          an error of one rank becomes an error of all
 layout             the mesh of ranks: replicate, shard, ring, ulysses
 collectives        linear collectives with their transpose and their JVP

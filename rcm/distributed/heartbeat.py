@@ -1,4 +1,4 @@
-"""End all ranks within a minute when one of them dies, hangs or fails, and say which one.
+"""End all ranks within a minute when one of them dies, is stopped or fails, and say which one.
 
 Without this, ranks wait in a collective for a rank that is gone until the timeout of the
 collective, which is long. A thread of each rank writes and reads keys of the rendezvous store:
@@ -14,7 +14,8 @@ polls instead of seconds: a rank that was suspended itself blames nobody for the
 
 The thread needs Python's global interpreter lock. Operations of PyTorch release it, and compilation
 and loading give it up between two bytecodes. A C++ function that holds it for longer than `timeout`
-silences its rank, which then counts as dead.
+silences its rank, which then counts as dead. A rank that waits without the lock, such as for a disk
+or a GPU, goes on beating: the others wait for it until the timeout of the collective.
 """
 
 from __future__ import annotations

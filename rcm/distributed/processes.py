@@ -6,15 +6,17 @@
     with processes("cuda") as ranks:
         train(ranks.device)
 
-If one rank fails, the others end within seconds; if one dies or hangs, within a minute
+If one rank fails, the others end within seconds; if one dies or is stopped, within a minute
 (heartbeat.py). Each failure is printed once by the rank that has it, with the name of the rank. An
-error that all ranks raise together (agreement.py) is printed by rank 0.
+error that all ranks raise together (agreement.py) is printed by rank 0, and the traceback of an
+unexpected one also by the ranks where it began.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +99,7 @@ def _single_process(device: str, with_group: bool) -> Iterator[Processes]:
     try:
         yield alone
     finally:
-        dist.destroy_process_group()
+        destroy_group()
 
 
 @contextmanager
@@ -121,10 +123,21 @@ def _joined(
         finally:
             # Destroying NCCL's group may wait for ranks that have failed; the process ends anyway.
             if dist.is_initialized() and found.type == "cpu":
-                dist.destroy_process_group()
+                destroy_group()
         raise
     heartbeat.leave()
+    destroy_group()
+
+
+def destroy_group() -> None:
+    """Destroy the process group, at the end of a process.
+
+    A thread of gloo may be the last to hold the tensors of the last collective. It needs Python's
+    global interpreter lock to release them, and a thread that asks for the lock while Python ends
+    aborts the process. So it gets the lock before.
+    """
     dist.destroy_process_group()
+    time.sleep(0.1)
 
 
 def _leave_after(error: BaseException, heartbeat: Heartbeat, launch: Launch) -> None:
@@ -136,7 +149,8 @@ def _leave_after(error: BaseException, heartbeat: Heartbeat, launch: Launch) -> 
     exit_code = 2 if isinstance(error, OptionError) else 1  # as rcm.command_line
     if is_on_every_rank(error):
         heartbeat.leave()
-        if is_expected and launch.rank > 0:
+        has_traceback = not is_expected and error.__cause__ is not None  # of this rank's own error
+        if launch.rank > 0 and not has_traceback:
             raise SystemExit(exit_code) from error
         return
     if _is_lost_connection(error):

@@ -51,13 +51,15 @@ def shard(
     methods: names of methods of the network that are called in place of its forward.
 
     Raises ValueError unless all parameters, frozen ones too, have one dtype, float32 (or float64
-    in tests), or param_dtype in a frozen network; none of them is shared, the blocks are different
-    submodules, data_size fits the mesh, and the network is not sharded yet.
+    in tests, with several shards in each copy), or param_dtype in a frozen network; none of them
+    is shared, the blocks are different submodules, data_size fits the mesh, and the network is not
+    sharded yet.
     """
     blocks = list(blocks)
     _require_mesh(mesh, data_size)
     _require_blocks(network, blocks)
     _require_master_weights(network, param_dtype)
+    _require_dtype_of_copies(network, mesh, data_size)
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
@@ -188,3 +190,13 @@ def _require_master_weights(network: nn.Module, param_dtype: torch.dtype | None)
                 f"{name} has dtype {parameter.dtype}; all weights must be float32 master weights: "
                 "call network.float() first, and choose the dtype of the computation by param_dtype"
             )
+
+
+def _require_dtype_of_copies(network: nn.Module, mesh: DeviceMesh, data_size: int) -> None:
+    """FSDP2 would divide gradients in float64 before and after the all-reduce of the copies."""
+    one_shard_each = mesh.ndim == 2 and mesh.size(1) == 1 and data_size > 1
+    if one_shard_each and any(p.dtype == torch.float64 for p in network.parameters()):
+        raise ValueError(
+            f"the weights are float64, and the mesh {tuple(mesh.shape)} has copies of one shard "
+            "each, whose gradients FSDP2 divides twice; use float32 or more shards"
+        )

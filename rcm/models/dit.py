@@ -43,6 +43,8 @@ OPTIONAL_PARTS = {
 class DiTConfig(ModelConfig):
     """The diffusion transformer (DiT)."""
 
+    optional_parts = (*ModelConfig.optional_parts, "learned_weight", "auxiliary_head")
+
     dim: int = 64
     """Width of a token, a multiple of 4."""
     depth: int = 3

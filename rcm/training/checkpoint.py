@@ -61,13 +61,17 @@ class Checkpoints:
         group: ProcessGroup | None = None,
         keep: int = KEPT,
     ) -> None:
-        """keep: the number of checkpoints to keep, at least 1 (ValueError)."""
+        """keep: the number of checkpoints to keep, at least 1 (ValueError).
+
+        Attribute damaged: those that `latest` found damaged.
+        """
         if keep < 1:
             raise ValueError(f"keep is {keep}; it must be at least 1")
         self.folder, self.phases, self.keep = folder, phases, keep
         self._ranks = Ranks(group)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
+        self.damaged: set[Path] = set()
         self._ranks.on_first(self._prepare_folder)
 
     def _prepare_folder(self) -> None:
@@ -148,7 +152,8 @@ class Checkpoints:
                     "tensors": digest(manifest.tensors),
                 }
             )
-            self._ranks.on_first(lambda: self._commit(partial, manifest, written, size))
+            path = self._ranks.on_first(lambda: self._commit(partial, manifest, written, size))
+            self.damaged.discard(path)
         except Exception:
             if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -156,8 +161,8 @@ class Checkpoints:
 
     def _commit(
         self, partial: Path, manifest: Manifest, written: list[dict[str, Any]], size: int
-    ) -> None:
-        """Complete a checkpoint, rename it and delete old ones."""
+    ) -> Path:
+        """Complete a checkpoint, rename it and delete old ones. Returns its path."""
         found = sum(w["tensor_bytes"] for w in written)
         if found != size or any(w["tensors"] != written[0]["tensors"] for w in written):
             raise RunError(
@@ -171,16 +176,19 @@ class Checkpoints:
         retired = [_retire(path)] if path.exists() else []
         os.rename(partial, path)
         _sync_folder(self.folder)
-        kept = [path, *self.paths(before=(manifest.phase, manifest.iteration))[: self.keep - 1]]
+        older = self.paths(before=(manifest.phase, manifest.iteration))
+        intact = [other for other in older if other not in self.damaged]
+        kept = [path, *intact[: self.keep - 1]]
         retired += [_retire(other) for other in self.paths() if other not in kept]
         for folder in retired:
             shutil.rmtree(folder)
+        return path
 
     # ------------------------------------------------------------------------
     # Loading
 
     def paths(self, before: tuple[str, int] | None = None) -> list[Path]:
-        """Complete checkpoints, newest first; all, or those before a phase's iteration."""
+        """Finished checkpoints, newest first; all, or those before a phase's iteration."""
         found = []
         for path in self.folder.iterdir():
             phase, _, iteration = path.name.rpartition("-")
@@ -196,6 +204,7 @@ class Checkpoints:
 
         Raises:
             RunError: there are checkpoints, but all of them are damaged.
+            OSError: one cannot be read.
         """
         self.finish()
         problems: list[str] = []
@@ -204,6 +213,7 @@ class Checkpoints:
                 return self.verified(path), problems
             except RunError as error:
                 problems.append(str(error))
+                self.damaged.add(path)
         if problems:
             raise RunError(
                 "; ".join(problems) + ". No intact checkpoint is left; delete the run folder"
@@ -214,7 +224,8 @@ class Checkpoints:
         """Compare a checkpoint's files with its manifest. Each rank reads a share of them.
 
         Raises:
-            RunError: a file is missing, changed or unreadable.
+            RunError: a file is missing or changed.
+            OSError: a file cannot be read.
         """
         self.finish()
         checkpoint = self._ranks.on_first(lambda: Checkpoint.open(path))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from rcm.errors import RunError
@@ -68,7 +69,9 @@ class CollapseWatch:
         """
         number = trainer.iteration // self.every
         metrics = self.measure(trainer.network, number % JVP_EVERY == 0)
-        rmse = metrics[RMSE]
+        # Ranks on other hardware round differently, and must not decide differently.
+        rmse = trainer.layout.mean(torch.tensor([metrics[RMSE]], dtype=torch.float64)).item()
+        metrics = {**metrics, RMSE: rmse}
         if not math.isfinite(rmse):
             raise RunError(f"iteration {trainer.iteration}: samples of the student are not finite")
         if trainer.iteration == 0:

@@ -20,6 +20,7 @@ from typing import Any
 from rcm.errors import RunError
 
 MANIFEST = "manifest.json"
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on the disk. Every method raises RunError if it is damaged or does not fit."""
+    """A checkpoint on the disk.
+
+    Every method raises RunError if it is damaged or does not fit, and OSError if it cannot be read,
+    which says nothing about it: a file system may be out of reach for a while.
+    """
 
     path: Path
     manifest: Manifest
@@ -57,7 +62,7 @@ class Checkpoint:
             recorded = content.pop("sha256")
             intact = recorded == digest(content)
             manifest = Manifest(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*NO_FILE, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})"
             ) from error
@@ -94,7 +99,7 @@ class Checkpoint:
                     if size != record["bytes"]:
                         raise RunError(f"{damaged} has {size} bytes instead of {record['bytes']}")
                     found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
+            except NO_FILE as error:
                 raise RunError(f"{damaged} cannot be read ({error})") from error
             if found != record["sha256"]:
                 raise RunError(f"{damaged} was changed: its SHA-256 differs from the recorded one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -107,19 +108,16 @@ class Optimization:
     def backward(self, terms: dict[str, Tensor], *, compare: bool = True) -> None:
         """Add the gradient of a micro-batch: scalar losses by name, each with its own graph.
 
-        compare says whether to measure the gradient of each of several losses; the norms of those
-        of micro-batches do not add up.
+        compare says whether to measure the gradient of each of several losses, which takes a
+        backward pass for each; the norms of those of micro-batches do not add up.
         """
+        if not compare or len(terms) == 1:
+            _backward(reduce(torch.add, terms.values()))
+            return
         for name, loss in terms.items():
-            before = self._local_gradients() if compare and len(terms) > 1 else []
-            before = [None if gradient is None else gradient.clone() for gradient in before]
-            try:
-                loss.backward()
-            except BaseException:
-                _forget_backward_pass()
-                raise
-            if before:
-                self.term_norms[name] = self._norm_of_change(before)
+            before = [None if g is None else g.clone() for g in self._local_gradients()]
+            _backward(loss)
+            self.term_norms[name] = self._norm_of_change(before)
 
     def step(self, names: str, *, progress: float, problem: str | None = None) -> dict[str, float]:
         """Take the step, unless there is a problem; progress is the fraction of the run done.
@@ -165,8 +163,10 @@ class Optimization:
         return [None if gradient is None else local_tensor(gradient) for gradient in gradients]
 
     def _norm(self) -> float:
+        """The same on every rank, whatever the order in which each copy adds its shards."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return float(full_tensor(nn.utils.get_total_norm(gradients)))
+        norm = full_tensor(nn.utils.get_total_norm(gradients))
+        return self.layout.mean(norm.double().cpu()).item()
 
     def _norm_of_change(self, before: list[Tensor | None]) -> float:
         """Norm of the finite elements of what was added to the gradient."""
@@ -214,10 +214,14 @@ class Optimization:
                 tensor.copy_(state[name])
 
 
-def _forget_backward_pass() -> None:
-    """Empty this thread's queue of autograd after a pass that failed.
+def _backward(loss: Tensor) -> None:
+    """loss.backward(), which leaves nothing behind if it fails.
 
-    What a failed pass leaves there may have hooks in Python, as in checkpoints. PyTorch 2.15
-    destroys it after Python has ended and crashes, which hides the exit code.
+    What a failed pass leaves in the queue of autograd may have hooks in Python, as in checkpoints.
+    PyTorch 2.15 destroys it after Python has ended and crashes, which hides the exit code.
     """
-    torch.ones((), requires_grad=True).backward()
+    try:
+        loss.backward()
+    except BaseException:
+        torch.ones((), requires_grad=True).backward()  # empties the queue of this thread
+        raise

@@ -72,7 +72,8 @@ def weights_of_other_runs(
     build makes a network of the config, to check that the weights fit.
 
     Raises:
-        RunError: the other run is missing or unfinished, or has other data or another shape.
+        RunError: the other run is missing or unfinished, or has other data or another
+            model.
     """
     wanted: dict[str, Path] = {}
     if config.teacher_run is not None:
@@ -83,7 +84,10 @@ def weights_of_other_runs(
     for name, source in wanted.items():
         if (run / name).exists():
             continue
-        _require_same_data(config, _config_of(source.parent, read_config), source.parent)
+        other = _config_of(source.parent, read_config)
+        _require_same_data(config, other, source.parent)
+        if differences := config.model.differences(other.model):
+            raise RunError(f"{source} are of another model: {'; '.join(differences)}")
         if not source.exists():
             raise RunError(f"{source} does not exist yet; wait until its run has written it")
         load_into(build(), load_weights(source), str(source))

@@ -2,8 +2,8 @@
 
 The main rank writes all files but the shards of checkpoints, which every rank writes.
 
-config.json             the settings; once there is a checkpoint, others are refused, except those
-                        of ANY_RANKS, which are those of the last start
+config.json             the settings; once there is more than UNSTARTED, others are refused, except
+                        those of ANY_RANKS, which are those of the last start
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
 data/                   samples of a synthetic run
@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
@@ -115,16 +116,22 @@ class RunFolder:
     def describe_last_checkpoint(self) -> str:
         """For error messages: where the last intact checkpoint is."""
         self.finish_saving()
-        paths = self.checkpoints.paths()
-        if not paths:
-            return "there is no checkpoint yet"
-        return f"the last intact checkpoint is {paths[0]}"
+        paths = self._intact_checkpoints()
+        if paths:
+            return f"the last intact checkpoint is {paths[0]}"
+        has_damaged = bool(self.checkpoints.damaged)
+        return "there is no intact checkpoint" if has_damaged else "there is no checkpoint yet"
 
     def describe_good_checkpoint(self, phase: str, before: int) -> str:
         """For error messages: where the last checkpoint before an iteration of a phase is."""
         self.finish_saving()
-        paths = self.checkpoints.paths(before=(phase, before))
+        paths = self._intact_checkpoints(before=(phase, before))
         return f"the last good checkpoint is {paths[0]}" if paths else "there is no good checkpoint"
+
+    def _intact_checkpoints(self, before: tuple[str, int] | None = None) -> list[Path]:
+        """Those that are not known to be damaged."""
+        paths = self.checkpoints.paths(before)
+        return [path for path in paths if path not in self.checkpoints.damaged]
 
     def finish_saving(self) -> None:
         """Wait for a save in flight, at the end of a run. Another error is on its way, if any."""
@@ -138,7 +145,7 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
 
     All ranks must call it.
 
-    A folder without a checkpoint has nothing to continue. Its settings are replaced.
+    A folder with only the files of UNSTARTED has nothing to continue. Its settings are replaced.
 
     Raises:
         OptionError: it cannot be written, or it holds other files.
@@ -158,6 +165,19 @@ def open_run_folder(path: Path, config: RunConfig, layout: Layout) -> Iterator[R
             folder = RunFolder(path, layout, config.keep_checkpoints, metrics)
         stack.callback(folder.finish_saving)
         yield folder
+
+
+def delete_run_folder(path: Path) -> None:
+    """Delete a run folder, if it exists.
+
+    Raises:
+        OptionError: it holds other files, or cannot be deleted.
+        RunError: another process is using it.
+    """
+    if not os.path.lexists(path):
+        return
+    with _explained(path), _locked(path):
+        shutil.rmtree(path)
 
 
 def _close(metrics: BinaryIO) -> None:

@@ -81,7 +81,7 @@ class Ranks:
             "".join(
                 line
                 for line in (self.folder / f"{i}.err").read_text().splitlines(keepends=True)
-                if line.startswith(("error:", "Traceback", "ZeroDivisionError"))
+                if line.startswith(("error:", "Traceback", "ZeroDivisionError", "RuntimeError"))
             )
             for i in range(len(self.processes))
         ]

@@ -65,10 +65,13 @@ def raise_on_rank_1(error: Exception) -> Callable[[Processes], None]:
     return action
 
 
-def raise_agreed(ranks: Processes) -> None:
-    with errors_on_every_rank():
-        if ranks.rank == 1:
-            raise OptionError("the folder is empty")
+def raise_agreed(error: Exception) -> Callable[[Processes], None]:
+    def action(ranks: Processes) -> None:
+        with errors_on_every_rank():
+            if ranks.rank == 1:
+                raise error
+
+    return action
 
 
 def raise_together(ranks: Processes) -> None:
@@ -90,7 +93,8 @@ ACTIONS: dict[str, Callable[[Processes], None]] = {
     "run-error": raise_on_rank_1(RunError("the disk\nis full")),
     "option-error": raise_on_rank_1(OptionError("the folder is missing")),
     "bug": raise_on_rank_1(ZeroDivisionError("not caught")),
-    "agreed": raise_agreed,
+    "agreed": raise_agreed(OptionError("the folder is empty")),
+    "agreed-bug": raise_agreed(ZeroDivisionError("not caught")),
     "together": raise_together,
     "exit": exit_zero,
 }

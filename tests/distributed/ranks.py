@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from rcm.distributed.processes import destroy_group
+
 # A rank that waits longer than this in a collective raises.
 _TIMEOUT = timedelta(minutes=2)
 
@@ -37,4 +39,4 @@ def _run(rank: int, function: Callable[[int], Any], ranks: int, folder: Path) ->
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        destroy_group()

@@ -103,7 +103,8 @@ def two_ranks(rank: int) -> dict[str, Any]:
         },
         "recovered": recovered(rank),
         "all-reduces": all_reduces(rank),
-        "copies error": error_of_copies_that_share_samples(),
+        "copies error": error_of_copies(wan(), data_size=1),
+        "float64 error": error_of_copies(wan().double(), data_size=2),
         "teacher": forwards_recorded(mesh),
         "dit": dit_step(mesh, torch.bfloat16, slice(4 * rank, 4 * rank + 4)),
     }
@@ -262,9 +263,9 @@ def all_reduces(rank: int) -> list[int]:
     return counts
 
 
-def error_of_copies_that_share_samples() -> str:
+def error_of_copies(model: nn.Module, data_size: int) -> str:
     try:
-        sharded(wan(), Case("", (2, 1), 1))
+        sharded(model, Case("", (2, 1), data_size))
     except ValueError as error:
         return str(error)
     return ""

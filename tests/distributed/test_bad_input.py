@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -307,6 +308,49 @@ def test_a_checkpoint_of_another_model(
     assert code == 1
     assert "student-0000002 is of another preset or model: averages." in error
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "w.safetensors"),
+            "a file cannot be read: [Errno",
+        ),
+        (ImportError("run pip install '.[diffusers]'"), "run pip install '.[diffusers]'"),
+    ],
+)
+def test_what_cannot_be_read_or_imported(
+    start: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
+) -> None:
+    def failing(path: Path) -> Any:
+        raise error
+
+    monkeypatch.setattr("rcm.run_pretrained.PretrainedFolder.open", failing)
+    code, printed = start()
+    assert code == 1
+    assert printed.startswith(f"error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_synthetic_data_that_were_not_finished_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def write_half(folder: Path, *_: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "00000.safetensors").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    options = ["wan-tiny", "--folder", str(tmp_path / "run"), *NEW]
+    with monkeypatch.context() as patch:
+        patch.setattr("rcm.run_pretrained.write_random_latents", write_half)
+        assert train.main(options) == 130
+    assert train.main(options) == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("data*")) == ["data"]
 
 
 # ---- the time ----------------------------------------------------------------------------------

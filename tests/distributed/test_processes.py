@@ -247,6 +247,15 @@ def test_an_agreed_error_is_printed_by_rank_0(ranks: Ranks) -> None:
     assert ranks.errors() == [f"error: rank 1 on {HOST}: the folder is empty\n", ""]
 
 
+def test_an_agreed_unexpected_error_keeps_its_traceback(ranks: Ranks) -> None:
+    ranks.start("agreed-bug", size=3)
+    assert ranks.codes() == [1, 1, 1]
+    first, second, third = ranks.errors()
+    assert f"RuntimeError: rank 1 on {HOST}: not caught" in first
+    assert "ZeroDivisionError: not caught" in second
+    assert third == ""
+
+
 def test_the_same_error_of_all_ranks_is_printed_once(ranks: Ranks) -> None:
     ranks.start("together", size=3)
     assert ranks.codes() == [2, 2, 2]

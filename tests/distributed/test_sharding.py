@@ -246,6 +246,11 @@ def test_weights_that_are_no_masters_raise(one_rank: DeviceMesh) -> None:
         shard(network, network, one_rank, data_size=1)
 
 
+def test_copies_of_one_shard_in_float64_raise(on_two: list[dict[str, Any]]) -> None:
+    for found in on_two:
+        assert "float64, and the mesh (2, 1) has copies of one shard" in found["float64 error"]
+
+
 def test_copies_need_different_samples(on_two: list[dict[str, Any]]) -> None:
     for found in on_two:
         assert "it must be a multiple of the 2 copies" in found["copies error"]

@@ -1,6 +1,7 @@
 """An interrupted run, repeated, ends in the same bytes as an uninterrupted one."""
 
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(
     assert start(folder) == 0
     assert "damaged" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_without_an_intact_checkpoint_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    for path in (folder / "checkpoints").glob("*/*.safetensors"):
+        path.write_bytes(b"")
+    assert start(folder) == 1
+    message = error_of(capsys)
+    assert "No intact checkpoint is left; delete the run folder" in message
+    assert message.endswith("; there is no intact checkpoint")
 
 
 def test_a_finished_run_repeats_its_table_and_changes_no_metrics(

@@ -69,7 +69,16 @@ def test_a_student_starts_from_the_student_of_another_run(finished: Path, tmp_pa
             "teacher.safetensors is damaged",
         ),
         (lambda run: edit_settings(run, method="x"), (), "the run's method is 'x'"),
-        (lambda run: None, ("--model.dim", "32"), "do not fit the model"),
+        (
+            lambda run: None,
+            ("--model.dim", "32"),
+            "teacher.safetensors are of another model: model.dim = 16 there, 32 here",
+        ),
+        (  # the same weights, which compute something else
+            lambda run: None,
+            ("--model.double-norm",),
+            "teacher.safetensors are of another model: model.double_norm = False there, True here",
+        ),
         (lambda run: None, ("--student.start", "nowhere"), "nowhere is not a run folder"),
     ],
 )

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from rcm import train
+from rcm.errors import OptionError, RunError
 from rcm.presets import PRESETS
+from rcm.training.run_folder import delete_run_folder
 from tests.rcm.commands.tiny_run import RESULTS, TINY, Killed, error_of, start, stop_at
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -119,3 +121,47 @@ def test_a_folder_in_use_is_rejected(finished: Path, capsys: pytest.CaptureFixtu
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert start(finished) == 1
     assert "another process" in error_of(capsys)
+
+
+def test_deleting_a_run_folder(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="is in use by another process"):
+            delete_run_folder(folder)
+    delete_run_folder(folder)
+    assert not folder.exists()
+    delete_run_folder(folder)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OptionError, match=r"it contains thesis\.tex"):
+        delete_run_folder(tmp_path)
+
+
+def test_a_dry_run_of_ranks_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What a killed one left has its settings, and would be continued."""
+    stale = tmp_path / ".run.dry-run"
+    monkeypatch.setattr(train.Launch, "from_environment", lambda: "ranks")
+    with train._dry_run_folder(tmp_path / "run") as folder:
+        assert folder == stale
+        stale.mkdir()
+        (stale / "config.json").write_text("{}")
+    assert not stale.exists()
+    stale.mkdir()
+    (stale / "config.json").write_text("{}")
+    with train._dry_run_folder(tmp_path / "run"):
+        assert not stale.exists()
+
+
+def test_one_rank_prints_an_error_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert train.main(["--teacher", "nowhere"]) == 1
+        assert train.main(["--seed", "x"]) == 2
+        assert capsys.readouterr().err.count("\n") == 2 * lines

@@ -235,6 +235,38 @@ def test_if_every_checkpoint_is_damaged_loading_raises(checkpoints: Checkpoints)
         checkpoints.latest()
 
 
+@pytest.mark.parametrize("name", ["manifest.json", SHARD])
+def test_a_file_that_cannot_be_read_for_a_while_is_no_damage(
+    checkpoints: Checkpoints, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise training would fall back, and the next save would delete an intact checkpoint."""
+    save(checkpoints, "teacher", 1)
+    path = save(checkpoints, "teacher", 2)
+    read = Path.open
+
+    def stale(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self == path / name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return read(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        with pytest.raises(OSError, match=f"Stale file handle: .*{path / name}"):
+            checkpoints.latest()
+    assert load(checkpoints, checkpoints.latest()[0]) == 2
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_an_intact_one(
+    checkpoints: Checkpoints,
+) -> None:
+    first, second = save(checkpoints, "teacher", 1), save(checkpoints, "teacher", 2)
+    flip_bit(second / SHARD)
+    checkpoints.latest()
+    assert checkpoints.damaged == {second}
+    save(checkpoints, "teacher", 3)
+    assert names(checkpoints) == [first.name, "teacher-0000003"]
+
+
 def test_a_file_that_vanishes_after_it_was_verified_raises(checkpoints: Checkpoints) -> None:
     path = save(checkpoints, "teacher", 1)
     found, _ = checkpoints.latest()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rcm.distributed.layout import Layout
 from rcm.errors import RunError
 from rcm.training.collapse import TOLERANCE, CollapseWatch, OnCollapse, first_moved
 
@@ -28,7 +29,7 @@ def watch(
 
 
 def trainer(iteration: int) -> Any:
-    return SimpleNamespace(iteration=iteration, network=None)
+    return SimpleNamespace(iteration=iteration, network=None, layout=Layout())
 
 
 def collapsed_after_each_probe(watched: CollapseWatch, probes: int) -> list[bool]:
@@ -50,6 +51,15 @@ def test_a_student_may_move_as_far_away_as_the_teacher_in_one_step() -> None:
     rmse = [0.2, 0.3, 0.4, 0.5, 0.4]
     assert any(collapsed_after_each_probe(watch(rmse), len(rmse)))
     assert not any(collapsed_after_each_probe(watch(rmse, teacher_rmse=0.5), len(rmse)))
+
+
+def test_all_ranks_decide_by_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank alone would see a collapse; another one is as far below the limit."""
+    monkeypatch.setattr(Layout, "mean", lambda self, values: values - 0.1)
+    watched = watch([0.5, 0.55, 0.55, 0.55])
+    assert watched.probe(trainer(0))["probe_rmse"] == pytest.approx(0.4)
+    watched.limit = 0.75
+    assert not any(collapsed_after_each_probe(watched, 3))
 
 
 def test_the_limit_is_reported_once() -> None:

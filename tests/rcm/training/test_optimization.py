@@ -93,6 +93,21 @@ def test_terms_are_minimised_by_the_gradient_of_their_sum(network: Network) -> N
     assert metrics["grad_norm"] == pytest.approx(norm(joint), rel=1e-12)
 
 
+def test_terms_that_are_not_compared_take_one_backward_pass(network: Network) -> None:
+    """Each pass reduces the gradient of sharded parameters once more."""
+    passes: list[Tensor] = []
+    network.both.register_post_accumulate_grad_hook(passes.append)
+    for compare, expected in ((True, 2), (False, 1)):
+        passes.clear()
+        update = optimization(network)
+        update.zero_grad()
+        update.backward(network.terms(), compare=compare)
+        assert len(passes) == expected
+        total = gradient(network, torch.stack(list(network.terms().values())).sum())
+        for parameter, g in zip(network.parameters(), total, strict=True):
+            torch.testing.assert_close(parameter.grad, g)
+
+
 def test_update_is_that_of_adamw_on_the_sum(network: Network) -> None:
     other = Network()
     other.load_state_dict(network.state_dict())
