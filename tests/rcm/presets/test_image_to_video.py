@@ -22,6 +22,19 @@ CONDITION = {
 }
 
 
+def test_the_presets_of_14b_take_image_to_video_models(tmp_path: Path) -> None:
+    stored = {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}
+    stored |= {"_class_name": "WanTransformer3DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = PRETRAINED["wan2.1-t2v-14b-released"].config("wan2.1-t2v-14b-released", "rcm")
+    network = replace(config.model, folder=str(tmp_path)).build_on_meta()
+    assert config.data.condition_sizes(network.condition_shapes) == {
+        "prompt_embeds": (512, 4096),
+        "image_latents": (20, 21, 60, 104),
+        "image_embeds": (257, 1280),
+    }
+
+
 def write_weights(folder: Path) -> None:
     config = tiny("wan")
     image = {"in_channels": 9, "image_dim": 12, "added_kv_proj_dim": 48}
