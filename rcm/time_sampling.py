@@ -55,6 +55,7 @@ class ShiftedUniform(TimeDistribution):
     """
 
     shift: float
+    """How far u moves towards noise; 1 leaves it uniform."""
 
     def __post_init__(self) -> None:
         require_positive(shift=self.shift)

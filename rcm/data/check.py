@@ -112,10 +112,23 @@ def main(arguments: list[str] | None = None) -> int:
         help="a tensor of the condition, such as prompt_embeds=512,4096; can be repeated",
     )
     parser.add_argument(
+        "--fixed",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a tensor of the condition that guidance keeps and negative.safetensors lacks, such "
+        "as image_latents; can be repeated",
+    )
+    parser.add_argument(
         "--first", type=_positive, metavar="N", help="read only the first N samples"
     )
     options = parser.parse_args(arguments)
-    shapes = SampleShapes(options.latents, dict(options.condition))
+    condition = dict(options.condition)
+    for name in options.fixed:
+        if name not in condition:
+            names = ", ".join(condition) or "none"
+            parser.error(f"--fixed {name}: there is no --condition {name}=SHAPE, only {names}")
+    shapes = SampleShapes(options.latents, condition, frozenset(options.fixed))
     report = check_latents(options.folder, shapes, options.first, tqdm.write)
     print(report)
     return 1 if report.problems else 0

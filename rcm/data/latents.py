@@ -7,7 +7,7 @@ A folder holds shards of one layout, in the order of their names (docs/data.md s
     *.tar           webdataset.py, rCM's public data
 
 Beside them, negative.safetensors holds the condition of guidance: the embedding of the negative
-prompt, one tensor for each name of the condition.
+prompt, one tensor for each name of the condition that guidance replaces.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rcm.data.samples import LATENTS, SampleShapes, Shape, tensors_problem
 from rcm.data.shards import NpzShard, SafetensorsShard, Shard
 from rcm.data.webdataset import TarShard
 from rcm.errors import RunError
+from rcm.named_shapes import NamedShape, latent_sizes, resolve
 from rcm.validation import require_choice, require_integer
 
 Layout = type[SafetensorsShard] | type[NpzShard] | type[TarShard]
@@ -50,11 +51,13 @@ class LatentsConfig:
     """Shape of the latents of a sample: channels, frames, height, width; images have no frames."""
     text_length: int
     """Tokens of a text's embedding. Shorter ones of the WebDataset layout are padded with zeros."""
+    image_length: int = 257
+    """Tokens of an image's embedding, which image-to-video takes; Wan2.1's CLIP gives 257."""
     null_condition: NullCondition = "negative"
     """Condition of guidance: the folder's negative.safetensors, or zeros."""
 
     def __post_init__(self) -> None:
-        require_integer(1, text_length=self.text_length)
+        require_integer(1, text_length=self.text_length, image_length=self.image_length)
         require_choice(get_args(NullCondition), null_condition=self.null_condition)
         if self.folder is not None and not isinstance(self.folder, str):
             raise TypeError(f"folder is {self.folder!r}; it must be a path")
@@ -66,18 +69,16 @@ class LatentsConfig:
         for i, size in enumerate(self.sample_shape):
             require_integer(1, **{f"sample_shape[{i}]": size})
 
-    def load(
-        self, condition: Mapping[str, tuple[int | None, ...]], fixed: Collection[str] = ()
-    ) -> Latents:
+    def load(self, condition: Mapping[str, NamedShape], fixed: Collection[str] = ()) -> Latents:
         """Open the folder.
 
         Args:
-            condition: what the network needs, by name: the shapes for one sample. None is the
-                length of the text.
+            condition: what the network needs, by name: the shapes for one sample.
             fixed: names of conditions that guidance keeps, such as an image to start from.
 
         Raises:
             RunError: a shard cannot be used; the message names the first one.
+            ValueError: as `condition_sizes`.
         """
         if self.folder is None:
             raise RunError("the data have no folder; give it with --data.folder")
@@ -91,12 +92,15 @@ class LatentsConfig:
             )
         return data
 
-    def condition_sizes(self, condition: Mapping[str, tuple[int | None, ...]]) -> dict[str, Shape]:
-        """The shapes of a condition with `text_length` for each size that is None."""
-        return {
-            name: tuple(self.text_length if size is None else size for size in shape)
-            for name, shape in condition.items()
-        }
+    def condition_sizes(self, condition: Mapping[str, NamedShape]) -> dict[str, Shape]:
+        """The shapes of a condition with these settings' sizes in place of names.
+
+        Raises:
+            ValueError: there is no size of that name, such as frames for images.
+        """
+        sizes = {"text": self.text_length, "image": self.image_length}
+        sizes |= latent_sizes(self.sample_shape)
+        return {name: resolve(name, shape, sizes) for name, shape in condition.items()}
 
 
 class Latents:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rcm.named_shapes import NamedShape
+
 Settings = Mapping[str, Any]
 """The arguments that a model was built with: `model.config` of diffusers."""
 Condition = Mapping[str, Tensor]
@@ -32,8 +34,8 @@ class SampleSpec:
 class ConditionSpec:
     """One tensor of a condition."""
 
-    shape: tuple[int | None, ...]
-    """Shape without the batch; None is any size."""
+    shape: NamedShape
+    """Shape without the batch, such as ("text", 4096); rcm.named_shapes has the names."""
     guided: bool = True
     """Whether an unconditional prediction replaces it. An image to start from stays."""
 

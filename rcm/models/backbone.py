@@ -16,10 +16,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from jvp_attn import replace_sdpa, scaled_dot_product_attention
 from rcm.models.adapter import Adapter, Condition, SampleSpec, Settings
+from rcm.named_shapes import NamedShape, latent_sizes, resolve
 from rcm.network_conversions import from_rectified_flow
 from rcm.time_precision import guard_time
 from rcm.trigflow import require_precise_time
 
+_ANY_TOKENS = {"text": "any", "image": "any"}
 _DIMENSIONS = {3: "channels, height, width", 4: "channels, frames, height, width"}
 
 
@@ -74,7 +76,7 @@ class Backbone(nn.Module):
             )
         require_precise_time(t)
         self.require_sample_shape(tuple(x.shape[1:]))
-        self._require_condition(condition, len(x))
+        self._require_condition(condition, tuple(x.shape))
         return from_rectified_flow(self._predict, self.adapter.time_scale)(x, t, condition)
 
     def _predict(
@@ -88,8 +90,8 @@ class Backbone(nn.Module):
     # ---- conditions ----------------------------------------------------------------------------
 
     @property
-    def condition_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The tensors of a condition and their shapes without the batch; None is any size."""
+    def condition_shapes(self) -> dict[str, NamedShape]:
+        """The tensors of a condition and their shapes without the batch (rcm.named_shapes)."""
         conditions = self.adapter.conditions(self.settings)
         return {name: spec.shape for name, spec in conditions.items()}
 
@@ -99,7 +101,7 @@ class Backbone(nn.Module):
         conditions = self.adapter.conditions(self.settings)
         return tuple(name for name, spec in conditions.items() if not spec.guided)
 
-    def _require_condition(self, condition: Condition, batch: int) -> None:
+    def _require_condition(self, condition: Condition, x_shape: tuple[int, ...]) -> None:
         name, shapes = self.adapter.class_name, self.condition_shapes
         if not isinstance(condition, Mapping):
             raise TypeError(
@@ -111,13 +113,17 @@ class Backbone(nn.Module):
                 f"the condition has {', '.join(condition) or 'no tensors'}; {name} takes "
                 f"{', '.join(shapes)}"
             )
+        batch, *sample = x_shape
+        sizes: dict[str, int | str] = {**_ANY_TOKENS, **latent_sizes(sample)}
         for key, shape in shapes.items():
-            given, expected = tuple(condition[key].shape), (batch, *shape)
+            given, expected = tuple(condition[key].shape), (batch, *resolve(key, shape, sizes))
             if len(given) != len(expected) or any(
-                size not in (None, g) for g, size in zip(given, expected, strict=True)
+                size not in ("any", g) for g, size in zip(given, expected, strict=True)
             ):
-                sizes = ", ".join("any" if size is None else str(size) for size in expected)
-                raise ValueError(f"{key} has shape {given}; {name} takes ({sizes})")
+                raise ValueError(
+                    f"{key} has shape {given}; {name} takes ({', '.join(map(str, expected))}) for "
+                    f"x of shape {x_shape}"
+                )
 
     # ---- samples -------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def _sample(settings: Settings) -> SampleSpec:
 
 
 def _conditions(settings: Settings) -> dict[str, ConditionSpec]:
-    return {"prompt_embeds": ConditionSpec(shape=(None, settings["text_embed_dim"]))}
+    return {"prompt_embeds": ConditionSpec(shape=("text", settings["text_embed_dim"]))}
 
 
 def _require_supported(settings: Settings) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch.torch_version import TorchVersion
 
 from rcm.errors import RunError
 from rcm.models.adapter import Adapter, Settings
@@ -22,6 +23,7 @@ from rcm.validation import require_choice
 
 Architecture = Literal["wan", "cosmos", "sd3", "flux"]
 ADAPTERS: dict[Architecture, Adapter] = {"wan": WAN, "cosmos": COSMOS, "sd3": SD3, "flux": FLUX}
+OLDEST_DIFFUSERS = "0.35"  # older ones keep rotary positions of Wan outside of its buffers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -129,7 +131,7 @@ def load_class(name: str) -> Any:
     """A class of diffusers.
 
     Raises:
-        ImportError: diffusers is missing, or too old to have it.
+        ImportError: diffusers is missing or too old.
     """
     try:
         import diffusers
@@ -138,6 +140,11 @@ def load_class(name: str) -> Any:
             f"{name} needs diffusers, which cannot be imported ({error}); run "
             "pip install '.[diffusers]'"
         ) from error
+    if TorchVersion(diffusers.__version__) < OLDEST_DIFFUSERS:
+        raise ImportError(
+            f"{name} needs diffusers {OLDEST_DIFFUSERS} or newer, but diffusers "
+            f"{diffusers.__version__} is installed; run pip install --upgrade '.[diffusers]'"
+        )
     try:
         return getattr(diffusers, name)
     except AttributeError as error:

@@ -28,7 +28,7 @@ def _sample(settings: Settings) -> SampleSpec:
 
 def _conditions(settings: Settings) -> dict[str, ConditionSpec]:
     return {
-        "prompt_embeds": ConditionSpec(shape=(None, settings["joint_attention_dim"])),
+        "prompt_embeds": ConditionSpec(shape=("text", settings["joint_attention_dim"])),
         "pooled_prompt_embeds": ConditionSpec(shape=(settings["pooled_projection_dim"],)),
     }
 

@@ -15,11 +15,6 @@ IMAGE_TO_VIDEO_TEXT = 512  # diffusers takes the last 512 tokens for text, the o
 
 def _predict(model: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
     image = condition.get("image_latents")
-    if image is not None and image.shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f"image_latents has frames and sizes {tuple(image.shape[2:])}, but x has "
-            f"{tuple(x.shape[2:])}; they must be equal"
-        )
     (prediction,) = model(
         hidden_states=x if image is None else torch.cat([x, image], dim=1),
         timestep=time,
@@ -39,15 +34,17 @@ def _sample(settings: Settings) -> SampleSpec:
 
 def _conditions(settings: Settings) -> dict[str, ConditionSpec]:
     has_image = settings["image_dim"] is not None
-    length = IMAGE_TO_VIDEO_TEXT if has_image else None
+    length = IMAGE_TO_VIDEO_TEXT if has_image else "text"
     conditions = {"prompt_embeds": ConditionSpec(shape=(length, settings["text_dim"]))}
     # The mask of the given frames, then the encoded video that has only these frames.
     extra = settings["in_channels"] - _sample(settings).channels
     if extra:
-        conditions["image_latents"] = ConditionSpec(shape=(extra, None, None, None), guided=False)
+        conditions["image_latents"] = ConditionSpec(
+            shape=(extra, "frames", "height", "width"), guided=False
+        )
     if has_image:  # Wan2.1, by CLIP
         conditions["image_embeds"] = ConditionSpec(
-            shape=(None, settings["image_dim"]), guided=False
+            shape=("image", settings["image_dim"]), guided=False
         )
     return conditions
 

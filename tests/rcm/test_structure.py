@@ -49,8 +49,8 @@ def parts(names: set[str]) -> set[str]:
     [
         *((module, MATHEMATICS) for module in sorted(MATHEMATICS)),
         ("losses", MATHEMATICS | {"losses"}),
-        ("models", MATHEMATICS | {"models", "errors"}),
-        ("data", {"data", "errors", "validation"}),
+        ("models", MATHEMATICS | {"models", "errors", "named_shapes"}),
+        ("data", {"data", "errors", "named_shapes", "validation"}),
         ("distributed", MATHEMATICS | {"distributed", "errors"}),
         (
             "training",

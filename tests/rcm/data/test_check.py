@@ -114,6 +114,27 @@ def test_the_command_prints_problems_and_a_summary(
     assert main([str(tmp_path), *OPTIONS, "--first", "4"]) == 0
 
 
+def test_conditions_that_guidance_keeps_are_not_in_the_negative_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = SampleShapes(SHAPES.latents, {**SHAPES.condition, "image": (5, 3)})
+    write_safetensors(tmp_path, random_samples(shapes=shapes))
+    save_file({"text": torch.zeros(6, 7)}, tmp_path / "negative.safetensors")
+    command = [str(tmp_path), *OPTIONS, "--condition", "image=5,3"]
+    assert main(command) == 1
+    assert "there is no tensor 'image', only text" in capsys.readouterr().out
+    assert main([*command, "--fixed", "image"]) == 0
+
+
+def test_a_fixed_condition_must_be_one_of_the_conditions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), *OPTIONS, "--fixed", "image"])
+    message = "--fixed image: there is no --condition image=SHAPE, only text\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -148,6 +148,39 @@ def wrong_reads(data: Latents, seed: int) -> int:
 
 
 # ----------------------------------------------------------------------------
+# Shapes of the condition
+
+
+def test_sizes_of_the_condition_are_those_of_the_settings() -> None:
+    condition = {
+        "prompt_embeds": ("text", 4096),
+        "image_latents": (20, "frames", "height", "width"),
+        "image_embeds": ("image", 1280),
+        "pooled_prompt_embeds": (2048,),
+    }
+    wan = LatentsConfig(sample_shape=(16, 21, 60, 104), text_length=512)
+    assert wan.condition_sizes(condition) == {
+        "prompt_embeds": (512, 4096),
+        "image_latents": (20, 21, 60, 104),
+        "image_embeds": (257, 1280),
+        "pooled_prompt_embeds": (2048,),
+    }
+    image = LatentsConfig(sample_shape=(16, 60, 104), text_length=9, image_length=2)
+    sizes = image.condition_sizes({"a": ("text", "image"), "b": ("height", "width")})
+    assert sizes == {"a": (9, 2), "b": (60, 104)}
+
+
+def test_a_size_that_the_samples_do_not_have_is_named() -> None:
+    images = LatentsConfig(sample_shape=(16, 60, 104), text_length=9)
+    message = (
+        "image_latents has the shape (20, 'frames', 'height'): 'frames' is neither a number nor "
+        "one of text, image, height, width; latents of images have no frames"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        images.condition_sizes({"image_latents": (20, "frames", "height")})
+
+
+# ----------------------------------------------------------------------------
 # Null condition
 
 

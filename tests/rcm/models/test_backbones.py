@@ -361,15 +361,30 @@ def test_an_image_to_video_condition_of_another_size_raises() -> None:
     net, x, t, condition = image_to_video()
     with pytest.raises(ValueError, match=r"prompt_embeds .* takes \(2, 512, 16\)"):
         net(x, t, {**condition, "prompt_embeds": condition["prompt_embeds"][:, 1:]})
-    with pytest.raises(ValueError, match="image_latents has frames and sizes"):
+    message = (
+        r"image_latents has shape \(2, 5, 2, 6, 10\); WanTransformer3DModel takes "
+        r"\(2, 5, 3, 6, 10\) for x of shape \(2, 4, 3, 6, 10\)"
+    )
+    with pytest.raises(ValueError, match=message):
         net(x, t, {**condition, "image_latents": condition["image_latents"][:, :, 1:]})
+    with pytest.raises(ValueError, match=r"image_latents .* takes \(2, 5, 3, 6, 10\)"):
+        net(x, t, {**condition, "image_latents": condition["image_latents"][..., 1:]})
+
+
+def test_an_embedding_of_an_image_may_have_any_tokens() -> None:
+    net, x, t, condition = image_to_video()
+    embedding = condition["image_embeds"]
+    assert net.condition_shapes["image_embeds"] == ("image", 12)
+    net(x, t, {**condition, "image_embeds": torch.cat([embedding, embedding], dim=1)})
+    with pytest.raises(ValueError, match=r"image_embeds .* takes \(2, any, 12\)"):
+        net(x, t, {**condition, "image_embeds": embedding[..., 1:]})
 
 
 def test_wan_2_2_has_image_latents_without_image_embeddings() -> None:
     net = tiny_backbone("wan", in_channels=9)
     assert net.condition_shapes == {
-        "prompt_embeds": (None, 16),
-        "image_latents": (5, None, None, None),
+        "prompt_embeds": ("text", 16),
+        "image_latents": (5, "frames", "height", "width"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -260,6 +261,16 @@ def test_an_unknown_argument_of_the_class_raises() -> None:
     config = DiffusersConfig(architecture="wan", settings={"depth": 3, "num_layers": 2})
     with pytest.raises(ValueError, match="settings has depth, which WanTransformer3DModel does"):
         config.build()
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.9.1"])
+def test_an_older_diffusers_raises(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "__version__", version)
+    message = f"needs diffusers 0.35 or newer, but diffusers {version} is installed; run pip inst"
+    with pytest.raises(ImportError, match=re.escape(message)):
+        tiny("wan").build()
 
 
 def test_without_diffusers_the_message_says_what_to_install(
