@@ -41,11 +41,13 @@ def improved(student: Any, x0: Tensor, noise: Tensor, t: Tensor, c: Any, **optio
     return mean_flow_loss(student, x0, noise, t, t / 3, c, improved=True, **options)
 
 
-def lagrangian(student: Any, x0: Tensor, noise: Tensor, t: Tensor, c: Any, **options: Any) -> Loss:
-    def teacher(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-        return x.sin()
+def sine(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+    return x.sin()
 
-    return lagrangian_flow_map_loss(student, x0, noise, t, t / 3, c, teacher=teacher, **options)
+
+def lagrangian(student: Any, x0: Tensor, noise: Tensor, t: Tensor, c: Any, **options: Any) -> Loss:
+    options = {"teacher": sine, **options}
+    return lagrangian_flow_map_loss(student, x0, noise, t, t / 3, c, **options)
 
 
 LOSSES = pytest.mark.parametrize(
@@ -90,6 +92,26 @@ def test_one_pass_agrees_with_two(loss_of: LossOf) -> None:
     student = SmoothNetwork(5, dropout=0.3).double()  # the random state counts the masks drawn
     one, two = (results(student, loss_of, d, *vectors()) for d in (one_pass_jvp, exact_jvp))
     torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+
+
+@LOSSES
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_gradient_passes_through_the_teacher(loss_of: LossOf, shared: bool) -> None:
+    """Neither into its parameters, the student's or its own, nor through it into the data."""
+    student = SmoothNetwork(5).double()
+    teacher = student if shared else SmoothNetwork(5).double()
+    found = []
+    for derivative in (one_pass_jvp, exact_jvp):
+        x0, noise, t, _ = vectors()
+        x0.requires_grad_()
+        of_student = partial(loss_of, teacher=lambda x, t, c: teacher(x, t, c, end=t))
+        value, diagnostics, gradients, _ = results(
+            student, of_student, derivative, x0, noise, t, None
+        )
+        assert not any(x.requires_grad for x in diagnostics.values())
+        found.append((value, diagnostics, gradients, x0.grad))
+    torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
+    assert shared or all(p.grad is None for p in teacher.parameters())
 
 
 @LOSSES
