@@ -202,7 +202,7 @@ class _SupportedNorms(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.layer_norm:
+        if func in (nn.functional.layer_norm, torch.layer_norm):
             return layer_norm(*args, **kwargs)
         if func is torch.Tensor.unflatten:  # torch.compile traces it only as a method
             return args[0].unflatten(*args[1:], **kwargs)

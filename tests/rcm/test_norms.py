@@ -1,6 +1,7 @@
 """The gradient through the exact JVP of normalisations, which PyTorch's own JVP gets wrong."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def test_gradient_through_the_jvp_is_the_finite_difference(norm: nn.Module) -> N
     with torch.no_grad():
         quotient = (loss(s + 1e-5) - loss(s - 1e-5)) / 2e-5
     torch.testing.assert_close(gradient, quotient, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("function", [nn.functional.layer_norm, torch.layer_norm])
+def test_layer_norm_takes_its_input_by_name(function: Callable[..., Tensor]) -> None:
+    x, tangent = torch.randn(2, *CASE)
+    by_name = exact_jvp(lambda x: function(input=x, normalized_shape=(8,)), (x,), (tangent,))
+    torch.testing.assert_close(by_name, exact_jvp(lambda x: function(x, (8,)), (x,), (tangent,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -165,6 +165,28 @@ def test_arguments_and_outputs_keep_their_structure() -> None:
     torch.testing.assert_close(both(), expected)
 
 
+class Normalised(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(input=x, normalized_shape=(3,), weight=self.weight)
+
+
+@pytest.mark.parametrize("function", [nn.functional.layer_norm, torch.layer_norm])
+def test_layer_norm_takes_its_input_by_name(function: Callable[..., Tensor]) -> None:
+    block, x, tangent = Normalised(function), torch.randn(2, 3), torch.randn(2, 3)
+
+    def both() -> Any:
+        with torch.no_grad():
+            return torch.func.jvp(block, (x,), (tangent,))
+
+    expected = both()
+    compile_blocks([block], "eager")
+    torch.testing.assert_close(both(), expected)
+
+
 def test_a_checkpointed_block_has_a_gradient_but_a_detached_tangent() -> None:
     block, shift = Scaled(), (torch.ones(3), torch.ones(3))
     compile_blocks([block], "eager")
