@@ -397,7 +397,7 @@ def test_a_nonfinite_teacher_is_masked_and_counted(case) -> None:  # type: ignor
 
 @pytest.mark.parametrize("derivative", [exact_jvp, one_pass_jvp])
 def test_an_auxiliary_head_that_overflows_is_masked_and_counted(case, derivative: Any) -> None:  # type: ignore[no-untyped-def]
-    """It overflows where end < t, so that the velocity along which U is differentiated is finite."""
+    """It overflows where end < t, so that the direction of the derivative is finite."""
     net, head, x0, noise = case
 
     class Overflowing(WithHead):
