@@ -62,7 +62,18 @@ def needs_differentiable_norm(x: Tensor) -> bool:
     """Whether a gradient may flow through the JVP of a norm of x."""
     if not torch.is_grad_enabled() or forward_ad.unpack_dual(x).tangent is None:
         return False
-    return _gradients.through_tangents
+    return _gradients.through_tangents or _inside_nested_jvp()
+
+
+def _inside_nested_jvp() -> bool:
+    """Whether this may be a block of checkpoint_jvp, whose second call must compute the same.
+
+    It comes in the backward pass, outside of detached_tangents, at the same depth of jvps.
+    torch.compile traces no jvp around checkpoint_jvp.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return len(torch._C._functorch.get_interpreter_stack() or ()) > 1
 
 
 class DifferentiableNorms(TorchFunctionMode):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jvp_attn import checkpoint_primal
+from jvp_attn import checkpoint_jvp, checkpoint_primal
 from rcm.derivatives import Derivative, central_difference, exact_jvp, one_pass_jvp
 from rcm.losses import (
     Loss,
@@ -115,7 +115,7 @@ def test_no_gradient_passes_through_the_teacher(loss_of: LossOf, shared: bool) -
 
 
 @LOSSES
-@pytest.mark.parametrize("call", [None, checkpoint_primal])
+@pytest.mark.parametrize("call", [None, checkpoint_primal, checkpoint_jvp])
 @pytest.mark.parametrize("auxiliary_head", [False, True])
 def test_one_pass_of_a_dit_agrees_with_two(
     loss_of: LossOf, call: Callable[..., Tensor] | None, auxiliary_head: bool
