@@ -62,9 +62,9 @@ def checkpoint_jvp(
     Outside of a JVP this is `torch.utils.checkpoint.checkpoint(use_reentrant=False)`. With grad
     disabled it only calls the function. With dual numbers of `torch.autograd.forward_ad`, the
     backward pass must run after the dual level. Each `torch.overrides.TorchFunctionMode` of the
-    first call, such as `replace_sdpa`, is active at the second, wherever the backward pass runs;
-    torch.device is not. In a function compiled by torch.compile, a jvp that contains
-    `checkpoint_jvp` breaks the graph.
+    first call, such as `replace_sdpa`, is active at the second, wherever the backward pass runs,
+    unless it has an `__enter__` of its own, as torch.device has. In a function compiled by
+    torch.compile, a jvp that contains `checkpoint_jvp` breaks the graph.
 
     With FSDP2 (`fully_shard`) the gradients of a jvp are right, but the gathered weights of all
     blocks stay in memory until the end of the backward pass, because FSDP2's post-backward hooks

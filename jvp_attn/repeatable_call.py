@@ -59,7 +59,10 @@ class RepeatableCall:
 
 
 def _function_modes() -> list[TorchFunctionMode]:
-    """The active modes, outermost first, without torch.device, which must not be entered again."""
+    """The active modes, outermost first, that may be entered again.
+
+    Others have an __enter__ of their own, such as torch.device, which is active at most once.
+    """
     modes = _get_current_function_mode_stack()
     return [x for x in modes if type(x).__enter__ is TorchFunctionMode.__enter__]
 
