@@ -61,9 +61,14 @@ def checkpoint_jvp(
 
     Outside of a JVP this is `torch.utils.checkpoint.checkpoint(use_reentrant=False)`. With grad
     disabled it only calls the function. With dual numbers of `torch.autograd.forward_ad`, the
-    backward pass must run after the dual level. If `replace_sdpa` is active at the first call, it
-    is at the second, wherever the backward pass runs. In a function compiled by torch.compile, a
-    jvp that contains `checkpoint_jvp` breaks the graph.
+    backward pass must run after the dual level. Each `torch.overrides.TorchFunctionMode` of the
+    first call, such as `replace_sdpa`, is active at the second, wherever the backward pass runs,
+    unless it has an `__enter__` of its own, as torch.device has. In a function compiled by
+    torch.compile, a jvp that contains `checkpoint_jvp` breaks the graph.
+
+    With FSDP2 (`fully_shard`) the gradients of a jvp are right, but the gathered weights of all
+    blocks stay in memory until the end of the backward pass, because FSDP2's post-backward hooks
+    do not fire before. With `checkpoint_primal` they fire after each block.
 
     Args:
         function: the block, usually an nn.Module. Its second call must do the same as the first.

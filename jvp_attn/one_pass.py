@@ -66,9 +66,9 @@ def checkpoint_primal(
 
     Outside of a JVP this is `torch.utils.checkpoint.checkpoint(use_reentrant=False)`. With grad
     disabled it only calls the function. Dual numbers of `torch.autograd.forward_ad` work like a
-    jvp. If `replace_sdpa` is active at the first call, it is at the second, wherever the backward
-    pass runs; so are autocast and parameters that `torch.func.functional_call` replaces (see
-    `checkpoint_jvp`).
+    jvp. Each `torch.overrides.TorchFunctionMode` of the first call, such as `replace_sdpa`, is
+    active at the second, wherever the backward pass runs; so are autocast and parameters that
+    `torch.func.functional_call` replaces (see `checkpoint_jvp`).
 
     Args:
         function: the block, usually an nn.Module. Its second call must do the same as the first.

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-
-from jvp_attn.patching.replace_sdpa import replace_sdpa
 
 
 class RepeatableCall:
@@ -32,7 +30,7 @@ class RepeatableCall:
         self.positions = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         modules = _modules([self.leaves, function, _variables(function)])
         self.tensors_of_modules = [(module, _tensors(module)) for module in modules]
-        self.mode = _innermost_replace_sdpa()
+        self.modes = _function_modes()
 
     def take_tensors(self) -> list[Tensor]:
         """The tensors among the arguments, which the call then no longer holds."""
@@ -52,17 +50,29 @@ class RepeatableCall:
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.mode is not None and self.mode is not _innermost_replace_sdpa():
-                stack.enter_context(self.mode)
+            for mode in _missing(self.modes, _function_modes()):
+                stack.enter_context(mode)
             for module, tensors in self.tensors_of_modules:
                 if _are_others(tensors, _tensors(module)):
                     stack.enter_context(_reparametrize_module(module, dict(tensors)))
             yield
 
 
-def _innermost_replace_sdpa() -> replace_sdpa | None:
+def _function_modes() -> list[TorchFunctionMode]:
+    """The active modes, outermost first, that may be entered again.
+
+    Others have an __enter__ of their own, such as torch.device, which is active at most once.
+    """
     modes = _get_current_function_mode_stack()
-    return next((mode for mode in reversed(modes) if isinstance(mode, replace_sdpa)), None)
+    return [x for x in modes if type(x).__enter__ is TorchFunctionMode.__enter__]
+
+
+def _missing(
+    first: list[TorchFunctionMode], now: list[TorchFunctionMode]
+) -> list[TorchFunctionMode]:
+    """What to enter so that the innermost modes are the first ones, in their order."""
+    present = next(n for n in range(len(first), -1, -1) if now[len(now) - n :] == first[:n])
+    return first[present:]
 
 
 def _modules(tree: Any) -> list[nn.Module]:

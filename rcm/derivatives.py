@@ -75,7 +75,8 @@ def one_pass_jvp(
 
     Losses that stop the gradient of the derivative then need no second evaluation of F. Blocks of
     the network that run through jvp_attn.checkpoint_primal keep only their inputs. Others also
-    record the graph of the tangent, which takes memory until the end of the JVP.
+    record the graph of the tangent, which takes memory until the end of the JVP. Inside of
+    jvp_attn.checkpoint_jvp, AdaLN of rcm rounds differently from a pass without a JVP.
 
     The gradient of the value is right with every normalisation of PyTorch. A student that overflows
     makes the gradient of a loss non-finite: a second pass could replace its sample by zeros.

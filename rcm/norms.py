@@ -23,7 +23,7 @@ _BATCH_STATISTICS: dict[Any, str] = {
 
 
 def layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: tuple[int, ...],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -32,13 +32,13 @@ def layer_norm(
 ) -> Tensor:
     """torch.layer_norm as rms_norm(x - mean), with statistics in float32 or better."""
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
     centred = wide - wide.mean(dims, keepdim=True)
     y = nn.functional.rms_norm(centred, normalized_shape, eps=eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     # CUDA's autocast leaves the result of layer_norm in float32.
-    return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
+    return y if input.is_cuda and torch.is_autocast_enabled("cuda") else y.to(input.dtype)
 
 
 class _Gradients(threading.local):
@@ -62,7 +62,18 @@ def needs_differentiable_norm(x: Tensor) -> bool:
     """Whether a gradient may flow through the JVP of a norm of x."""
     if not torch.is_grad_enabled() or forward_ad.unpack_dual(x).tangent is None:
         return False
-    return _gradients.through_tangents
+    return _gradients.through_tangents or _inside_nested_jvp()
+
+
+def _inside_nested_jvp() -> bool:
+    """Whether this may be a block of checkpoint_jvp, whose second call must compute the same.
+
+    It comes in the backward pass, outside of detached_tangents, at the same depth of jvps.
+    torch.compile traces no jvp around checkpoint_jvp.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return len(torch._C._functorch.get_interpreter_stack() or ()) > 1
 
 
 class DifferentiableNorms(TorchFunctionMode):

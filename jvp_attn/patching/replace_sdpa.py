@@ -54,7 +54,9 @@ class replace_sdpa(TorchFunctionMode):
             of other packages, and other backends of diffusers or transformers, such as
             attn_implementation="flash_attention_2". Attention inside a torch.jit script is not
             detected; torch raises if a tangent enters it. From a collective of torch.distributed
-            on a tensor with a tangent, which it would drop. From torch.nn.MultiheadAttention with
+            on a tensor with a tangent, which it would drop: collectives that write to an argument
+            are detected with torch 2.13 or newer, methods of a ProcessGroup, such as
+            `group.allreduce([x])`, are not. From torch.nn.MultiheadAttention with
             need_weights=True, if an attention other than the default is given.
     """
 

@@ -147,14 +147,15 @@ def _tangent(
     )
     cos, sin = cos_sin(gap, x)
     f, jvp = f.to(cos.dtype), jvp.to(cos.dtype)
-    error = f.detach() - ode_velocity
-    if form == "scm":
-        g = -(cos**2) * error - warmup * (cos * sin * x + jvp)
-    elif form == "rcm":
-        root = torch.sqrt(1 - (warmup * sin) ** 2)
-        g = -cos * root * error - (warmup * cos * sin * x + jvp)
-    else:
-        raise ValueError(f"form {form!r} is unknown; allowed are 'scm' and 'rcm'")
+    with torch.no_grad():
+        error = f - ode_velocity
+        if form == "scm":
+            g = -(cos**2) * error - warmup * (cos * sin * x + jvp)
+        elif form == "rcm":
+            root = torch.sqrt(1 - (warmup * sin) ** 2)
+            g = -cos * root * error - (warmup * cos * sin * x + jvp)
+        else:
+            raise ValueError(f"form {form!r} is unknown; allowed are 'scm' and 'rcm'")
     return Tangent(f, jvp, g)
 
 

@@ -74,18 +74,16 @@ def lagrangian_error(
         (torch.ones_like(end_time),),
         scale=torch.sin(t - end),
     )
-    graded = f
-    if derivative is one_pass_jvp:
-        f = f.detach()
-    point = denoised(x, f, t - end)
-    ode_velocity = teacher(point, end_time, condition)
-    if point.requires_grad:
-        # A teacher that returns NaN would multiply a masked gradient of zero by NaN.
-        finite = all_finite(ode_velocity)
-        point.register_hook(lambda gradient: zero_outside(finite, gradient))
-    cos, sin = cos_sin(t - end, x)
-    velocity_error = sin * x + cos * f - ode_velocity
-    return LagrangianError(graded, jvp, velocity_error, velocity_error - warmup * jvp)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and derivative is not one_pass_jvp):
+        point = denoised(x, f, t - end)
+        ode_velocity = teacher(point, end_time, condition)
+        if point.requires_grad:
+            # A teacher that returns NaN would multiply a masked gradient of zero by NaN.
+            finite = all_finite(ode_velocity)
+            point.register_hook(lambda gradient: zero_outside(finite, gradient))
+        cos, sin = cos_sin(t - end, x)
+        velocity_error = sin * x + cos * f - ode_velocity
+        return LagrangianError(f, jvp, velocity_error, velocity_error - warmup * jvp)
 
 
 def lagrangian_flow_map_loss(

@@ -95,9 +95,9 @@ def mean_flow_loss(
     derivative: how dU/du is computed; with one_pass_jvp the same evaluation of the student gives U
     its gradient.
 
-    Samples with a non-finite x, U or target get value 0 and no gradient, except that with
-    one_pass_jvp a student that overflows has a non-finite gradient. Diagnostics: "mean_flow"
-    ‖U - U_target‖², "auxiliary" the same of the head if there is one, "jvp_norm"
+    Samples with a non-finite x, U, target or auxiliary head get value 0 and no gradient, except
+    that with one_pass_jvp a student that overflows has a non-finite gradient. Diagnostics:
+    "mean_flow" ‖U - U_target‖², "auxiliary" the same of the head if there is one, "jvp_norm"
     ‖(u - r) dU/du‖, "velocity_error" ‖U - v‖, and "nonfinite", 1 for such a sample.
 
     Raises ValueError for bad shapes, times, warmup, norm, power or eps, and for guidance without
@@ -143,7 +143,7 @@ def mean_flow_loss(
         )
     u, change = velocities[:, 0].detach(), changes[:, 0]
     target = v - warmup * change
-    finite = finite & all_finite(u, target)
+    finite = finite & all_finite(velocities, target)
     if not one_pass:
         velocities = mean_velocities(zero_outside(finite, x), time)
 

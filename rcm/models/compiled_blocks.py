@@ -14,15 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rcm.errors import RunError
 from rcm.norms import layer_norm
@@ -45,8 +48,10 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: Backend = "inductor") -
 
     Raises NotImplementedError for a block with dropout, because the two functions would draw
     different masks, and for a block whose forward method is replaced already. Calls of the block
-    raise RunError if it cannot be compiled, and NotImplementedError if gradients are enabled and an
-    argument has a tangent.
+    raise RunError if it cannot be compiled. They raise NotImplementedError inside of transforms of
+    torch.func other than one jvp, and of dual numbers. Inside of a jvp they also raise it if
+    gradients are enabled and an argument has a tangent, if a weight has one, and if the block
+    modifies an argument in place.
     """
     for block in blocks:
         name = type(block).__name__
@@ -71,30 +76,60 @@ class _CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_in_torch_dispatch_mode(include_infra_modes=False):  # torch.compile would raise
             return self.function(self.block, *args, **kwargs)
+        if not _inside_jvp():
+            return self._run(self.primal, args, kwargs)
+        self._raise_unless_one_jvp()
+        self._raise_if_weights_move()
         leaves, spec = tree_flatten((args, kwargs))
         duals = [_unpacked(x) for x in leaves]
         places = tuple(i for i, (_, tangent) in enumerate(duals) if tangent is not None)
-        if not places:
-            return self._run(self.primal, args, kwargs)
-        if torch.is_grad_enabled():
+        if places and torch.is_grad_enabled():
             raise NotImplementedError(
                 f"a compiled {self.name} has no gradient through its tangent: call "
                 "it through jvp_attn.checkpoint_primal or inside of torch.no_grad()"
             )
+        if places and not _transforms():
+            raise NotImplementedError(
+                f"a compiled {self.name} takes no dual numbers of torch.autograd.forward_ad: use "
+                "torch.func.jvp, or run without compile"
+            )
+        with temporarily_clear_interpreter_stack():
+            primals = [_unwrapped(primal) for primal, _ in duals]
+            before = _versions(primals)
+            if places:
+                tangents = [_unwrapped(duals[i][1]) for i in places]
+                outputs, out_tangents = self._run(
+                    self.jvp, *tree_unflatten(primals, spec), places, tangents
+                )
+            else:
+                outputs = self._run(self.primal, *tree_unflatten(primals, spec))
+        self._raise_if_modified(primals, before)
+        return _with_tangents(outputs, out_tangents) if places else outputs
 
-        def jvp(primals: list[Any], tangents: list[Tensor]) -> Any:
-            return self._run(self.jvp, *tree_unflatten(primals, spec), places, tangents)
+    def _raise_unless_one_jvp(self) -> None:
+        transforms = _transforms()
+        if len(transforms) > 1 or any(t.key() != TransformType.Jvp for t in transforms):
+            active = ", ".join(t.key().name.lower() for t in transforms)
+            raise NotImplementedError(
+                f"a compiled {self.name} works inside of one torch.func.jvp and no other transform "
+                f"of torch.func, got (outermost first) {active}: run without compile"
+            )
 
-        tangents = [duals[i][1] for i in places]
-        outputs_spec, *outputs = _OutsideOfTransforms.apply(
-            jvp, len(leaves), *(primal for primal, _ in duals), *tangents
-        )
-        n = len(outputs) // 2
-        paired = [
-            forward_ad.make_dual(x, tangent) if tangent is not None else x
-            for x, tangent in zip(outputs[:n], outputs[n:], strict=True)
-        ]
-        return tree_unflatten(paired, outputs_spec)
+    def _raise_if_weights_move(self) -> None:
+        for name, x in chain(self.block.named_parameters(), self.block.named_buffers()):
+            if is_functorch_wrapped_tensor(x) or _unpacked(x)[1] is not None:
+                raise NotImplementedError(
+                    f"{name} of a compiled {self.name} has a tangent or was computed inside of the "
+                    "jvp; only arguments may have tangents: run without compile"
+                )
+
+    def _raise_if_modified(self, primals: list[Any], before: list[int]) -> None:
+        for x, old, new in zip(primals, before, _versions(primals), strict=True):
+            if old != new:
+                raise NotImplementedError(
+                    f"inside of a jvp, a compiled {self.name} must not modify its arguments in "
+                    f"place, but it modified one of shape {tuple(x.shape)}: let it modify a clone"
+                )
 
     def _run(self, compiled: Function, *args: Any) -> Any:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -119,33 +154,50 @@ def _reason(error: Exception) -> str:
     return f"{first} ({context[0]})" if context and context[0] else first
 
 
+# ---- inside of a jvp ---------------------------------------------------------------------------
+
+
+def _transforms() -> list[Any]:
+    """The active transforms of torch.func, outermost first."""
+    return torch._C._functorch.get_interpreter_stack() or []
+
+
+def _inside_jvp() -> bool:
+    """Whether a transform of torch.func or a dual level is active."""
+    return bool(_transforms()) or forward_ad._current_level >= 0
+
+
 def _unpacked(x: Any) -> tuple[Any, Tensor | None]:
     """An argument without its tangent, and its tangent."""
-    if isinstance(x, Tensor) and x.is_floating_point():
+    if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
         dual = forward_ad.unpack_dual(x)
         return (x, None) if dual.tangent is None else (dual.primal, dual.tangent)
     return x, None
 
 
-class _OutsideOfTransforms(torch.autograd.Function):
-    """(jvp, n, *n primals, *tangents) -> (structure, *outputs, *their tangents or None).
+def _unwrapped(x: Any) -> Any:
+    """The tensor that torch.func.jvp has wrapped; gradients pass if enabled. Others as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    # Otherwise torch.compile would make a new graph where another tensor requires grad.
+    return x if torch.is_grad_enabled() else x.detach()
 
-    torch.func calls the rule of a Function outside of its transforms, with the tensors inside of
-    theirs.
-    """
 
-    @staticmethod
-    def forward(jvp: Function, n: int, *leaves: Any) -> tuple[TreeSpec | Any, ...]:
-        # Detached, because torch.compile makes a new graph where another tensor requires grad.
-        detached = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-        outputs, tangents = jvp(detached[:n], detached[n:])
-        flat, spec = tree_flatten(outputs)
-        rest = iter(tangents)
-        return spec, *flat, *(next(rest) if isinstance(x, Tensor) else None for x in flat)
+def _versions(values: list[Any]) -> list[int]:
+    """How often each tensor was modified in place; tensors of inference mode do not count it."""
+    return [x._version if isinstance(x, Tensor) and not x.is_inference() else 0 for x in values]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*(x for x in output if isinstance(x, Tensor)))
+
+def _with_tangents(outputs: Any, tangents: tuple[Tensor | None, ...]) -> Any:
+    """Outputs whose tensors have these tangents in the surrounding jvp."""
+    flat, spec = tree_flatten(outputs)
+    rest = iter(tangents)
+    for i, x in enumerate(flat):
+        if isinstance(x, Tensor) and (tangent := next(rest)) is not None:
+            flat[i] = forward_ad.make_dual(x, tangent)
+    return tree_unflatten(flat, spec)
 
 
 # ---- the compiled functions --------------------------------------------------------------------
@@ -202,7 +254,7 @@ class _SupportedNorms(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.layer_norm:
+        if func in (nn.functional.layer_norm, torch.layer_norm):
             return layer_norm(*args, **kwargs)
         if func is torch.Tensor.unflatten:  # torch.compile traces it only as a method
             return args[0].unflatten(*args[1:], **kwargs)

@@ -277,7 +277,8 @@ OTHER_USES = [
         ("distributed/test_data_parallel.py::test_each_rank_agrees_with_one_process",),
     ),
     OtherUse(
-        "collectives of torch.distributed on a tensor with a tangent, under `replace_sdpa`",
+        "collectives of torch.distributed on a tensor with a tangent, under `replace_sdpa`; "
+        "those that write to an argument with torch ≥ 2.13",
         False,
         ("jvp_attn/test_replace_sdpa_collectives.py::test_a_collective_on_a_tangent_raises",),
     ),

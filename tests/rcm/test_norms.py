@@ -1,11 +1,14 @@
 """The gradient through the exact JVP of normalisations, which PyTorch's own JVP gets wrong."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from jvp_attn import checkpoint_jvp
 from rcm.derivatives import central_difference, exact_jvp
 
 CASE = (3, 4, 8)  # batch, channels, features
@@ -51,6 +54,28 @@ def test_gradient_through_the_jvp_is_the_finite_difference(norm: nn.Module) -> N
     with torch.no_grad():
         quotient = (loss(s + 1e-5) - loss(s - 1e-5)) / 2e-5
     torch.testing.assert_close(gradient, quotient, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("norm", norms()[:4], ids=str)
+def test_the_gradient_is_the_same_with_checkpoints(norm: nn.Module) -> None:
+    """Whose second call comes in the backward pass, outside of exact_jvp."""
+    norm = randomised(copy.deepcopy(norm))
+    x, tangent = torch.randn(2, *CASE, dtype=torch.float64, requires_grad=True)
+
+    def results(call: Callable[..., Tensor]) -> Any:
+        outputs = exact_jvp(lambda x: call(norm, call(norm, x)), (x,), (tangent,))
+        loss = sum(y.square().sum() for y in outputs)
+        return outputs, torch.autograd.grad(loss, (x, tangent, *norm.parameters()))
+
+    expected = results(lambda norm, x: norm(x))
+    torch.testing.assert_close(results(checkpoint_jvp), expected)
+
+
+@pytest.mark.parametrize("function", [nn.functional.layer_norm, torch.layer_norm])
+def test_layer_norm_takes_its_input_by_name(function: Callable[..., Tensor]) -> None:
+    x, tangent = torch.randn(2, *CASE)
+    by_name = exact_jvp(lambda x: function(input=x, normalized_shape=(8,)), (x,), (tangent,))
+    torch.testing.assert_close(by_name, exact_jvp(lambda x: function(x, (8,)), (x,), (tangent,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rcm.derivatives import central_difference, exact_jvp
+from rcm.derivatives import central_difference, exact_jvp, one_pass_jvp
 from rcm.guidance import GuidedCondition
 from rcm.losses.flow_matching import flow_matching_loss
 from rcm.losses.loss import Loss
@@ -393,6 +393,36 @@ def test_a_nonfinite_teacher_is_masked_and_counted(case) -> None:  # type: ignor
     loss = mean_flow_loss(student, x0, noise, T, END, None, teacher=broken)
     assert loss.diagnostics["nonfinite"].tolist() == [0, 0, 0, 0, 0, 1, 1]
     assert all(gradient.isfinite().all() for gradient in finite_gradients(student, loss))
+
+
+@pytest.mark.parametrize("derivative", [exact_jvp, one_pass_jvp])
+def test_an_auxiliary_head_that_overflows_is_masked_and_counted(case, derivative: Any) -> None:  # type: ignore[no-untyped-def]
+    """It overflows where end < t, so that the direction of the derivative is finite."""
+    net, head, x0, noise = case
+
+    class Overflowing(WithHead):
+        def heads(self, x: Tensor, t: Tensor, condition: Any, end: Tensor) -> tuple[Tensor, Tensor]:
+            f, velocity = super().heads(x, t, condition, end)
+            sample = (torch.arange(len(x)) == 2) & (end < t)
+            return f, torch.where(sample[:, None], float("inf"), velocity)
+
+    def loss_of(student: WithHead, samples: Tensor) -> tuple[Loss, list[Tensor]]:
+        loss = mean_flow_loss(
+            student,
+            *(x0[samples], noise[samples], T[samples], END[samples], None),
+            improved=True,
+            derivative=derivative,
+        )
+        return loss, finite_gradients(nn.ModuleList([net, head]), loss)
+
+    good = torch.tensor([0, 1, 3, 4, 5, 6])
+    clean, expected = loss_of(WithHead(net, head), good)
+    loss, found = loss_of(Overflowing(net, head), torch.arange(7))
+    assert loss.diagnostics["nonfinite"].tolist() == [0, 0, 1, 0, 0, 0, 0]
+    assert all(value[2] == 0 for name, value in loss.diagnostics.items() if name != "nonfinite")
+    torch.testing.assert_close(loss.value[good], clean.value)
+    assert loss.value[2] == 0
+    torch.testing.assert_close(found, expected)
 
 
 def test_both_passes_see_the_same_dropout_masks(case) -> None:  # type: ignore[no-untyped-def]

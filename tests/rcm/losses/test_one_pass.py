@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jvp_attn import checkpoint_primal
+from jvp_attn import checkpoint_jvp, checkpoint_primal
 from rcm.derivatives import Derivative, central_difference, exact_jvp, one_pass_jvp
 from rcm.losses import (
     Loss,
@@ -41,11 +41,13 @@ def improved(student: Any, x0: Tensor, noise: Tensor, t: Tensor, c: Any, **optio
     return mean_flow_loss(student, x0, noise, t, t / 3, c, improved=True, **options)
 
 
-def lagrangian(student: Any, x0: Tensor, noise: Tensor, t: Tensor, c: Any, **options: Any) -> Loss:
-    def teacher(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-        return x.sin()
+def sine(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+    return x.sin()
 
-    return lagrangian_flow_map_loss(student, x0, noise, t, t / 3, c, teacher=teacher, **options)
+
+def lagrangian(student: Any, x0: Tensor, noise: Tensor, t: Tensor, c: Any, **options: Any) -> Loss:
+    options = {"teacher": sine, **options}
+    return lagrangian_flow_map_loss(student, x0, noise, t, t / 3, c, **options)
 
 
 LOSSES = pytest.mark.parametrize(
@@ -93,7 +95,27 @@ def test_one_pass_agrees_with_two(loss_of: LossOf) -> None:
 
 
 @LOSSES
-@pytest.mark.parametrize("call", [None, checkpoint_primal])
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_gradient_passes_through_the_teacher(loss_of: LossOf, shared: bool) -> None:
+    """Neither into its parameters, the student's or its own, nor through it into the data."""
+    student = SmoothNetwork(5).double()
+    teacher = student if shared else SmoothNetwork(5).double()
+    found = []
+    for derivative in (one_pass_jvp, exact_jvp):
+        x0, noise, t, _ = vectors()
+        x0.requires_grad_()
+        of_student = partial(loss_of, teacher=lambda x, t, c: teacher(x, t, c, end=t))
+        value, diagnostics, gradients, _ = results(
+            student, of_student, derivative, x0, noise, t, None
+        )
+        assert not any(x.requires_grad for x in diagnostics.values())
+        found.append((value, diagnostics, gradients, x0.grad))
+    torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
+    assert shared or all(p.grad is None for p in teacher.parameters())
+
+
+@LOSSES
+@pytest.mark.parametrize("call", [None, checkpoint_primal, checkpoint_jvp])
 @pytest.mark.parametrize("auxiliary_head", [False, True])
 def test_one_pass_of_a_dit_agrees_with_two(
     loss_of: LossOf, call: Callable[..., Tensor] | None, auxiliary_head: bool

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from jvp_attn import checkpoint_jvp, checkpoint_primal
@@ -165,6 +166,28 @@ def test_arguments_and_outputs_keep_their_structure() -> None:
     torch.testing.assert_close(both(), expected)
 
 
+class Normalised(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(input=x, normalized_shape=(3,), weight=self.weight)
+
+
+@pytest.mark.parametrize("function", [nn.functional.layer_norm, torch.layer_norm])
+def test_layer_norm_takes_its_input_by_name(function: Callable[..., Tensor]) -> None:
+    block, x, tangent = Normalised(function), torch.randn(2, 3), torch.randn(2, 3)
+
+    def both() -> Any:
+        with torch.no_grad():
+            return torch.func.jvp(block, (x,), (tangent,))
+
+    expected = both()
+    compile_blocks([block], "eager")
+    torch.testing.assert_close(both(), expected)
+
+
 def test_a_checkpointed_block_has_a_gradient_but_a_detached_tangent() -> None:
     block, shift = Scaled(), (torch.ones(3), torch.ones(3))
     compile_blocks([block], "eager")
@@ -195,6 +218,92 @@ def test_a_gradient_through_the_tangent_raises() -> None:
     shift = torch.ones(3), torch.ones(3)
     with pytest.raises(NotImplementedError, match=r"compiled Scaled has no gradient .*tangent"):
         torch.func.jvp(lambda x: block(x, shift=shift)[1], (torch.ones(3),), (torch.ones(3),))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_block_may_get_no_tangent_inside_of_a_jvp(grad: bool, wrapped: bool) -> None:
+    """Of a tensor from outside of the jvp, and of one that was computed inside."""
+    block, shift = Scaled(), (torch.randn(3), torch.randn(3))
+    x, tangent, constant = (torch.randn(3, requires_grad=True) for _ in range(3))
+
+    def network(x: Tensor) -> Tensor:
+        still = constant.sin() if wrapped else constant
+        return x * block(still, shift=shift)[1]["twice"]
+
+    def results() -> Any:
+        with torch.set_grad_enabled(grad):
+            outputs = torch.func.jvp(network, (x,), (tangent,))
+        if not grad:
+            return outputs
+        loss = sum(y.square().sum() for y in outputs)
+        return outputs, torch.autograd.grad(loss, (x, tangent, constant, block.weight))
+
+    expected = results()
+    compile_blocks([block], counted := Counted("eager"))
+    torch.testing.assert_close(results(), expected)
+    assert counted.calls == 1
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor, added: Tensor) -> Tensor:
+        return super().forward(x.mul_(2)) + added
+
+
+@pytest.mark.parametrize("call", [checkpoint_primal, lambda f, *args: f(*args)])
+@pytest.mark.parametrize("moving", [True, False])
+def test_modifying_an_argument_in_place_raises(call: Callable[..., Any], moving: bool) -> None:
+    block = InPlace(3, 3)
+    compile_blocks([block], "aot_eager")
+    x, tangent, constant = torch.randn(3, 2, 3)
+
+    def network(x: Tensor) -> Any:
+        return call(block, x.sin() if moving else constant.sin(), constant)
+
+    message = r"InPlace must not modify its arguments in place.*shape \(2, 3\).* a clone"
+    with (
+        torch.set_grad_enabled(call is checkpoint_primal),
+        pytest.raises(NotImplementedError, match=message),
+    ):
+        torch.func.jvp(network, (x,), (tangent,))
+
+
+def test_other_transforms_and_tangents_of_weights_raise() -> None:
+    block, x = nn.Linear(3, 3), torch.randn(2, 3)
+    compile_blocks([block], "eager")
+    with pytest.raises(NotImplementedError, match=r"Linear works .*one torch.func.jvp.* grad: run"):
+        torch.func.grad(lambda x: block(x).sum())(x)
+    with pytest.raises(NotImplementedError, match=r"Linear works .*one torch.func.jvp.* vmap: run"):
+        torch.func.vmap(block)(x)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"\(outermost first\) jvp, jvp"):
+        torch.func.jvp(lambda x: torch.func.jvp(block, (x,), (x,))[1], (x,), (x,))
+
+
+def test_tangents_of_weights_raise() -> None:
+    block, x = nn.Linear(3, 3), torch.randn(2, 3)
+    compile_blocks([block], "eager")
+    weights = {"weight": block.weight.detach()}
+
+    def call(weights: dict[str, Tensor]) -> Any:
+        return torch.func.functional_call(block, weights, (x,))
+
+    message = "weight of a compiled Linear has a tangent"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(call, (weights,), (weights,))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(weights["weight"], torch.ones(3, 3))
+        with pytest.raises(NotImplementedError, match=message):
+            call({"weight": dual})
+
+
+def test_dual_numbers_raise() -> None:
+    block, x = nn.Linear(3, 3), torch.randn(2, 3)
+    compile_blocks([block], "eager")
+    with torch.no_grad(), forward_ad.dual_level():
+        assert block(x).shape == (2, 3)
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match=r"dual numbers.*: use torch\.func\.jvp"):
+            block(dual)
 
 
 class Splitting(nn.Module):
