@@ -221,6 +221,7 @@ class _Recomputed(torch.autograd.Function):
             x.detach().requires_grad_(needs)
             for x, needs in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         ]
+        first.call.prepare_sharded_modules()
         with torch.enable_grad(), first.surroundings():
             leaves = tree_leaves(first.call(*inputs))
         # A tensor of an enclosing function may come back as it was inside of the jvp.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -46,6 +47,27 @@ class RepeatableCall:
         args, kwargs = tree_unflatten(leaves, self.spec)
         with self._surroundings():
             return self.function(*args, **kwargs)
+
+    def prepare_sharded_modules(self) -> None:
+        """Make FSDP2 reduce the gradients of a repeated call and a backward pass right after it.
+
+        Once the backward pass has been through a sharded module, FSDP2 takes every further call in
+        it for one of torch's checkpoint, whose hooks it set in the first call. If that was under
+        no_grad, it set none, and would drop the gradients of a module that is called twice.
+        """
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # whose import takes half a second
+        if fsdp is None:
+            return
+        from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+        for module, _ in self.tensors_of_modules:
+            for part in module.modules():
+                if not isinstance(part, fsdp.FSDPModule):
+                    continue
+                state: Any = part._get_fsdp_state()
+                groups = state._fsdp_param_groups
+                if all(x._training_state == TrainingState.POST_BACKWARD for x in groups):
+                    state._training_state = TrainingState.IDLE
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
