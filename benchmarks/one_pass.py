@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from jvp_attn import checkpoint_primal, replace_sdpa
+from rcm.distributed.processes import destroy_group
 from rcm.losses import Loss, consistency_loss, exact_jvp, one_pass_jvp
 from rcm.models.compiled_blocks import compile_blocks
 from rcm.network_conversions import from_rectified_flow
@@ -236,7 +237,7 @@ def _rank(rank: int, folder: str) -> None:
             "gradient_error_on_ranks": worst,
         }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(counts))
-    dist.destroy_process_group()
+    destroy_group()
 
 
 class Collectives(TorchDispatchMode):
