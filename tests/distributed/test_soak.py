@@ -156,8 +156,8 @@ def assert_stopped_and_continues(soak: Soak, ranks: Ranks, free: Callable[[], No
     """The ranks stop with a message, and the same command continues after space was freed."""
     assert ranks.codes() == [1, 1], ranks.output.read_text()
     output = ranks.output.read_text()
-    assert f"writing to {soak.folder} failed (" in output
-    assert "Free some space or repair the folder and repeat the command; the last" in output
+    assert "a file cannot be read or written: [Errno " in output
+    assert "Free some space or repair the file system and repeat the command; the last" in output
     assert "Traceback" not in output
     soak.require_nothing_lost(ranks)
     assert soak.leftovers == 0

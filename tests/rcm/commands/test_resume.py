@@ -149,7 +149,7 @@ def test_repeated_kill_9_gives_bit_identical_results(tmp_path: Path) -> None:
 
     subprocess.run(command("whole"), check=True, capture_output=True)
     killed = 0
-    for limit in (7, 40, 240):  # lines of metrics after which the process is shot
+    for limit in (4, 7, 240):  # lines of metrics after which the process is shot
         process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL)
         while process.poll() is None:
             path = tmp_path / "killed" / "metrics.jsonl"
