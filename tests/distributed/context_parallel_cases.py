@@ -517,8 +517,11 @@ TWO_RANKS = {
     Layout(data=2): [Case("wan", 4)],
 }
 FOUR_RANKS = {
-    layout: [Case(kind, heads, sharded=heads == 4) for kind in KINDS for heads in (3, 4)]
-    for layout in (Layout(ring=2, ulysses=2), Layout(ring=4), Layout(data=2, ulysses=2))
+    Layout(ring=2, ulysses=2): [
+        Case(kind, heads, sharded=heads == 4) for kind in KINDS for heads in (3, 4)
+    ],
+    Layout(ring=4): [Case("wan", 3), Case("sd3", 4, sharded=True)],
+    Layout(data=2, ulysses=2): [Case("wan", 4, sharded=True), Case("sd3", 3)],
 }
 
 

@@ -25,7 +25,7 @@ from tests.jvp_attn.fuzz_rule import judge
 
 pytestmark = pytest.mark.slow
 
-SEEDS = 2000
+SEEDS = 1000
 EMULATED_SEEDS = 80
 INVALID_SEEDS = 1000
 
