@@ -32,6 +32,7 @@ from rcm.errors import OptionError, RunError
 
 # A collective may wait for a rank that loads or saves for long; the heartbeat finds the dead ones.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+END_SECONDS = 0.5  # in which threads of gloo end; several ranks may share a core
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 DEVICE = re.compile(r"(cpu|cuda)(?::(\d{1,2}))?")
 
@@ -123,21 +124,21 @@ def _joined(
         finally:
             # Destroying NCCL's group may wait for ranks that have failed; the process ends anyway.
             if dist.is_initialized() and found.type == "cpu":
-                destroy_group()
+                destroy_group(END_SECONDS)
         raise
     heartbeat.leave()
-    destroy_group()
+    destroy_group(END_SECONDS)
 
 
-def destroy_group() -> None:
+def destroy_group(seconds: float = 0.1) -> None:
     """Destroy the process group, at the end of a process.
 
     A thread of gloo may be the last to hold the tensors of the last collective. It needs Python's
     global interpreter lock to release them, and a thread that asks for the lock while Python ends
-    aborts the process. So it gets the lock before.
+    aborts the process. So it gets these seconds before.
     """
     dist.destroy_process_group()
-    time.sleep(0.1)
+    time.sleep(seconds)
 
 
 def _leave_after(error: BaseException, heartbeat: Heartbeat, launch: Launch) -> None:

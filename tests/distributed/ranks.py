@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,6 @@ def _run(rank: int, function: Callable[[int], Any], ranks: int, folder: Path) ->
     dist.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=_TIMEOUT
     )
-    try:
-        torch.save(function(rank), folder / f"{rank}.pt")
-    finally:
-        destroy_group()
+    torch.save(function(rank), folder / f"{rank}.pt")
+    destroy_group()
+    os._exit(0)  # without the end of Python, which a late thread of gloo would abort
