@@ -120,7 +120,10 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def _with_teacher(arguments: Arguments) -> RunConfig:
-    """The settings, with those of another run's teacher if it shall be used. Raises RunError."""
+    """The settings, with those of another run's teacher if it shall be used.
+
+    Raises OptionError and RunError.
+    """
     config = arguments.config
     if not isinstance(config, FromScratchConfig):
         return config

@@ -45,8 +45,9 @@ KEPT = 2  # if the newest turns out to be damaged, the one before it is used
 class Checkpoints:
     """The checkpoints in one folder, which all ranks share; `phases` are in the order of training.
 
-    All ranks of `group` create it and call its methods together, except `paths`. Without a group
-    the process is alone. The last call must be `finish`, before the process group is destroyed.
+    All ranks of `group` create it and call its methods together, except `paths` and `intact_paths`.
+    Without a group the process is alone. The last call must be `finish`, before the process group is
+    destroyed.
     Every RunError, OSError and TypeError is raised on all ranks alike. RuntimeError means that a
     rank has died.
 
@@ -176,9 +177,8 @@ class Checkpoints:
         retired = [_retire(path)] if path.exists() else []
         os.rename(partial, path)
         _sync_folder(self.folder)
-        older = self.paths(before=(manifest.phase, manifest.iteration))
-        intact = [other for other in older if other not in self.damaged]
-        kept = [path, *intact[: self.keep - 1]]
+        older = self.intact_paths(before=(manifest.phase, manifest.iteration))
+        kept = [path, *older[: self.keep - 1]]
         retired += [_retire(other) for other in self.paths() if other not in kept]
         for folder in retired:
             shutil.rmtree(folder)
@@ -198,6 +198,10 @@ class Checkpoints:
             end = (self.phases.index(before[0]), before[1])
             found = [entry for entry in found if entry[:2] < end]
         return [path for _, _, path in sorted(found, reverse=True)]
+
+    def intact_paths(self, before: tuple[str, int] | None = None) -> list[Path]:
+        """The `paths` that are not known to be damaged."""
+        return [path for path in self.paths(before) if path not in self.damaged]
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest intact checkpoint, or None, and messages about newer damaged ones.

@@ -116,7 +116,7 @@ class RunFolder:
     def describe_last_checkpoint(self) -> str:
         """For error messages: where the last intact checkpoint is."""
         self.finish_saving()
-        paths = self._intact_checkpoints()
+        paths = self.checkpoints.intact_paths()
         if paths:
             return f"the last intact checkpoint is {paths[0]}"
         has_damaged = bool(self.checkpoints.damaged)
@@ -125,13 +125,8 @@ class RunFolder:
     def describe_good_checkpoint(self, phase: str, before: int) -> str:
         """For error messages: where the last checkpoint before an iteration of a phase is."""
         self.finish_saving()
-        paths = self._intact_checkpoints(before=(phase, before))
+        paths = self.checkpoints.intact_paths(before=(phase, before))
         return f"the last good checkpoint is {paths[0]}" if paths else "there is no good checkpoint"
-
-    def _intact_checkpoints(self, before: tuple[str, int] | None = None) -> list[Path]:
-        """Those that are not known to be damaged."""
-        paths = self.checkpoints.paths(before)
-        return [path for path in paths if path not in self.checkpoints.damaged]
 
     def finish_saving(self) -> None:
         """Wait for a save in flight, at the end of a run. Another error is on its way, if any."""
