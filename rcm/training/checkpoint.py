@@ -46,10 +46,9 @@ class Checkpoints:
     """The checkpoints in one folder, which all ranks share; `phases` are in the order of training.
 
     All ranks of `group` create it and call its methods together, except `paths` and `intact_paths`.
-    Without a group the process is alone. The last call must be `finish`, before the process group is
-    destroyed.
-    Every RunError, OSError and TypeError is raised on all ranks alike. RuntimeError means that a
-    rank has died.
+    Without a group the process is alone. The last call must be `finish`, before the process group
+    is destroyed. Every RunError, OSError and TypeError is raised on all ranks alike. RuntimeError
+    means that a rank has died.
 
     Creating it removes what interrupted runs left unfinished, so one run at a time may use it.
     """
