@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
         return command_line.report(error)
     except KeyboardInterrupt as interrupt:
         where = "".join(f"; {note}" for note in getattr(interrupt, "__notes__", ()))
-        if is_main():
+        if where or is_main():  # after the ranks have joined, one of them raises the interrupt
             print(f"\ninterrupted{where}; repeat the command to continue", file=sys.stderr)
         return 130
     return 0

@@ -146,8 +146,10 @@ def _leave_after(error: BaseException, heartbeat: Heartbeat, launch: Launch) -> 
     if isinstance(error, SystemExit) and not error.code:
         heartbeat.leave()
         return
+    is_interrupt = isinstance(error, KeyboardInterrupt)
     is_expected = isinstance(error, OptionError | RunError)
-    exit_code = 2 if isinstance(error, OptionError) else 1  # as rcm.command_line
+    # As rcm.command_line and rcm.train.
+    exit_code = 2 if isinstance(error, OptionError) else 130 if is_interrupt else 1
     if is_on_every_rank(error):
         heartbeat.leave()
         has_traceback = not is_expected and error.__cause__ is not None  # of this rank's own error
@@ -158,12 +160,12 @@ def _leave_after(error: BaseException, heartbeat: Heartbeat, launch: Launch) -> 
         heartbeat.await_verdict()  # of the rank at the other end, which died or failed
     if is_expected:
         message = str(error)
-    elif isinstance(error, KeyboardInterrupt):
+    elif is_interrupt:
         message = "interrupted"
     else:
         message = f"{type(error).__name__}: {error}"
     prints = heartbeat.fail(message)
-    if is_expected and not prints:
+    if (is_expected or is_interrupt) and not prints:
         raise SystemExit(exit_code) from error
     if is_expected and launch.size > 1:
         kind = OptionError if isinstance(error, OptionError) else RunError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -68,11 +69,13 @@ def test_a_killed_rank_ends_the_run_and_is_named(folder: Path, victim: int) -> N
     assert not any(map(is_running, pids))
 
 
-def test_an_interrupt_says_how_to_continue(folder: Path) -> None:
+@pytest.mark.parametrize("victim", [None, 0, 1])
+def test_an_interrupt_says_how_to_continue(folder: Path, victim: int | None) -> None:
+    """The rank that is not interrupted waits in a collective, where no Python code runs."""
     ranks = torchrun(folder)
     wait_for_a_checkpoint(folder)
     pids = ranks.pids
-    ranks.process.send_signal(signal.SIGINT)
+    os.kill(ranks.process.pid if victim is None else pids[victim], signal.SIGINT)
     assert ranks.codes() != [0]
     output = ranks.output.read_text()
     assert output.count("\ninterrupted; the last intact checkpoint is ") == 1
