@@ -72,8 +72,7 @@ def weights_of_other_runs(
     build makes a network of the config, to check that the weights fit.
 
     Raises:
-        RunError: the other run is missing or unfinished, or has other data or another
-            model.
+        RunError: the other run is missing or unfinished, or has other data or another model.
     """
     wanted: dict[str, Path] = {}
     if config.teacher_run is not None:
