@@ -7,6 +7,7 @@ network.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,8 @@ MAX_DIM, MAX_DEPTH = 2**16, 1000
 Condition = Tensor | GuidedCondition
 Features = Literal["positional", "fourier"]
 FEATURES = get_args(Features)
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS = get_args(Precision)
 OPTIONAL_PARTS = {
     **dict.fromkeys(("end", "null_label", "guidance", "log_weight")),
     "velocity_out": "tokens_out",
@@ -43,7 +46,10 @@ OPTIONAL_PARTS = {
 class DiTConfig(ModelConfig):
     """The diffusion transformer (DiT)."""
 
-    optional_parts = (*ModelConfig.optional_parts, "learned_weight", "auxiliary_head")
+    optional_parts = (
+        *ModelConfig.optional_parts,
+        *("learned_weight", "auxiliary_head", "precision"),
+    )
 
     dim: int = 64
     """Width of a token, a multiple of 4."""
@@ -59,10 +65,13 @@ class DiTConfig(ModelConfig):
     """Add the adaptive weight w(t) of sCM, trained with the student."""
     auxiliary_head: bool = False
     """Add a second output, the velocity at (x, t), next to that of a flow map (iMF)."""
+    precision: Precision = "float32"
+    """Precision of matrix products and attention (torch.autocast); weights stay float32."""
 
     def __post_init__(self) -> None:
         _require_sizes(dim=self.dim, depth=self.depth, heads=self.heads)
         require_choice(FEATURES, time_embedding=self.time_embedding)
+        require_choice(PRECISIONS, precision=self.precision)
 
     def build(self, sample_shape: tuple[int, ...], classes: int) -> "DiT":
         channels, size, _ = sample_shape
@@ -79,7 +88,8 @@ class DiT(nn.Module):
     guidance_input the condition may be a GuidedCondition of labels; labels alone add nothing. With
     learned_weight, log_weight(t) is w(t), (batch,) -> (batch,); otherwise it is None. With
     auxiliary_head, heads(x, t, labels, end=None) is (F, velocity at (x, t)), each like x, in one
-    evaluation (iMF, 2512.02012); otherwise it is None.
+    evaluation (iMF, 2512.02012); otherwise it is None. With precision "bfloat16", matrix products,
+    attention and the tokens between them are bfloat16; weights, times and x are not.
 
     The end and each option but double_norm and time_embedding start without effect on F, draw
     their weights after those of the plain network, and may be absent from a state dict: a network
@@ -114,6 +124,7 @@ class DiT(nn.Module):
         null_class: bool = False,
         guidance_input: bool = False,
         auxiliary_head: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         require_integer(1, size=size, channels=channels, patch=patch, classes=classes)
@@ -121,7 +132,8 @@ class DiT(nn.Module):
             raise ValueError(f"patch is {patch}; it must divide size, which is {size}")
         _require_sizes(dim=dim, depth=depth, heads=heads)
         require_choice(FEATURES, time_embedding=time_embedding)
-        self.size, self.channels, self.patch = size, channels, patch
+        require_choice(PRECISIONS, precision=precision)
+        self.size, self.channels, self.patch, self.precision = size, channels, patch, precision
         self.tokens_in = nn.Linear(channels * patch**2, dim)
         self.register_buffer("positions", _grid_positions(size // patch, dim), persistent=False)
         self.time = TimeEmbedding(dim)
@@ -151,14 +163,25 @@ class DiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
     ) -> Tensor:
-        return self._image(self.tokens_out(self._tokens(x, t, condition, end)))
+        with self._autocast(x):
+            image = self._image(self.tokens_out(self._tokens(x, t, condition, end)))
+        return image.to(x.dtype)
 
     def _heads(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         assert self.velocity_out is not None
-        h = self._tokens(x, t, condition, end)
-        return self._image(self.tokens_out(h)), self._image(self.velocity_out(h))
+        with self._autocast(x):
+            h = self._tokens(x, t, condition, end)
+            f, velocity = self._image(self.tokens_out(h)), self._image(self.velocity_out(h))
+        return f.to(x.dtype), velocity.to(x.dtype)
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        # Without its cache of rounded weights, which a pass without gradients would fill with
+        # weights that have none.
+        return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False)
 
     def _tokens(self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None) -> Tensor:
         """What the output layers read: (batch, tokens, dim)."""
@@ -249,8 +272,15 @@ class Attention(nn.Module):
         query, key, value = rearrange(
             self.qkv(h), "b n (three h d) -> three b n h d", three=3, h=self.heads
         )
-        attended = flash_attn_jvp(self.norm_query(query), self.norm_key(key), value)
+        query, key = _rms_norm(self.norm_query, query), _rms_norm(self.norm_key, key)
+        attended = flash_attn_jvp(query, key, value)
         return self.out(rearrange(attended, "b n h d -> b n (h d)"))
+
+
+def _rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """norm(x), in the dtype of x even if the weight has more bits, as under autocast."""
+    assert norm.weight is not None
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
 
 
 def _grid_positions(side: int, dim: int) -> Tensor:

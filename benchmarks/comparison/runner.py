@@ -1,0 +1,157 @@
+"""Make the runs of the comparison, several at a time, and keep their results in one file.
+
+A run whose result is in the file is not repeated. An interrupted one is continued from its last
+checkpoint: repeat the command. Weights are in the run folders, which a result no longer needs; a
+run that takes the weights of another makes that one again if its folder is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from comparison.cost import config_of
+from comparison.run import Run
+from comparison.samples import keep_samples
+from environment import environment
+
+from rcm.training.files import write_atomically
+
+COLLAPSED = re.compile(r"iteration (\d+): the student collapsed")
+DIGITS = 5  # significant, of the scores that are kept
+
+
+class Results:
+    """The results by the name of a run, in a JSON file that is written after each of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        self.content: dict[str, Any] = {"runs": {}}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+
+    def find(self, run: Run) -> dict[str, Any] | None:
+        """The result of a run with these settings, or None."""
+        result: dict[str, Any] | None = self.content["runs"].get(run.name)
+        return result if result is not None and result["settings"] == run.key() else None
+
+    def add(self, run: Run, result: dict[str, Any]) -> None:
+        with self.lock:
+            self.content["runs"][run.name] = {"settings": run.key(), **result}
+            self.write()
+
+    def write(self) -> None:
+        """One line for each row of a result, sorted by name."""
+        runs = dict(sorted(self.content["runs"].items()))
+        text = json.dumps({**self.content, "runs": runs}, indent=1, ensure_ascii=False)
+        rows = re.compile(r"\{\s+\"network\"[^{}]*\}")
+        text = rows.sub(lambda match: " ".join(match[0].split()), text)
+        write_atomically(self.path, (text + "\n").encode())
+
+
+class Runner:
+    """Makes runs below a folder, `jobs` at a time."""
+
+    def __init__(self, folder: Path, results: Results, samples: Path, jobs: int) -> None:
+        self.folder, self.results, self.samples = folder, results, samples
+        self.pool = ThreadPoolExecutor(jobs)
+        self.trained: dict[str, Future[str | None]] = {}
+        self.stopped = threading.Event()
+
+    def make(self, runs: Iterable[Run]) -> None:
+        """Make all runs that have no result yet."""
+        missing = [run for run in runs if self.results.find(run) is None]
+        for run in missing:
+            self._submit(run)
+        scored = [self.pool.submit(self._score, run) for run in missing]
+        try:
+            for number, (run, future) in enumerate(zip(missing, scored, strict=True), start=1):
+                future.result()
+                print(f"{number} of {len(missing)}: {run.name}", flush=True)
+        except BaseException:
+            self.stopped.set()
+            self.pool.shutdown(cancel_futures=True)
+            raise
+
+    def _submit(self, run: Run) -> None:
+        """Train a run after those that it needs; the pool is a queue, so none waits for a later."""
+        for other in run.needs:
+            self._submit(other)
+        if run.name not in self.trained:
+            self.trained[run.name] = self.pool.submit(self._train, run)
+
+    def _train(self, run: Run) -> str | None:
+        """Finish the training of a run; return why it diverged, or None."""
+        folder = self.folder / run.name
+        if (folder / "report.json").exists():
+            return None
+        for other in run.needs:
+            if problem := self.trained[other.name].result():
+                return f"{other.name}: {problem}"
+        weights: list[str] = []
+        if run.teacher is not None:
+            weights += ["--teacher", str(self.folder / run.teacher.name)]
+        if run.start is not None:
+            weights += ["--student.start", str(self.folder / run.start.name)]
+        code, output = self._command(
+            *("rcm.train", run.preset, "--folder", str(folder), "--method", run.method),
+            *("--seed", str(run.seed), "--report-every", "1000000", "--on-collapse", "continue"),
+            *weights,
+            *run.options,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a") as file:
+            file.write(output)
+        if code == 1 and "is not finite" in output or "diverged" in output:
+            return output.strip().splitlines()[-1]
+        if code:
+            raise RuntimeError(f"{run.name}: {output.strip()}")
+        return None
+
+    def _score(self, run: Run) -> None:
+        result: dict[str, Any] = {**environment(), "iterations": _iterations(run)}
+        if problem := self.trained[run.name].result():
+            self.results.add(run, {**result, "diverged": problem, "rows": []})
+            return
+        folder = self.folder / run.name
+        # The reference alone, unless the run asks for more rows of the teacher.
+        options = ["--teacher-steps", "32", *run.evaluation]
+        code, output = self._command("rcm.evaluate", str(folder), *options)
+        if code:
+            raise RuntimeError(f"{run.name}: {output.strip()}")
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        collapsed = COLLAPSED.search((folder / "output.txt").read_text())
+        result["collapsed"] = None if collapsed is None else int(collapsed[1])
+        result["protocol"] = evaluation["protocol"]
+        result["rows"] = [_rounded(row) for row in evaluation["rows"]]
+        keep_samples(run, folder / "evaluation.safetensors", self.samples)
+        self.results.add(run, result)
+
+    def _command(self, module: str, *options: str) -> tuple[int, str]:
+        """Exit code and output of python -m module; raises KeyboardInterrupt if interrupted."""
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
+        command = [sys.executable, "-m", module, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 130:
+            raise KeyboardInterrupt
+        return done.returncode, done.stdout + done.stderr
+
+
+def _iterations(run: Run) -> int:
+    return config_of(run.preset, run.method, run.options).student.iterations
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        for name, value in row.items()
+    }

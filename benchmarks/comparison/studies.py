@@ -1,0 +1,240 @@
+"""The studies of the comparison: each is a list of runs, which share teachers.
+
+Every student of a study has the same budget in network evaluations (cost.py), so that methods whose
+iterations cost more get fewer of them. Warm-ups and phases are fractions of a run. Learning rates,
+steps of differences and mid times were chosen on CHOICE_SEED; the seeds that are reported are others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+
+from comparison.cost import evaluations
+from comparison.run import Run
+
+CHOICE_SEED = 9
+SEEDS = {"digits": (0, 1, 2), "mnist-14": (0, 1)}
+BUDGET = 6000.0  # network evaluations for each sample of a batch: 1200 iterations of scm or so
+SHORT = 0.25  # fraction of the budget of runs that start from a student
+
+METHODS = {
+    "digits": (
+        *("scm", "sct", "rcm", "rcm-staged", "dmd", "dcm", "lcm"),
+        *("meanflow", "imeanflow", "ayf", "tvm"),
+    ),
+    "mnist-14": ("scm", "rcm", "dmd", "ayf", "meanflow"),
+}
+RATES = (1e-4, 2e-4, 4e-4)
+RATE = {method: 1e-4 for method in METHODS["digits"]}
+"""The best of RATES for each method, by the study `learning-rate`."""
+CRITIC = {"dmd": 4.0, "rcm": 1.0, "rcm-staged": 1.0}  # learning rate, in units of the student's
+
+STEPS_OF_DIFFERENCES = {
+    "float32": (1e-3, 3e-3, 1e-2, 3e-2),
+    "bfloat16": (1e-3, 1e-2, 3e-2, 1e-1),
+}
+BEST_DIFFERENCE = {"float32": 3e-3, "bfloat16": 3e-2}
+"""The best step of central differences, by the study `differences`."""
+DISCRETE_STEPS = (8, 32, 128, 1024, 4096)
+MID_TIMES = ("0.5", "0.7", "0.9", "1.1", "1.3", "1.5")
+SCHEDULES = ("1.5,1.4,1.0", "1.3,1.0,0.6", "1.2,0.9,0.5", "1.1,0.8,0.5", "1.1,0.7,0.4")
+SHIFT = math.log(5.0)  # a shift of rectified flow's time by 5 adds this to log σ
+
+
+def phases(method: str, iterations: int) -> tuple[str, ...]:
+    """Warm-ups and phases of a method as fractions of its iterations."""
+
+    def option(name: str, fraction: float) -> tuple[str, str]:
+        return f"--student.{name}", str(round(fraction * iterations))
+
+    if method in ("scm", "sct"):
+        return option("tangent-warmup", 1 / 2)
+    if method == "rcm":
+        return option("tangent-warmup", 1 / 2) + option("critic-start", 1 / 4)
+    if method == "rcm-staged":
+        stages = option("discrete-iterations", 1 / 6) + option("continuous-iterations", 1 / 2)
+        return stages + option("critic-start", 1 / 2)
+    if method in ("meanflow", "imeanflow", "ayf"):
+        return option("tangent-warmup", 1 / 4)
+    return ()
+
+
+@cache
+def within_budget(
+    preset: str, method: str, options: tuple[str, ...] = (), budget: float = BUDGET
+) -> tuple[str, ...]:
+    """Iterations and phases of a run that costs the budget."""
+
+    def of(iterations: int) -> tuple[str, ...]:
+        return "--student.iterations", str(iterations), *phases(method, iterations)
+
+    cost = evaluations(preset, method, of(1000) + options) / 1000
+    return of(10 * round(budget / cost / 10)) + options
+
+
+def teacher(preset: str, *model: str) -> Run:
+    """A run for its teacher, with one iteration of a student."""
+    name = "-".join(option.strip("-").replace(".", "-") for option in model) or "plain"
+    options = ("--student.iterations", "1", *model)
+    steps = ("--teacher-steps", "1", "2", "4", "8", "16", "32")
+    return Run(
+        name=f"teacher/{preset}/{name}/0",
+        preset=preset,
+        method="scm",
+        seed=0,
+        options=options,
+        evaluation=steps,
+    )
+
+
+def student(
+    study: str,
+    preset: str,
+    method: str,
+    seed: int,
+    *,
+    what: str | None = None,
+    rate: float | None = None,
+    length: tuple[str, ...] | None = None,
+    extra: tuple[str, ...] = (),
+    architecture: tuple[str, ...] = (),
+    start: Run | None = None,
+) -> Run:
+    """A run of a method, within the budget unless its length is given.
+
+    architecture are options of the model that its teacher has too.
+    """
+    rate = RATE[method] if rate is None else rate
+    rates = ("--student.optimizer.lr", f"{rate:g}")
+    if method in CRITIC:
+        rates += ("--student.critic-optimizer.lr", f"{rate * CRITIC[method]:g}")
+    length = within_budget(preset, method) if length is None else length
+    return Run(
+        name=f"{study}/{preset}/{what or method}/{seed}",
+        preset=preset,
+        method=method,
+        seed=seed,
+        options=(*length, *rates, *architecture, *extra),
+        teacher=teacher(preset, *architecture),
+        start=start,
+    )
+
+
+def learning_rates() -> Iterator[Run]:
+    """Every method at several learning rates, with the seed that chooses."""
+    for method in METHODS["digits"]:
+        for rate in RATES:
+            what = f"{method}-{rate:g}"
+            yield student("learning-rates", "digits", method, CHOICE_SEED, what=what, rate=rate)
+
+
+def mid_times() -> Iterator[Run]:
+    """Schedules of the sampler, for students of the seed that chooses."""
+    for method in ("scm", "rcm", "rcm-staged", "dcm"):
+        run = student("learning-rates", "digits", method, CHOICE_SEED, what=f"{method}-chosen")
+        yield replace(run, evaluation=("--mid-times", *MID_TIMES, *SCHEDULES))
+
+
+def methods(preset: str) -> Iterator[Run]:
+    """Every method at its learning rate."""
+    for seed in SEEDS[preset]:
+        for method in METHODS[preset]:
+            yield student("methods", preset, method, seed)
+
+
+def from_one_student() -> Iterator[Run]:
+    """sCM alone, rCM with several λ, DMD alone, each from the scm student of its seed."""
+    no_warmup, critic = ("--student.tangent-warmup", "0"), ("--student.critic-start", "0")
+    shift = ("--student.score-times.mean", f"{SHIFT:.4g}")
+    kinds = {
+        "scm": ("scm", no_warmup),
+        "dmd": ("dmd", critic),
+        "dmd-shift": ("dmd", critic + shift),
+        "rcm-1-shift": ("rcm", (*no_warmup, *critic, "--student.score-weight", "1", *shift)),
+    }
+    for weight in ("0.01", "0.1", "1"):
+        options = (*no_warmup, *critic, "--student.score-weight", weight)
+        kinds[f"rcm-{weight}"] = ("rcm", options)
+    for seed in SEEDS["digits"]:
+        for what, (method, extra) in kinds.items():
+            yield student(
+                "from-one-student",
+                "digits",
+                method,
+                seed,
+                what=what,
+                length=within_budget("digits", method, extra, SHORT * BUDGET),
+                start=student("methods", "digits", "scm", seed),
+            )
+
+
+def scm(study: str, seed: int, what: str, *extra: str, architecture: tuple[str, ...] = ()) -> Run:
+    """sCM with a change, for as many iterations as without it."""
+    length = within_budget("digits", "scm")
+    return student(
+        study,
+        "digits",
+        "scm",
+        seed,
+        what=what,
+        length=length,
+        extra=extra,
+        architecture=architecture,
+    )
+
+
+def differences() -> Iterator[Run]:
+    """The exact tangent against central differences, in two precisions.
+
+    Seed CHOICE_SEED tries all steps; others have the best one, and 1e-3 in bfloat16.
+    """
+    for precision, steps in STEPS_OF_DIFFERENCES.items():
+        model = ("--model.precision", precision)
+        for seed in (CHOICE_SEED, *SEEDS["digits"]):
+            yield scm("differences", seed, f"{precision}-exact", *model)
+            for step in steps if seed == CHOICE_SEED else {BEST_DIFFERENCE[precision], 1e-3}:
+                difference = ("--student.difference-step", f"{step:g}")
+                yield scm("differences", seed, f"{precision}-{step:g}", *model, *difference)
+
+
+def ablations() -> Iterator[Run]:
+    """What sCM's paper adds to a consistency model in continuous time, on and off."""
+    double, fourier = ("--model.double-norm", "True"), ("--model.time-embedding", "fourier")
+    for seed in SEEDS["digits"]:
+        # A tangent divided by a constant: to Adam its size makes no difference.
+        yield scm("ablations", seed, "no-tangent-norm", "--student.tangent-norm-eps", "1000")
+        yield scm("ablations", seed, "no-warmup", "--student.tangent-warmup", "0")
+        yield scm("ablations", seed, "learned-weight", "--model.learned-weight", "True")
+        yield scm("ablations", seed, "double-norm", architecture=double)
+        yield scm("ablations", seed, "fourier", architecture=fourier)
+
+
+def discrete() -> Iterator[Run]:
+    """dCM with more and more steps of the teacher, beside sCM, in two precisions."""
+    for seed in SEEDS["digits"][:2]:
+        for precision in STEPS_OF_DIFFERENCES:
+            model = ("--model.precision", precision)
+            for steps in DISCRETE_STEPS:
+                yield student(
+                    "discrete",
+                    "digits",
+                    "dcm",
+                    seed,
+                    what=f"{precision}-{steps}",
+                    extra=("--student.teacher-steps", str(steps), *model),
+                )
+
+
+STUDIES: dict[str, Callable[[], Iterator[Run]]] = {
+    "learning-rates": learning_rates,
+    "mid-times": mid_times,
+    "digits": lambda: methods("digits"),
+    "from-one-student": from_one_student,
+    "differences": differences,
+    "ablations": ablations,
+    "discrete": discrete,
+    "mnist-14": lambda: methods("mnist-14"),
+}
