@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rcm.run_pretrained import open_inputs, run_pretrained
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
 from rcm.training.files import write_atomically
-from rcm.training.resources import require_memory
+from rcm.training.resources import require_fitting_model
 from rcm.training.reuse import weights_of_other_runs
 from rcm.training.run_folder import RunFolder, open_run_folder
 
@@ -42,27 +43,32 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
             config.mesh.sizes(ranks.size)
         layout = Layout(config.mesh, ranks.device.type)
         borrowed: dict[str, bytes] = {}
-        data = None
+        inputs, data = None, None
         # What can be wrong with the settings is found before the folder exists.
         with errors_on_every_rank():
             for method in config.phases():
                 layout.positions(method.batch, config.accumulation, name=f"--{method.result}.batch")
             if isinstance(config, PretrainedConfig):
                 with _readable():
-                    data = open_inputs(config)
-            elif layout.is_main and isinstance(config, FromScratchConfig):
-                require_memory(config)
-                borrowed = weights_of_other_runs(
-                    config, path, build=config.build_network, read_config=config_from_settings
-                )
+                    inputs = open_inputs(config)
+            elif isinstance(config, FromScratchConfig):
+                data = config.load_data()
+                if layout.is_main:
+                    require_fitting_model(config, data.facts)
+                    borrowed = weights_of_other_runs(
+                        config,
+                        path,
+                        build=partial(config.build_network, data.facts),
+                        read_config=config_from_settings,
+                    )
         with open_run_folder(path, config, layout) as folder, _explained(folder):
             with errors_on_every_rank():
                 for name, content in borrowed.items():
                     write_atomically(path / name, content)
-            if isinstance(config, FromScratchConfig):
-                run_from_scratch(folder, config, ranks.device, on_collapse)
+            if isinstance(config, FromScratchConfig) and data is not None:
+                run_from_scratch(folder, config, data, ranks.device, on_collapse)
             elif isinstance(config, PretrainedConfig):
-                run_pretrained(folder, config, ranks.device, data)
+                run_pretrained(folder, config, ranks.device, inputs)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rcm.data.dataset import DataFacts, LabelledData, evenly_spaced
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import shard
 from rcm.errors import RunError
@@ -28,21 +29,29 @@ STUDENT_STEPS = (1, 2, 4)
 
 
 def run_from_scratch(
-    folder: RunFolder, config: FromScratchConfig, device: torch.device, on_collapse: OnCollapse
+    folder: RunFolder,
+    config: FromScratchConfig,
+    data: LabelledData,
+    device: torch.device,
+    on_collapse: OnCollapse,
 ) -> None:
     """Do what is left: teacher, student, report. Raises RunError."""
     started = time.monotonic()
     layout = folder.layout
-    data = config.load_data()
-    on_device = data.to(device)
-    evaluator = Evaluator(on_device, config.data.classifier(on_device), config.student)
+    facts = data.facts
+    if layout.is_main:
+        folder.save_facts(facts)
+    evaluated = data.subset(evenly_spaced(config.evaluation_samples, len(data))).to(device)
+    classifier = config.data.classifier(data).to(device)
+    evaluator = Evaluator(evaluated, classifier, config.student)
     last = folder.last_checkpoint()
     if last is not None and layout.is_main:
         print(f"continuing {folder.path}: {last.phase}, iteration {last.iteration}")
 
     def trainer(phase: str, method: Method, weights: dict[str, Weights], seed: int) -> Trainer:
         def make(start: str) -> nn.Module:
-            return _network(config, None if start == SCRATCH else weights[start], layout, device)
+            known = None if start == SCRATCH else weights[start]
+            return _network(config, facts, known, layout, device)
 
         networks = build_networks(method.roles(), make)
         built = Trainer(
@@ -71,7 +80,7 @@ def run_from_scratch(
     distillation = trainer("student", config.student, weights, 2 * config.seed + 1)
     teacher = distillation.networks.get(TEACHER)
     if teacher is None:
-        teacher = _network(config, weights[TEACHER], layout, device)
+        teacher = _network(config, facts, weights[TEACHER], layout, device)
     teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
 
     def report() -> None:
@@ -82,7 +91,7 @@ def run_from_scratch(
             if layout.is_main:
                 tqdm.write(f"{distillation.iteration:5d}  {name:15s}  {score}")
 
-    probes = Probes(on_device, evaluator.classifier, config.student, teacher)
+    probes = Probes(evaluated, classifier, config.student, teacher)
     watch = CollapseWatch(
         probes.measure, probes.teacher_rmse(), every=config.probe_every, on_collapse=on_collapse
     )
@@ -103,7 +112,7 @@ def run_from_scratch(
         name = _name("teacher", steps)
         scores[name] = _score(evaluator, name, samples, teacher_samples)
     scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder)
-    facts = {
+    origin = {
         "preset": config.preset,
         "method": config.method,
         "teacher_run": config.teacher_run,
@@ -111,16 +120,20 @@ def run_from_scratch(
         "torch": torch.__version__,
     }
     if layout.is_main:
-        save_report(folder.path, scores, facts)
+        save_report(folder.path, scores, origin)
         print(table(scores))
         print(f"{time.monotonic() - started:.0f} s; samples: {folder.path / 'grid.png'}")
 
 
 def _network(
-    config: FromScratchConfig, weights: Weights | None, layout: Layout, device: torch.device
+    config: FromScratchConfig,
+    facts: DataFacts,
+    weights: Weights | None,
+    layout: Layout,
+    device: torch.device,
 ) -> nn.Module:
     """A network with these weights, or new ones, sharded if there are several ranks."""
-    network = config.build_network().to(device)
+    network = config.build_network(facts).to(device)
     if weights is not None:
         load_into(network, weights, "the weights of the run")
     if layout.size > 1:

@@ -23,7 +23,7 @@ from rcm.evaluation.report import save_grid
 from rcm.presets import config_from_settings
 from rcm.training.config import FromScratchConfig
 from rcm.training.files import load_weights
-from rcm.training.run_folder import read_settings
+from rcm.training.run_folder import read_facts, read_settings
 from rcm.validation import MAX_SEED, require_integer
 
 MAX_PER_CLASS = 1000  # a wider grid is too large for a PNG of matplotlib
@@ -68,20 +68,20 @@ def sample(arguments: Arguments) -> None:
             out of range.
         RunError: the run has no student yet, or its files are damaged.
     """
-    config = _config(arguments.run)
-    _require_allowed(arguments, config)
+    config, facts = _config(arguments.run), read_facts(arguments.run)
+    _require_allowed(arguments, config, facts.classes)
     weights = arguments.run / "student.safetensors"
     if not weights.exists():
         raise RunError(f"{weights} does not exist yet; wait for the first report of the run")
     torch.set_num_threads(config.threads)
-    student = config.build_network()
+    student = config.build_network(facts)
     student.load_state_dict(load_weights(weights))
     student.to(config.device)
-    classes = config.data.classes
+    classes = facts.classes
     labels = torch.arange(classes).repeat_interleave(arguments.num // classes)
     # Drawn on the CPU, so that every device samples from the same noise.
     generator = Generator().manual_seed(arguments.seed)
-    noise = torch.randn(arguments.num, *config.data.sample_shape, generator=generator)
+    noise = torch.randn(arguments.num, *facts.sample_shape, generator=generator)
     images = sample_student(
         student, noise.to(config.device), labels.to(config.device), arguments.steps, config.student
     )
@@ -106,8 +106,8 @@ def _config(run: Path) -> FromScratchConfig:
     return config
 
 
-def _require_allowed(arguments: Arguments, config: FromScratchConfig) -> None:
-    classes, out = config.data.classes, arguments.out
+def _require_allowed(arguments: Arguments, config: FromScratchConfig, classes: int) -> None:
+    out = arguments.out
     local_device(config.device)
     if arguments.num % classes or arguments.num > MAX_PER_CLASS * classes:
         raise OptionError(

@@ -1,7 +1,7 @@
 """What training and evaluation need of a data set.
 
 Training needs samples by their index, with a condition (Data). Evaluation of labelled data also
-needs a classifier (LabelledDataConfig).
+needs samples in memory and a classifier (LabelledData, LabelledDataConfig).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,36 @@ class Data(Protocol):
 
     def null_condition(self, condition: Any) -> Any:
         """The empty or negative condition, shaped like the condition of a batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a run notes of its data, so that its student can be sampled without them."""
+
+    sample_shape: tuple[int, ...]
+    classes: int
+    samples: int
+    """Number of samples."""
+    low: float
+    """The values of a sample that are drawn as black and white, in units of σd."""
+    high: float
+    class_names: tuple[str, ...] = ()
+    """By label, if the data set has names."""
+
+
+class LabelledData(Data, Protocol):
+    """Samples with integer labels. batch() returns float32 samples and (n,) int64 labels."""
+
+    @property
+    def facts(self) -> DataFacts: ...
+
+    def subset(self, indices: Tensor) -> Dataset:
+        """The samples of these indices (n,), in this order."""
+        ...
+
+    def nonfinite(self) -> int:
+        """Number of samples that contain NaN or infinity."""
         ...
 
 
@@ -47,6 +77,23 @@ class Dataset:
         chosen = torch.tensor(indices, device=self.labels.device)
         return self.samples[chosen], self.labels[chosen]
 
+    @property
+    def facts(self) -> DataFacts:
+        low, high = (bound.item() for bound in self.samples.aminmax())
+        return DataFacts(
+            sample_shape=tuple(self.samples.shape[1:]),
+            classes=self.classes,
+            samples=len(self),
+            low=low,
+            high=high,
+        )
+
+    def subset(self, indices: Tensor) -> Dataset:
+        return Dataset(self.samples[indices], self.labels[indices], self.classes)
+
+    def nonfinite(self) -> int:
+        return int((~self.samples.isfinite()).flatten(1).any(1).sum())
+
     def to(self, device: torch.device) -> Dataset:
         return Dataset(self.samples.to(device), self.labels.to(device), self.classes)
 
@@ -57,6 +104,10 @@ class Dataset:
 
 class Classifier(Protocol):
     """A trained classifier; the Fréchet distance is measured in its features."""
+
+    def to(self, device: torch.device) -> Self:
+        """The classifier on another device."""
+        ...
 
     def features(self, samples: Tensor) -> Tensor:
         """(n, ...) -> (n, dim)."""
@@ -71,23 +122,33 @@ class Classifier(Protocol):
 class LabelledDataConfig(ABC):
     """Settings of a labelled data set; the base class of each data set's own config."""
 
-    name: ClassVar[str]
-    sample_shape: ClassVar[tuple[int, ...]]
-    classes: ClassVar[int]
-    size: ClassVar[int]  # number of samples
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What reports and messages call it."""
 
     @abstractmethod
-    def load(self) -> Dataset:
-        """The whole data set, on the CPU."""
+    def load(self) -> LabelledData:
+        """The whole data set, on the CPU. Raises RunError if it cannot be used."""
 
     @abstractmethod
-    def classifier(self, data: Dataset) -> Classifier:
-        """A classifier trained on the first of `halves(n)`, always from the same seed.
-
-        It lives on the device of the data.
-        """
+    def classifier(self, data: LabelledData) -> Classifier:
+        """A classifier on the CPU, trained on the first of `halves(n)`, always from one seed."""
 
 
 def halves(count: int) -> tuple[Tensor, Tensor]:
     """Indices of two interleaved halves: the even and the odd positions."""
     return torch.arange(0, count, 2), torch.arange(1, count, 2)
+
+
+def evenly_spaced(count: int, total: int) -> Tensor:
+    """Indices of about `count` of `total` samples, or of all, ascending: (n,) int64.
+
+    They are pairs of neighbours, so that `halves` of the chosen samples belong to the `halves` of
+    all. From data that are sorted by class they take the same fraction of each class.
+    """
+    if count >= total:
+        return torch.arange(total)
+    pairs = max(count // 2, 1)
+    first = torch.arange(pairs) * (total // 2) // pairs * 2
+    return torch.stack([first, first + 1], dim=1).flatten()

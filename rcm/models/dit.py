@@ -28,9 +28,9 @@ from rcm.models.model import ModelConfig
 from rcm.models.modulation import AdaptiveLayerNorm, Modulation
 from rcm.models.optional_parts import allow_absent
 from rcm.trigflow import check_like, require_precise_time
-from rcm.validation import require_choice, require_integer
+from rcm.validation import require_choice, require_integer, require_number
 
-MAX_DIM, MAX_DEPTH = 2**16, 1000
+MAX_DIM, MAX_DEPTH, MAX_PATCH, MAX_STD = 2**16, 1000, 1024, 100
 Condition = Tensor | GuidedCondition
 Features = Literal["positional", "fourier"]
 FEATURES = get_args(Features)
@@ -50,7 +50,10 @@ class DiTConfig(ModelConfig):
         *ModelConfig.optional_parts,
         *("learned_weight", "auxiliary_head", "precision"),
     )
+    initial = ("label_std",)
 
+    patch: int = 2
+    """Pixels of a side of a token; must divide the side of an image."""
     dim: int = 64
     """Width of a token, a multiple of 4."""
     depth: int = 3
@@ -61,6 +64,8 @@ class DiTConfig(ModelConfig):
     """Normalise the scale and the shift of AdaLN (sCM's adaptive double normalisation)."""
     time_embedding: Features = "positional"
     """Low frequencies, or random ones as in EDM, with which dF/dt is several times as large."""
+    label_std: float = 0.02
+    """Standard deviation of the first label embeddings."""
     learned_weight: bool = False
     """Add the adaptive weight w(t) of sCM, trained with the student."""
     auxiliary_head: bool = False
@@ -69,9 +74,12 @@ class DiTConfig(ModelConfig):
     """Precision of matrix products and attention (torch.autocast); weights stay float32."""
 
     def __post_init__(self) -> None:
+        require_integer(1, MAX_PATCH, patch=self.patch)
         _require_sizes(dim=self.dim, depth=self.depth, heads=self.heads)
         require_choice(FEATURES, time_embedding=self.time_embedding)
-        require_choice(PRECISIONS, precision=self.precision)
+        require_number("[]", 0, MAX_STD, label_std=label_std)
+        require_choice(PRECISIONS, precision=precision)
+        self.size, self.channels, self.patch, self.precision = size, channels, patch, precision
 
     def build(self, sample_shape: tuple[int, ...], classes: int) -> "DiT":
         channels, size, _ = sample_shape
@@ -120,6 +128,7 @@ class DiT(nn.Module):
         classes: int = 10,
         double_norm: bool = False,
         time_embedding: Features = "positional",
+        label_std: float = 0.02,
         learned_weight: bool = False,
         null_class: bool = False,
         guidance_input: bool = False,
@@ -129,9 +138,10 @@ class DiT(nn.Module):
         super().__init__()
         require_integer(1, size=size, channels=channels, patch=patch, classes=classes)
         if size % patch:
-            raise ValueError(f"patch is {patch}; it must divide size, which is {size}")
+            raise ValueError(f"patch is {patch}; it must divide {size}, the side of an image")
         _require_sizes(dim=dim, depth=depth, heads=heads)
         require_choice(FEATURES, time_embedding=time_embedding)
+        require_number("[]", 0, MAX_STD, label_std=label_std)
         require_choice(PRECISIONS, precision=precision)
         self.size, self.channels, self.patch, self.precision = size, channels, patch, precision
         self.tokens_in = nn.Linear(channels * patch**2, dim)
@@ -145,7 +155,7 @@ class DiT(nn.Module):
         self.modulation = Modulation(dim, 2)
         # F starts at 0, the mean of the velocity for normalised data.
         self.tokens_out = zero_init(nn.Linear(dim, channels * patch**2))
-        nn.init.normal_(self.label.weight, std=0.02)
+        nn.init.normal_(self.label.weight, std=label_std)
 
         # The rest is drawn last, so that the weights above depend only on the seed.
         self.end = TimeEmbedding(dim, zero=True)

@@ -14,6 +14,9 @@ class ModelConfig(ABC):
     optional_parts: ClassVar[tuple[str, ...]] = ("null_class", "guidance_input")
     """Settings that add a part without effect at first, so that weights without it can be used."""
 
+    initial: ClassVar[tuple[str, ...]] = ()
+    """Settings of the first weights alone, which other weights replace."""
+
     null_class: bool = False
     """Add a label that means no label, for classifier-free guidance."""
     guidance_input: bool = False
@@ -26,7 +29,7 @@ class ModelConfig(ABC):
         return [
             f"model.{field.name} = {there} there, {here} here"
             for field in fields(self)
-            if field.name not in self.optional_parts
+            if field.name not in (*self.optional_parts, *self.initial)
             and (there := getattr(other, field.name)) != (here := getattr(self, field.name))
         ]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rcm.presets import digits
-from rcm.presets.pretrained import PRETRAINED
+from rcm.presets.from_scratch import FROM_SCRATCH, FromScratch
+from rcm.presets.pretrained import PRETRAINED, Pretrained
 from rcm.training.config import RunConfig, updated
 from rcm.training.method import Distillation
 
@@ -21,12 +21,10 @@ class Preset:
     default_method: str
 
 
+_ALL: dict[str, FromScratch | Pretrained] = {**FROM_SCRATCH, **PRETRAINED}
 PRESETS = {
-    "digits": Preset(digits.config, digits.METHODS, "rcm"),
-    **{
-        name: Preset(partial(preset.config, name), preset.methods, "rcm")
-        for name, preset in PRETRAINED.items()
-    },
+    name: Preset(partial(preset.config, name), preset.methods, "rcm")
+    for name, preset in _ALL.items()
 }
 DEFAULT_PRESET = "digits"
 

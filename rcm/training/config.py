@@ -11,10 +11,10 @@ import torch
 import tyro
 from torch import nn
 
-from rcm.data.dataset import Dataset, LabelledDataConfig
+from rcm.data.dataset import DataFacts, LabelledData, LabelledDataConfig
 from rcm.data.latents import LatentsConfig
 from rcm.distributed.layout import MeshConfig
-from rcm.errors import RunError
+from rcm.errors import OptionError, RunError
 from rcm.models.diffusers import DiffusersConfig
 from rcm.models.model import ModelConfig
 from rcm.training.method import Distillation, Method
@@ -22,6 +22,7 @@ from rcm.validation import MAX_SEED, require_integer
 
 DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 MAX_THREADS = 1024
+MIN_EVALUATION_SAMPLES = 4  # two in each half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +79,13 @@ class FromScratchConfig(RunConfig):
     """Iterations between sample grids and scores of the student."""
     probe_every: int = 10
     """Iterations between probes of the student, which notice a collapse."""
+    evaluation_samples: int = 50_000
+    """Number of real samples, evenly spaced, that scores compare as many drawn ones with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_integer(1, report_every=self.report_every, probe_every=self.probe_every)
-        for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
-            if batch > self.data.size:
-                raise ValueError(
-                    f"{name}.batch is {batch}; it must be at most {self.data.size}, the number of "
-                    f"samples of {self.data.name}"
-                )
+        require_integer(MIN_EVALUATION_SAMPLES, evaluation_samples=self.evaluation_samples)
         if self.mesh.ring * self.mesh.ulysses > 1:
             raise ValueError(
                 f"mesh.ring × mesh.ulysses is {self.mesh.ring * self.mesh.ulysses}; it must be 1, "
@@ -112,26 +110,31 @@ class FromScratchConfig(RunConfig):
     def phases(self) -> tuple[Method, ...]:
         return self.teacher, self.student
 
-    def load_data(self) -> Dataset:
+    def load_data(self) -> LabelledData:
         """The data set, on the CPU.
 
         Raises:
-            RunError: a sample contains NaN or infinity.
+            OptionError: a batch is larger than the data set.
+            RunError: the data cannot be used, or a sample contains NaN or infinity.
         """
         data = self.data.load()
-        bad = int((~data.samples.isfinite()).flatten(1).any(1).sum())
-        if bad:
+        for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
+            if batch > len(data):
+                raise OptionError(
+                    f"--{name}.batch is {batch}; it must be at most {len(data)}, the number of "
+                    f"samples of {self.data.name}"
+                )
+        if bad := data.nonfinite():
             raise RunError(
-                f"{bad} of the {len(data.labels)} samples of {self.data.name} contain NaN or "
-                "infinity"
+                f"{bad} of the {len(data)} samples of {self.data.name} contain NaN or infinity"
             )
         return data
 
-    def build_network(self) -> nn.Module:
+    def build_network(self, facts: DataFacts) -> nn.Module:
         """The network of every role, with weights drawn from the seed, on the CPU."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return self.model.build(self.data.sample_shape, self.data.classes)
+            return self.model.build(facts.sample_shape, facts.classes)
 
     def shortened(self) -> Self:
         return replace(

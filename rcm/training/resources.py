@@ -1,4 +1,4 @@
-"""The memory that a run needs for its weights, checked before it starts."""
+"""What a run needs of its model, checked before it starts: that it fits samples and memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from rcm.data.dataset import DataFacts
 from rcm.errors import OptionError
 from rcm.training.config import FromScratchConfig
 
@@ -13,10 +14,16 @@ from rcm.training.config import FromScratchConfig
 COPIES_OF_WEIGHTS = 5
 
 
-def require_memory(config: FromScratchConfig) -> None:
-    """Raise OptionError if training the config's model cannot fit in the memory of its device."""
-    with torch.device("meta"):  # the shapes of the weights, without their memory
-        network = config.model.build(config.data.sample_shape, config.data.classes)
+def require_fitting_model(config: FromScratchConfig, facts: DataFacts) -> None:
+    """Check the config's model before a run starts.
+
+    Raises OptionError if it does not fit the samples, or its training the memory of its device.
+    """
+    try:
+        with torch.device("meta"):  # the shapes of the weights, without their memory
+            network = config.model.build(facts.sample_shape, facts.classes)
+    except ValueError as error:
+        raise OptionError(f"--model.{error}") from error
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     needed, available = COPIES_OF_WEIGHTS * weights, _memory(torch.device(config.device))
     if needed > available:

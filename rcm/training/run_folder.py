@@ -6,6 +6,8 @@ config.json             the settings; once there is more than UNSTARTED, others 
                         those of ANY_RANKS, which are those of the last start
 metrics.jsonl           one line per iteration and per evaluation. It contains no wall-clock times,
                         so that an interrupted and an uninterrupted run write the same bytes
+data.json               facts of the data, such as the shape of a sample, without which rcm.sample
+                        could not build the student
 data/                   samples of a synthetic run
 checkpoints/            see rcm/training/checkpoint.py
 teacher.safetensors     written when the teacher is finished, or copied from another run
@@ -29,6 +31,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from rcm.data.dataset import DataFacts
 from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout, MeshConfig
 from rcm.errors import OptionError, RunError
@@ -45,7 +48,13 @@ GRIDS = "grids"
 # Settings that a run may change when it continues: on how many ranks, and how they share the work.
 ANY_RANKS = {"accumulation", "keep_checkpoints", *(f"mesh.{f.name}" for f in fields(MeshConfig))}
 SYNTHETIC_DATA = "data"  # the folder of a synthetic run's samples
-UNSTARTED = {"lock", "config.json", "metrics.jsonl"}  # the files before the first checkpoint
+DATA_FACTS = "data.json"
+UNSTARTED = {
+    "lock",
+    "config.json",
+    "metrics.jsonl",
+    DATA_FACTS,
+}  # the files before the first checkpoint
 
 
 class RunFolder:
@@ -72,6 +81,11 @@ class RunFolder:
         """The lines of a phase in metrics.jsonl so far."""
         lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
         return [line for line in map(json.loads, lines) if line["phase"] == phase]
+
+    def save_facts(self, facts: DataFacts) -> None:
+        """Write data.json."""
+        content = json.dumps(asdict(facts), indent=2)
+        write_atomically(self.path / DATA_FACTS, content.encode())
 
     def save_weights(self, path: Path, weights: dict[str, Tensor]) -> None:
         """Write a safetensors file; afterwards every rank can read it."""
@@ -239,6 +253,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RunError(f"{path / 'config.json'} holds no settings")
     return settings
+
+
+def read_facts(path: Path) -> DataFacts:
+    """The data.json of a run folder. Raises RunError if there is none, or it is damaged."""
+    try:
+        facts = json.loads((path / DATA_FACTS).read_bytes())
+        shape, names = facts.pop("sample_shape"), facts.pop("class_names")
+        return DataFacts(sample_shape=tuple(shape), class_names=tuple(names), **facts)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path / DATA_FACTS} cannot be read ({error})") from error
 
 
 def _require_same_settings(path: Path, config: RunConfig) -> None:

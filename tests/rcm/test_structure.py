@@ -70,9 +70,10 @@ def test_a_part_imports_only_from_the_parts_below_it(package: str, allowed: set[
 @pytest.mark.parametrize(
     ("module", "users"),
     [
-        ("data.digits", {"presets.digits"}),
-        ("models.dit", {"presets.digits"}),
-        ("presets.digits", {"presets"}),
+        ("data.digits", {"presets.from_scratch"}),
+        ("data.mnist", {"presets.from_scratch"}),
+        ("models.dit", {"presets.from_scratch"}),
+        ("presets.from_scratch", {"presets"}),
     ],
 )
 def test_only_presets_choose_data_and_model(module: str, users: set[str]) -> None:
@@ -91,7 +92,7 @@ def test_only_presets_and_other_methods_use_a_method() -> None:
 
 
 def test_only_data_and_presets_mention_digits() -> None:
-    allowed = {"data.digits", "presets.digits", "presets"}
+    allowed = {"data.digits", "presets.from_scratch", "presets"}
     for name, path in MODULES.items():
         if name not in allowed:
             code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))

@@ -8,7 +8,7 @@ import pytest
 
 import rcm
 from rcm import sample
-from rcm.presets import digits
+from rcm.presets import methods
 from tests.rcm.commands.tiny_run import metrics, start_method
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -30,9 +30,9 @@ def test_a_method_of_ones_own_trains_and_samples(
     (tmp_path / "regression.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("regression")
-    added = dict(digits.METHODS)
-    exec(SETTINGS, {**vars(digits), **vars(module), "METHODS": added})
-    monkeypatch.setitem(digits.METHODS, "regression", added["regression"])
+    added = dict(methods.METHODS)
+    exec(SETTINGS, {**vars(methods), **vars(module), "METHODS": added})
+    monkeypatch.setitem(methods.METHODS, "regression", added["regression"])
 
     folder = tmp_path / "run"
     option = ("--student.teacher-steps", "4")

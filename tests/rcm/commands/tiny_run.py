@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rcm import train
+from rcm.data.classifier import train_classifier
 from rcm.data.dataset import Dataset
-from rcm.data.digits import DigitsConfig, load_digits, train_classifier
+from rcm.data.digits import DigitsConfig, load_digits
 from rcm.training.trainer import Trainer
 
 ANY_METHOD = [

@@ -41,7 +41,10 @@ def random_weights() -> Weights:
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.1 * torch.randn(weight.shape, generator=generator)
-        for name, weight in digits_config("scm", 4).build_network().state_dict().items()
+        for name, weight in digits_config("scm", 4)
+        .build_network(load_digits().facts)
+        .state_dict()
+        .items()
     }
 
 
@@ -60,7 +63,7 @@ def digits_trainer(
     data = Dataset(digits.samples[:64].to(torch.get_default_dtype()), digits.labels[:64], 10)
 
     def make(start: str) -> nn.Module:
-        network = config.build_network()
+        network = config.build_network(data.facts)
         if start == TEACHER:
             network.load_state_dict(random_weights())
         return network

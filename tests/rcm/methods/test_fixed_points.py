@@ -23,7 +23,7 @@ from torch import Tensor
 from rcm.guidance import Guidance
 from rcm.losses.lcm import lcm_network
 from rcm.methods.lcm import SCHEDULE
-from rcm.presets.digits import METHODS
+from rcm.presets.methods import METHODS
 from rcm.training.method import Distillation
 from rcm.trigflow import Network
 from tests.rcm.analytic_networks import Gaussian

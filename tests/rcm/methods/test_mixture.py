@@ -6,7 +6,7 @@ from torch import Generator
 
 from rcm.methods.dmd import DMD
 from rcm.methods.samplers import FlowMap
-from rcm.presets.digits import METHODS
+from rcm.presets.methods import METHODS
 from tests.rcm.analytic_networks import Gaussian, GaussianMixture
 from tests.rcm.methods.toy import (
     MIXTURE,

@@ -20,7 +20,7 @@ from rcm.losses.lcm import lcm_network
 from rcm.losses.loss import Loss
 from rcm.methods.lcm import LCM, SCHEDULE
 from rcm.methods.samplers import FlowMap
-from rcm.presets.digits import METHODS
+from rcm.presets.methods import METHODS
 from rcm.time_sampling import LogNormal
 from rcm.training.ema import EMAConfig
 from rcm.training.method import Averaged, Distillation, Frozen

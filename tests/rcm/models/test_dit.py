@@ -43,7 +43,7 @@ def test_invalid_input_raises() -> None:
         DiT()(x, t, labels, end=torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"expected \(batch, 1, 8, 8\)"):
         DiT()(x[..., :4], t, labels)
-    with pytest.raises(ValueError, match="patch is 3; it must divide size, which is 8"):
+    with pytest.raises(ValueError, match="patch is 3; it must divide 8, the side of an image"):
         DiT(patch=3)
 
 

@@ -1,13 +1,13 @@
-"""The preset `digits`: from 1797 real digits to a few-step student in a few minutes on a CPU."""
+"""Settings of every method for small images, in runs of minutes on a CPU.
 
-from dataclasses import replace
+They were chosen on the digits, and the presets of small images share them.
+"""
+
 from typing import Any
 
-from rcm.data.digits import DigitsConfig
 from rcm.methods.ayf import AYF
 from rcm.methods.dcm import DCM
 from rcm.methods.dmd import DMD
-from rcm.methods.flow_matching import FlowMatching
 from rcm.methods.improved_mean_flow import ImprovedMeanFlow
 from rcm.methods.lcm import LCM
 from rcm.methods.mean_flow import MeanFlow
@@ -16,21 +16,13 @@ from rcm.methods.scm import SCM
 from rcm.methods.sct import SCT
 from rcm.methods.staged import StagedRCM
 from rcm.methods.tvm import TVM
-from rcm.models.dit import DiTConfig
 from rcm.time_pairs import UniformEnd
 from rcm.time_sampling import LogNormal
-from rcm.training.config import FromScratchConfig
 from rcm.training.ema import EMAConfig
 from rcm.training.method import Distillation
 from rcm.training.optimization import OptimizerConfig
 
 TIMES = LogNormal(mean=0.0, std=1.6)
-MODEL = DiTConfig(dim=64, depth=3, heads=4)
-# A teacher without the optional parts loads into these too.
-MODELS = {
-    "imeanflow": replace(MODEL, null_class=True, guidance_input=True, auxiliary_head=True),
-}
-
 
 # The settings that all students share.
 _STUDENT: dict[str, Any] = {
@@ -91,24 +83,3 @@ METHODS: dict[str, Distillation] = {
     "ayf": AYF(**_STUDENT, time_pairs=UniformEnd(times=TIMES), tangent_warmup=300),
     "tvm": TVM(**_STUDENT, time_pairs=UniformEnd(times=TIMES), flow_matching_times=TIMES),
 }
-
-
-def config(method: str) -> FromScratchConfig:
-    """A DiT with 250k parameters and one of METHODS. Expected results: docs/digits.md."""
-    return FromScratchConfig(
-        preset="digits",
-        method=method,
-        threads=1,
-        data=DigitsConfig(),
-        model=MODELS.get(method, MODEL),
-        teacher=FlowMatching(
-            iterations=4000,
-            batch=64,
-            optimizer=OptimizerConfig(lr=2e-3, warmup=100),
-            times=LogNormal(mean=-0.4, std=1.4),
-            ema=EMAConfig(std=0.1),
-        ),
-        student=METHODS[method],
-        report_every=300,
-        checkpoint_every=200,
-    )
