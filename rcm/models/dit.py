@@ -77,8 +77,8 @@ class DiTConfig(ModelConfig):
         require_integer(1, MAX_PATCH, patch=self.patch)
         _require_sizes(dim=self.dim, depth=self.depth, heads=self.heads)
         require_choice(FEATURES, time_embedding=self.time_embedding)
-        require_number("[]", 0, MAX_STD, label_std=label_std)
-        require_choice(PRECISIONS, precision=precision)
+        require_number("[]", 0, MAX_STD, label_std=self.label_std)
+        require_choice(PRECISIONS, precision=self.precision)
         self.size, self.channels, self.patch, self.precision = size, channels, patch, precision
 
     def build(self, sample_shape: tuple[int, ...], classes: int) -> "DiT":
