@@ -79,7 +79,6 @@ class DiTConfig(ModelConfig):
         require_choice(FEATURES, time_embedding=self.time_embedding)
         require_number("[]", 0, MAX_STD, label_std=self.label_std)
         require_choice(PRECISIONS, precision=self.precision)
-        self.size, self.channels, self.patch, self.precision = size, channels, patch, precision
 
     def build(self, sample_shape: tuple[int, ...], classes: int) -> "DiT":
         channels, size, _ = sample_shape
