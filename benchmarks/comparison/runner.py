@@ -110,7 +110,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as file:
             file.write(output)
-        if code == 1 and "is not finite" in output or "diverged" in output:
+        if (code == 1 and "is not finite" in output) or "diverged" in output:
             return output.strip().splitlines()[-1]
         if code:
             raise RuntimeError(f"{run.name}: {output.strip()}")

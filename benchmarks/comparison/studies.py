@@ -2,7 +2,8 @@
 
 Every student of a study has the same budget in network evaluations (cost.py), so that methods whose
 iterations cost more get fewer of them. Warm-ups and phases are fractions of a run. Learning rates,
-steps of differences and mid times were chosen on CHOICE_SEED; the seeds that are reported are others.
+steps of differences and mid times were chosen on CHOICE_SEED, which is not among the seeds that are
+reported.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
-from comparison.cost import evaluations
+from comparison.cost import config_of, evaluations
 from comparison.run import Run
+
+from rcm.methods.samplers import ConsistencyModel
 
 CHOICE_SEED = 9
 SEEDS = {"digits": (0, 1, 2), "mnist-14": (0, 1)}
@@ -28,8 +31,8 @@ METHODS = {
     "mnist-14": ("scm", "rcm", "dmd", "ayf", "meanflow"),
 }
 RATES = (1e-4, 2e-4, 4e-4)
-RATE = {method: 1e-4 for method in METHODS["digits"]}
-"""The best of RATES for each method, by the study `learning-rate`."""
+RATE = dict.fromkeys(METHODS["digits"], 0.0001)
+"""The best of RATES for each method, by the study `learning-rates`."""
 CRITIC = {"dmd": 4.0, "rcm": 1.0, "rcm-staged": 1.0}  # learning rate, in units of the student's
 
 STEPS_OF_DIFFERENCES = {
@@ -124,18 +127,19 @@ def student(
 
 
 def learning_rates() -> Iterator[Run]:
-    """Every method at several learning rates, with the seed that chooses."""
+    """Every method at several learning rates, with the seed that chooses; also the mid times."""
     for method in METHODS["digits"]:
+        has_mid_times = isinstance(config_of("digits", method).student, ConsistencyModel)
+        evaluation = ("--mid-times", *MID_TIMES, *SCHEDULES) if has_mid_times else ()
         for rate in RATES:
-            what = f"{method}-{rate:g}"
-            yield student("learning-rates", "digits", method, CHOICE_SEED, what=what, rate=rate)
+            run = student("learning-rates", "digits", method, CHOICE_SEED, rate=rate)
+            name = chosen_name(method, rate)
+            yield replace(run, name=name, evaluation=evaluation)
 
 
-def mid_times() -> Iterator[Run]:
-    """Schedules of the sampler, for students of the seed that chooses."""
-    for method in ("scm", "rcm", "rcm-staged", "dcm"):
-        run = student("learning-rates", "digits", method, CHOICE_SEED, what=f"{method}-chosen")
-        yield replace(run, evaluation=("--mid-times", *MID_TIMES, *SCHEDULES))
+def chosen_name(method: str, rate: float) -> str:
+    """The name of a run of the study `learning-rates`."""
+    return f"learning-rates/digits/{method}-{rate:g}/{CHOICE_SEED}"
 
 
 def methods(preset: str) -> Iterator[Run]:
@@ -230,7 +234,6 @@ def discrete() -> Iterator[Run]:
 
 STUDIES: dict[str, Callable[[], Iterator[Run]]] = {
     "learning-rates": learning_rates,
-    "mid-times": mid_times,
     "digits": lambda: methods("digits"),
     "from-one-student": from_one_student,
     "differences": differences,
