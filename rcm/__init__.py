@@ -14,6 +14,7 @@ Mathematics, in reading order:
     guidance             classifier-free guidance
     ode                  one step of the probability-flow ODE: Euler, DDIM, Heun
     sampling             the few-step sampler, and Heun's method for a teacher
+    gaussian_mixture     data whose velocity is known exactly, to test methods on
     losses               flow matching; consistency, continuous (sCM, rCM) and discrete (dCM, LCM);
                          distribution matching (DMD)
 

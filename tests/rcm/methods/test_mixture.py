@@ -4,21 +4,22 @@ import pytest
 import torch
 from torch import Generator
 
-from rcm.methods.dmd import DMD
-from rcm.methods.samplers import FlowMap
-from rcm.presets.methods import METHODS
-from tests.rcm.analytic_networks import Gaussian, GaussianMixture
-from tests.rcm.methods.toy import (
+from benchmarks.mixture import (
     MIXTURE,
     PlaneNetwork,
     coverage,
     coverages,
     distilled,
     errors,
+    mixture_method,
     plane_data,
     pretrained,
-    toy_method,
 )
+from rcm.gaussian_mixture import GaussianMixture
+from rcm.methods.dmd import DMD
+from rcm.methods.samplers import FlowMap
+from rcm.presets.methods import METHODS
+from tests.rcm.analytic_networks import Gaussian
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +73,7 @@ LARGEST_ERRORS = {True: (0.08, 0.25, 0.3, 0.4, 0.47), False: (0.2, 0.35, 0.3, 0.
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_student_learns_the_exact_map_and_all_modes(name: str, start: PlaneNetwork) -> None:
-    method = toy_method(name)
+    method = mixture_method(name)
     student = distilled(method, start)
     for found in coverages(method, student):
         assert found.variation < 0.25
@@ -89,6 +90,6 @@ def test_the_denoiser_is_no_solution(start: PlaneNetwork) -> None:
     of_denoiser = errors(None, MIXTURE.velocity)
     for bounds in LARGEST_ERRORS.values():
         assert all(e > 1.3 * b for e, b in zip(of_denoiser[2:], bounds[2:], strict=True))
-    found = coverages(toy_method("scm"), start)[0]
+    found = coverages(mixture_method("scm"), start)[0]
     assert found.variation > 0.5
     assert found.outside > 0.5

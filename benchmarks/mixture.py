@@ -1,23 +1,26 @@
-"""A mixture of five Gaussians in the plane, an MLP that learns it, and measures of a student.
+"""Every method on a mixture of five Gaussians in the plane, whose ODE is known exactly.
 
-    .venv/bin/python -m tests.rcm.methods.toy [METHOD ...]
+    python benchmarks/mixture.py [METHOD ...]
 
-trains a student by each method, and prints its errors and its mode coverage.
+trains a small MLP by each method, within seconds. Prints its errors and how its samples are spread
+over the modes, and draws results/mixture.png: the samples of one step, in the colour of the mode
+that the exact ODE leads their noise to.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from rcm.data.dataset import Dataset
+from rcm.gaussian_mixture import GaussianMixture
 from rcm.guidance import Guidance
 from rcm.losses.lcm import lcm_network
-from rcm.losses.loss import Loss
 from rcm.methods.lcm import LCM, SCHEDULE
 from rcm.methods.samplers import FlowMap
 from rcm.presets.methods import METHODS
@@ -27,7 +30,6 @@ from rcm.training.method import Averaged, Distillation, Frozen
 from rcm.training.optimization import OptimizerConfig
 from rcm.training.trainer import Trainer
 from rcm.trigflow import Network, denoise, flow_map, interpolate
-from tests.rcm.analytic_networks import GaussianMixture, train
 
 TIMES = (0.3, 0.6, 0.9, 1.2, 1.5)
 STEPS = (1, 2, 4)
@@ -113,17 +115,29 @@ def pretrained(iterations: int = 600) -> PlaneNetwork:
     torch.manual_seed(0)
     network, generator, data = PlaneNetwork(), Generator().manual_seed(2), plane_data()
 
-    def loss_of_step(step: int) -> Loss:
+    def error() -> Tensor:
         x0 = data.samples[torch.randint(len(data.samples), (256,), generator=generator)]
         t = TRAINING_TIMES(256, generator).float()
         x = interpolate(x0, torch.randn(256, 2, generator=generator), t)
-        return Loss((network(x, t) - MIXTURE.velocity(x, t)).square().mean(1), {})
+        return (network(x, t) - MIXTURE.velocity(x, t)).square().mean()
 
-    train(network, iterations, loss_of_step)
+    _fit(network, error, iterations)
     return network
 
 
-def toy_method(name: str) -> Distillation:
+def _fit(network: nn.Module, loss: Callable[[], Tensor], iterations: int) -> None:
+    """Adam with a learning rate that falls to 0."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=4e-3, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, iterations)
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def mixture_method(name: str) -> Distillation:
     """A method with settings for the mixture."""
     method = METHODS[name]
     known = {field.name for field in fields(method)}
@@ -203,14 +217,22 @@ def coverage(samples: Tensor) -> Coverage:
 
 
 @torch.no_grad()
-def coverages(method: Distillation, student: Network, count: int = 4000) -> list[Coverage]:
+def samples(method: Distillation, student: Network, steps: int, count: int = 4000) -> Tensor:
+    """Samples (count, 2) from the first noise of `noise(count)`."""
+    labels = torch.zeros(count, dtype=torch.int64)
+    return method.sample(student, noise(count), labels, steps, Generator().manual_seed(5))
+
+
+def noise(count: int = 4000) -> Tensor:
+    return torch.randn(count, 2, generator=Generator().manual_seed(4))
+
+
+def coverages(method: Distillation, student: Network) -> list[Coverage]:
     """The coverage of samples in each of STEPS."""
-    generator = Generator().manual_seed(4)
-    noise, labels = (
-        torch.randn(count, 2, generator=generator),
-        torch.zeros(count, dtype=torch.int64),
-    )
-    return [coverage(method.sample(student, noise, labels, n, generator)) for n in STEPS]
+    return [coverage(samples(method, student, steps)) for steps in STEPS]
+
+
+# ---- the script --------------------------------------------------------------------------------
 
 
 def main(names: Sequence[str]) -> None:
@@ -218,13 +240,34 @@ def main(names: Sequence[str]) -> None:
     start = pretrained()
     print("error at t =", *TIMES, "| total variation, rarest mode, outside, at steps", *STEPS)
     print("denoiser", *(f"{error:.3f}" for error in errors(None, MIXTURE.velocity)))
+    z = noise().double()
+    t = torch.full((len(z),), torch.pi / 2, dtype=torch.float64)
+    ends = MIXTURE.ode_point(z, t, torch.zeros_like(t))
+    panels = {"noise": z, "exact ODE": ends}
     for name in names or METHODS:
-        method = toy_method(name)
+        method = mixture_method(name)
         student = distilled(method, start)
         row = [f"{error:.3f}" for error in errors(method, student)]
         for found in coverages(method, student):
             row += ["|", *(f"{number:.3f}" for number in found)]
         print(name, *row, flush=True)
+        panels[name] = samples(method, student, 1)
+    draw(Path(__file__).parent / "results" / "mixture.png", panels, MIXTURE.nearest_mode(ends))
+
+
+def draw(path: Path, panels: dict[str, Tensor], modes: Tensor) -> None:
+    """Scatter plots, in the colours of the modes (count,)."""
+    from matplotlib.figure import Figure
+
+    columns = -(-len(panels) // 2)
+    figure = Figure(figsize=(1.75 * columns, 3.9), layout="constrained")
+    for number, (title, points) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(2, columns, number)
+        axis.scatter(*points.T, c=[f"C{mode}" for mode in modes], s=0.6, linewidths=0)
+        axis.scatter(*MIXTURE.means.T, marker="+", color="black", linewidths=0.8, s=25)
+        axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+        axis.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
