@@ -84,7 +84,7 @@ def run_from_scratch(
     teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
 
     def report() -> None:
-        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder)
+        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder, facts)
         for name, score in scores.items():
             metrics = {"samples": name, **score.as_dict()}
             folder.log(distillation.name, distillation.iteration, metrics)
@@ -111,7 +111,7 @@ def run_from_scratch(
         samples = teacher_samples if reference else evaluator.teacher_samples(teacher, steps)
         name = _name("teacher", steps)
         scores[name] = _score(evaluator, name, samples, teacher_samples)
-    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder)
+    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder, facts)
     origin = {
         "preset": config.preset,
         "method": config.method,
@@ -152,7 +152,11 @@ def _network(
 
 
 def _evaluate_student(
-    trainer: Trainer, evaluator: Evaluator, teacher_samples: Tensor, folder: RunFolder
+    trainer: Trainer,
+    evaluator: Evaluator,
+    teacher_samples: Tensor,
+    folder: RunFolder,
+    facts: DataFacts,
 ) -> dict[str, Scores]:
     """Score the averaged student, draw its grid and save its weights."""
     with trainer.averaged() as student:
@@ -163,11 +167,12 @@ def _evaluate_student(
         }
     panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
     panels |= dict(islice(samples.items(), 2))
-    shown = {title: evaluator.first_of_each_class(images) for title, images in panels.items()}
+    rows = evaluator.first_of_each_class()
+    shown = {title: images[rows.flatten()] for title, images in panels.items()}
     weights = trainer.weights()
     if folder.layout.is_main:
         for path in (folder.grids / f"{trainer.iteration:07d}.png", folder.path / "grid.png"):
-            save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
+            save_grid(path, shown, rows=len(rows), black=facts.black, white=facts.white)
         save_weights(folder.student_weights, weights)
     return {
         name: _score(evaluator, name, images, teacher_samples) for name, images in samples.items()
