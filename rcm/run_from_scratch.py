@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rcm.data.dataset import DataFacts, LabelledData, evenly_spaced
+from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import shard
 from rcm.errors import RunError
@@ -39,8 +40,9 @@ def run_from_scratch(
     started = time.monotonic()
     layout = folder.layout
     facts = data.facts
-    if layout.is_main:
-        folder.save_facts(facts)
+    with errors_on_every_rank():
+        if layout.is_main:
+            folder.save_facts(facts)
     evaluated = data.subset(evenly_spaced(config.evaluation_samples, len(data))).to(device)
     classifier = config.data.classifier(data).to(device)
     evaluator = Evaluator(evaluated, classifier, config.student)

@@ -219,12 +219,15 @@ def _header(path: Path) -> _Header:
 
 def _decoded(path: Path, mode: str, size: int) -> np.ndarray:
     """(channels, size, size)."""
-    from PIL import Image, ImageOps
+    from PIL.Image import Resampling
 
     with _opened(path) as stored:
         image = stored.convert(mode)
         if image.size != (size, size):
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side))
+            image = square.resize((size, size), Resampling.BICUBIC)
         pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
