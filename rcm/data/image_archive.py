@@ -19,6 +19,7 @@ from rcm.errors import RunError
 
 NAMES = (("images", "labels"), ("arr_0", "arr_1"))
 CHANNELS = (1, 3)
+SHOWN = 5  # names of arrays in a message
 
 
 def read_archive(path: Path) -> Pixels:
@@ -55,7 +56,9 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             for images, labels in NAMES:
                 if images in file.files:
                     return file[images], file[labels] if labels in file.files else None
-            found = ", ".join(file.files) or "none"
+            found = ", ".join(file.files[:SHOWN]) or "none"
+            if len(file.files) > SHOWN:
+                found += ", ..."
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path} cannot be read ({reason})") from error

@@ -74,7 +74,11 @@ def read_folder(folder: Path, size: int | None = None) -> Pixels:
 
 def _image_files(folder: Path) -> Iterator[str]:
     """Images below a folder, relative to it, with / between the parts."""
-    for path, folders, files in os.walk(folder, followlinks=True):
+
+    def stop(error: OSError) -> None:
+        raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+    for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):

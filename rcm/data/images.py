@@ -50,12 +50,12 @@ class ImagesConfig(LabelledDataConfig):
         path = Path(self.folder)
         if not path.exists():
             raise OptionError(f"--data.folder is {path}, which does not exist")
-        if path.is_dir():
-            pixels = read_folder(path, self.size)
-        elif self.size is not None:
+        if self.size is not None and not path.is_dir():
             raise OptionError(f"--data.size is {self.size}, but {path} is no folder; leave it out")
-        else:
-            pixels = read_archive(path)
+        try:
+            pixels = read_folder(path, self.size) if path.is_dir() else read_archive(path)
+        except MemoryError as error:
+            raise RunError(f"the images of {path} do not fit into memory ({error})") from error
         _require_usable(pixels, path)
         return PixelDataset(pixels)
 
