@@ -60,7 +60,7 @@ def test_a_dry_run_on_a_few_images(
 
 
 def test_a_run_on_images_is_sampled_without_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = write_class_folders(tmp_path / "images")
     run, out = str(tmp_path / "run"), tmp_path / "grid.png"
@@ -75,6 +75,9 @@ def test_a_run_on_images_is_sampled_without_them(
     capsys.readouterr()
     assert sample.main([run, "--classes", "2", "--out", str(out)]) == 2
     assert "--classes is (2,); they must be integers in 0..1" in one_line_of(capsys)
+    monkeypatch.setattr(sample, "MAX_CLASSES", 1)
+    assert sample.main([run, "--out", str(out)]) == 2
+    assert "the run has 2 classes, and a picture shows up to 1: choose" in one_line_of(capsys)
 
     # The same run cannot continue with other images, even if they are as many.
     write_class_folders(folder)
