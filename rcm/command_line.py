@@ -31,6 +31,9 @@ SETTING = re.compile(
     r"(?:Error parsing (?:(?:\w*Arguments|config)\b\.?)?(?P<group>[\w.-]*): )?"
     r"(?P<name>[\w.]+(?:\[\d\])?) (?P<problem>is .*)"
 )
+OPTIONAL_NUMBER = re.compile(
+    r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[(.*?)\]\."
+)
 NOT_A_NUMBER = {
     "invalid literal for int() with base 10: ": "an integer",
     "could not convert string to float: ": "a number",
@@ -83,6 +86,9 @@ def _option_message(message: str) -> str:
         for start, kind in NOT_A_NUMBER.items():
             if problem.startswith(start):
                 return f"{option} is {problem.removeprefix(start)}; it must be {kind}"
+        if optional := OPTIONAL_NUMBER.match(problem):
+            kind = "an integer" if optional[1] == "INT" else "a number"
+            return f"{option} is {optional[2]}; it must be {kind}"
         return f"{option}: {problem}"
     if match := SETTING.fullmatch(message):
         name = ".".join(filter(None, (match["group"], match["name"])))

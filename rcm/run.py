@@ -52,7 +52,8 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
                 with _readable():
                     inputs = open_inputs(config)
             elif isinstance(config, FromScratchConfig):
-                data = config.load_data()
+                with _readable():
+                    data = config.load_data()
                 if layout.is_main:
                     require_fitting_model(config, data.facts)
                     borrowed = weights_of_other_runs(

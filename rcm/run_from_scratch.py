@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rcm.data.dataset import DataFacts, LabelledData, evenly_spaced
+from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import shard
 from rcm.errors import RunError
@@ -39,8 +40,9 @@ def run_from_scratch(
     started = time.monotonic()
     layout = folder.layout
     facts = data.facts
-    if layout.is_main:
-        folder.save_facts(facts)
+    with errors_on_every_rank():
+        if layout.is_main:
+            folder.save_facts(facts)
     evaluated = data.subset(evenly_spaced(config.evaluation_samples, len(data))).to(device)
     classifier = config.data.classifier(data).to(device)
     evaluator = Evaluator(evaluated, classifier, config.student)
@@ -84,7 +86,7 @@ def run_from_scratch(
     teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
 
     def report() -> None:
-        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder)
+        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder, facts)
         for name, score in scores.items():
             metrics = {"samples": name, **score.as_dict()}
             folder.log(distillation.name, distillation.iteration, metrics)
@@ -111,7 +113,7 @@ def run_from_scratch(
         samples = teacher_samples if reference else evaluator.teacher_samples(teacher, steps)
         name = _name("teacher", steps)
         scores[name] = _score(evaluator, name, samples, teacher_samples)
-    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder)
+    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder, facts)
     origin = {
         "preset": config.preset,
         "method": config.method,
@@ -152,7 +154,11 @@ def _network(
 
 
 def _evaluate_student(
-    trainer: Trainer, evaluator: Evaluator, teacher_samples: Tensor, folder: RunFolder
+    trainer: Trainer,
+    evaluator: Evaluator,
+    teacher_samples: Tensor,
+    folder: RunFolder,
+    facts: DataFacts,
 ) -> dict[str, Scores]:
     """Score the averaged student, draw its grid and save its weights."""
     with trainer.averaged() as student:
@@ -163,11 +169,12 @@ def _evaluate_student(
         }
     panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
     panels |= dict(islice(samples.items(), 2))
-    shown = {title: evaluator.first_of_each_class(images) for title, images in panels.items()}
+    rows = evaluator.first_of_each_class()
+    shown = {title: images[rows.flatten()] for title, images in panels.items()}
     weights = trainer.weights()
     if folder.layout.is_main:
         for path in (folder.grids / f"{trainer.iteration:07d}.png", folder.path / "grid.png"):
-            save_grid(path, shown, rows=len(evaluator.data.labels.unique()))
+            save_grid(path, shown, rows=len(rows), black=facts.black, white=facts.white)
         save_weights(folder.student_weights, weights)
     return {
         name: _score(evaluator, name, images, teacher_samples) for name, images in samples.items()

@@ -16,6 +16,7 @@ import tyro
 from torch import Generator
 
 from rcm import command_line
+from rcm.data.dataset import DataFacts
 from rcm.distributed.processes import local_device
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
@@ -26,7 +27,8 @@ from rcm.training.files import load_weights
 from rcm.training.run_folder import read_facts, read_settings
 from rcm.validation import MAX_SEED, require_integer
 
-MAX_PER_CLASS = 1000  # a wider grid is too large for a PNG of matplotlib
+DEFAULT_PER_CLASS = 10
+MAX_CLASSES, MAX_PER_CLASS = 100, 1000  # a larger grid is too large for a PNG of matplotlib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +39,20 @@ class Arguments:
     """The run folder."""
     steps: int = 1
     """Sampling steps: network evaluations per sample."""
-    num: int = 100
-    """Number of samples: a multiple of the number of classes, up to 1000 for each class."""
+    num: int | None = None
+    """Number of samples: a multiple of the number of classes, up to 1000 for each class. By default
+    10 for each."""
+    classes: tuple[int, ...] = ()
+    """Labels of the classes to draw, up to 100. By default all; the run's data.json names them."""
     seed: int = 0
     """Seed of the noise."""
     out: Path = Path("grid.png")
     """The PNG to write, with one row per class."""
 
     def __post_init__(self) -> None:
-        require_integer(1, steps=self.steps, num=self.num)
+        require_integer(1, steps=self.steps)
+        if self.num is not None:
+            require_integer(1, num=self.num)
         require_integer(0, MAX_SEED, seed=self.seed)
 
 
@@ -68,25 +75,30 @@ def sample(arguments: Arguments) -> None:
             out of range.
         RunError: the run has no student yet, or its files are damaged.
     """
-    config, facts = _config(arguments.run), read_facts(arguments.run)
-    _require_allowed(arguments, config, facts.classes)
+    config = _config(arguments.run)
     weights = arguments.run / "student.safetensors"
     if not weights.exists():
         raise RunError(f"{weights} does not exist yet; wait for the first report of the run")
+    facts = read_facts(arguments.run)
+    classes = arguments.classes or tuple(range(facts.classes))
+    num = DEFAULT_PER_CLASS * len(classes) if arguments.num is None else arguments.num
+    _require_allowed(arguments, config, facts, classes, num)
     torch.set_num_threads(config.threads)
     student = config.build_network(facts)
     student.load_state_dict(load_weights(weights))
     student.to(config.device)
-    classes = facts.classes
-    labels = torch.arange(classes).repeat_interleave(arguments.num // classes)
+    labels = torch.tensor(classes).repeat_interleave(num // len(classes))
     # Drawn on the CPU, so that every device samples from the same noise.
     generator = Generator().manual_seed(arguments.seed)
-    noise = torch.randn(arguments.num, *facts.sample_shape, generator=generator)
+    noise = torch.randn(num, *facts.sample_shape, generator=generator)
     images = sample_student(
         student, noise.to(config.device), labels.to(config.device), arguments.steps, config.student
     )
     try:
-        save_grid(arguments.out, {f"student, {arguments.steps} steps": images}, rows=classes)
+        title = f"student, {arguments.steps} steps"
+        save_grid(
+            arguments.out, {title: images}, len(classes), black=facts.black, white=facts.white
+        )
     except OSError as error:
         raise RunError(f"writing {arguments.out} failed ({error.strerror or error})") from error
 
@@ -106,13 +118,28 @@ def _config(run: Path) -> FromScratchConfig:
     return config
 
 
-def _require_allowed(arguments: Arguments, config: FromScratchConfig, classes: int) -> None:
-    out = arguments.out
+def _require_allowed(
+    arguments: Arguments,
+    config: FromScratchConfig,
+    facts: DataFacts,
+    classes: tuple[int, ...],
+    num: int,
+) -> None:
+    out, count = arguments.out, len(classes)
     local_device(config.device)
-    if arguments.num % classes or arguments.num > MAX_PER_CLASS * classes:
+    if not all(0 <= label < facts.classes for label in classes):
         raise OptionError(
-            f"--num is {arguments.num}; it must be a multiple of {classes} in "
-            f"{classes}..{MAX_PER_CLASS * classes}"
+            f"--classes is {classes}; they must be integers in 0..{facts.classes - 1}, the labels "
+            "of the run"
+        )
+    if count > MAX_CLASSES:
+        raise OptionError(
+            f"the run has {facts.classes} classes, and a picture shows up to {MAX_CLASSES}: choose "
+            "some with --classes"
+        )
+    if num % count or num > MAX_PER_CLASS * count:
+        raise OptionError(
+            f"--num is {num}; it must be a multiple of {count} in {count}..{MAX_PER_CLASS * count}"
         )
     if arguments.steps > config.student.max_steps:
         raise OptionError(

@@ -10,6 +10,7 @@ FEATURES = 160
 FIRST_CHANNELS, MAX_CHANNELS = 16, 128
 SMALL_SIDE, LAST_SIDE = 16, 7
 STANDARDISED = 5000  # images whose features give the mean and the variance
+CHUNK = 2048  # of which so many are computed at once, which bounds the memory
 
 
 class ImageClassifier(nn.Module):
@@ -76,7 +77,8 @@ def train_classifier(data: LabelledData, *, steps: int = 400) -> ImageClassifier
             optimizer.step()
             schedule.step()
     model.eval().requires_grad_(False)
-    features = model.body(data.subset(evenly_spaced(STANDARDISED, len(data))).samples)
+    chosen = evenly_spaced(STANDARDISED, len(data)).split(CHUNK)
+    features = torch.cat([model.body(data.subset(indices).samples) for indices in chosen])
     model.mean.copy_(features.mean(0))
     model.std.copy_(features.std(0).clamp(min=1e-6))
     return model

@@ -37,9 +37,9 @@ class DataFacts:
     classes: int
     samples: int
     """Number of samples."""
-    low: float
-    """The values of a sample that are drawn as black and white, in units of σd."""
-    high: float
+    black: float
+    """The values of a sample that are drawn as black and as white, in units of σd."""
+    white: float
     class_names: tuple[str, ...] = ()
     """By label, if the data set has names."""
 
@@ -79,13 +79,13 @@ class Dataset:
 
     @property
     def facts(self) -> DataFacts:
-        low, high = (bound.item() for bound in self.samples.aminmax())
+        low, high = (bound.item() for bound in self.samples.aminmax())  # paper and ink
         return DataFacts(
             sample_shape=tuple(self.samples.shape[1:]),
             classes=self.classes,
             samples=len(self),
-            low=low,
-            high=high,
+            black=high,
+            white=low,
         )
 
     def subset(self, indices: Tensor) -> Dataset:

@@ -1,19 +1,20 @@
 """How a run scores samples: always from the same noise, against the real data.
 
-Protocol: one sample for each real sample, of its class, from noise that is the same for every
-network, number of steps and run. The Fréchet distance is to all real samples, in the features of
-the data set's classifier. The distance between the two halves of the data is the baseline.
-Generated samples can be closer than that, because there are twice as many of them.
+Protocol: one sample for each real sample of the data that it is given, of its class, from noise
+that is the same for every network, number of steps and run. The Fréchet distance is to these real
+samples, in the features of the data set's classifier. The distance between the two halves of the
+data is the baseline. Generated samples can be closer than that, because there are twice as many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from rcm.data.dataset import Classifier, Dataset, halves
+from rcm.data.dataset import Classifier, Dataset, evenly_spaced, halves
 from rcm.evaluation.metrics import (
     frechet_distance,
     label_agreement,
@@ -25,6 +26,8 @@ from rcm.training.method import Distillation
 from rcm.trigflow import Network
 
 NOISE_SEED = 20_251_008
+CHUNK = 2048  # samples that are drawn at once, which bounds the memory
+DIVERSITY_SAMPLES = 5000  # whose distances are computed: pairs of one class are many
 REFERENCE_STEPS = 32  # Heun steps after which the teacher's samples no longer change visibly
 
 
@@ -53,7 +56,7 @@ class Evaluator:
 
     def __init__(self, data: Dataset, classifier: Classifier, config: Distillation) -> None:
         self.data, self.classifier, self.config = data, classifier, config
-        self.real_features = classifier.features(data.samples)
+        self.real_features = _in_chunks(classifier.features, data.samples)
         # Drawn on the CPU, so that every device samples from the same noise.
         noise = torch.randn(data.samples.shape, generator=Generator().manual_seed(NOISE_SEED))
         self.noise = noise.to(data.samples)
@@ -61,7 +64,11 @@ class Evaluator:
     def teacher_samples(self, teacher: Network, steps: int) -> Tensor:
         """Samples (n, ...) by Heun's method."""
         times = heun_times(steps, sigma_max=self.config.sigma_max)
-        return heun_sample(teacher, self.noise, times, self.data.labels)
+
+        def draw(noise: Tensor, labels: Tensor) -> Tensor:
+            return heun_sample(teacher, noise, times, labels)
+
+        return _in_chunks(draw, self.noise, self.data.labels)
 
     def student_samples(self, student: Network, steps: int) -> Tensor:
         """Samples (n, ...) by the few-step sampler of the method."""
@@ -70,10 +77,10 @@ class Evaluator:
     def scores(self, samples: Tensor, teacher_samples: Tensor) -> Scores:
         """Score samples of the data's labels; the teacher's samples are from the same noise."""
         return Scores(
-            frechet_distance(self.classifier.features(samples), self.real_features),
-            label_agreement(self.classifier.logits(samples), self.data.labels),
+            frechet_distance(_in_chunks(self.classifier.features, samples), self.real_features),
+            label_agreement(_in_chunks(self.classifier.logits, samples), self.data.labels),
             same_noise_rmse(samples, teacher_samples),
-            pairwise_diversity(samples, self.data.labels),
+            _diversity(samples, self.data.labels),
         )
 
     def real_scores(self) -> Scores:
@@ -82,16 +89,24 @@ class Evaluator:
         samples, labels = self.data.samples[held_out], self.data.labels[held_out]
         return Scores(
             frechet_distance(self.real_features[trained], self.real_features[held_out]),
-            label_agreement(self.classifier.logits(samples), labels),
+            label_agreement(_in_chunks(self.classifier.logits, samples), labels),
             None,
-            pairwise_diversity(samples, labels),
+            _diversity(samples, labels),
         )
 
-    def first_of_each_class(self, samples: Tensor, count: int = 8) -> Tensor:
-        """The first samples of each class, class by class: (classes · count, ...)."""
+    def first_of_each_class(self, count: int = 8, classes: int = 20) -> Tensor:
+        """Indices of the first samples of each class: (classes, count).
+
+        Of many classes, evenly spaced ones. count is smaller if a class has fewer samples.
+        """
         labels = self.data.labels
-        chosen = [(labels == c).nonzero()[:count, 0] for c in labels.unique()]
-        return samples[torch.cat(chosen)]
+        present = labels.unique()
+        shown = min(classes, len(present))
+        chosen = [
+            (labels == c).nonzero()[:count, 0]
+            for c in present[torch.arange(shown) * len(present) // shown]
+        ]
+        return torch.stack([indices[: min(map(len, chosen))] for indices in chosen])
 
 
 @torch.no_grad()
@@ -100,4 +115,19 @@ def sample_student(
 ) -> Tensor:
     """Samples from noise (n, ...) and labels (n,); the noise of later steps has a fixed seed."""
     noise_source = Generator().manual_seed(NOISE_SEED + 1)
-    return config.sample(student, noise, labels, steps, noise_source)
+
+    def draw(noise: Tensor, labels: Tensor) -> Tensor:
+        return config.sample(student, noise, labels, steps, noise_source)
+
+    return _in_chunks(draw, noise, labels)
+
+
+def _in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function of some rows of the tensors at a time: (n, ...)."""
+    chunks = zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks])
+
+
+def _diversity(samples: Tensor, labels: Tensor) -> float:
+    chosen = evenly_spaced(DIVERSITY_SAMPLES, len(labels)).to(labels.device)
+    return pairwise_diversity(samples[chosen], labels[chosen])

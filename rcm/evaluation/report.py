@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,24 +15,27 @@ from rcm.evaluation.evaluator import Scores
 from rcm.training.files import write_atomically
 
 
-def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:
-    """Draw panels of images (n, 1, height, width) side by side, each filled row by row, as a PNG.
+def save_grid(
+    path: Path, panels: dict[str, Tensor], rows: int, *, black: float, white: float
+) -> None:
+    """Draw panels of images (n, 1 or 3, height, width) side by side, filled row by row, as a PNG.
 
-    All panels use the gray scale of the first, so that contrasts are comparable.
+    black and white are the values that are drawn so in all panels, gray or red, green and blue.
     """
     from matplotlib.figure import Figure  # imported late: it is slow, and only grids need it
 
-    panels = {title: images.cpu() for title, images in panels.items()}
-    low, high = (bound.item() for bound in next(iter(panels.values())).aminmax())
-    pictures = {title: _tiled(images, rows, background=low) for title, images in panels.items()}
-    height, width = next(iter(pictures.values())).shape
+    pictures = {
+        title: _tiled(((images.cpu() - black) / (white - black)).clamp(0, 1), rows)
+        for title, images in panels.items()
+    }
+    height, width, _ = next(iter(pictures.values())).shape
     inches = 0.42 * rows
     figure = Figure(
         figsize=((inches * width / height + 0.1) * len(panels), inches + 0.5), layout="constrained"
     )
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-        axis.imshow(picture.numpy(), cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
+        axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
     buffer = io.BytesIO()
@@ -39,11 +43,10 @@ def save_grid(path: Path, panels: dict[str, Tensor], rows: int) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _tiled(images: Tensor, rows: int, background: float) -> Tensor:
-    """One picture of images (n, 1, height, width), each with a margin of one pixel."""
-    tiles = functional.pad(images[:, 0], (1, 1, 1, 1), value=background)
-    n, h, w = tiles.shape
-    return tiles.reshape(rows, n // rows, h, w).transpose(1, 2).reshape(rows * h, n // rows * w)
+def _tiled(images: Tensor, rows: int) -> Tensor:
+    """One picture (height, width, channels) of images, each with a white margin of one pixel."""
+    tiles = functional.pad(images, (1, 1, 1, 1), value=1.0)
+    return rearrange(tiles, "(rows columns) c h w -> (rows h) (columns w) c", rows=rows)
 
 
 def table(scores: dict[str, Scores]) -> str:

@@ -23,7 +23,7 @@ class Preset:
 
 _ALL: dict[str, FromScratch | Pretrained] = {**FROM_SCRATCH, **PRETRAINED}
 PRESETS = {
-    name: Preset(partial(preset.config, name), preset.methods, "rcm")
+    name: Preset(partial(preset.config, name), preset.methods, preset.default_method)
     for name, preset in _ALL.items()
 }
 DEFAULT_PRESET = "digits"

@@ -32,6 +32,7 @@ class Pretrained:
     data: LatentsConfig
     rcm: RCM
     synthetic: bool = False
+    default_method: str = "rcm"
 
     @property
     def methods(self) -> dict[str, Distillation]:

@@ -83,7 +83,14 @@ class RunFolder:
         return [line for line in map(json.loads, lines) if line["phase"] == phase]
 
     def save_facts(self, facts: DataFacts) -> None:
-        """Write data.json."""
+        """Write data.json. Raises RunError if the run started with other data."""
+        if (self.path / DATA_FACTS).exists() and not _is_unstarted(self.path):
+            there, now = asdict(read_facts(self.path)), asdict(facts)
+            if changed := [name for name in there if there[name] != now[name]]:
+                raise RunError(
+                    "the data are not those that the run started with: their "
+                    f"{' and '.join(changed)} changed; restore them, or start another run"
+                )
         content = json.dumps(asdict(facts), indent=2)
         write_atomically(self.path / DATA_FACTS, content.encode())
 

@@ -72,7 +72,8 @@ def test_a_part_imports_only_from_the_parts_below_it(package: str, allowed: set[
     [
         ("data.digits", {"presets.from_scratch"}),
         ("data.mnist", {"presets.from_scratch"}),
-        ("models.dit", {"presets.from_scratch"}),
+        ("data.images", {"presets.from_scratch"}),
+        ("models.dit", {"presets.from_scratch", "presets.scm_paper"}),
         ("presets.from_scratch", {"presets"}),
     ],
 )

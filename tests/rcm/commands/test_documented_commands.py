@@ -1,4 +1,4 @@
-"""The commands in docstrings, README.md and two pages of docs are valid."""
+"""The commands in docstrings, README.md and three pages of docs are valid."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import tyro
 from rcm import sample, train
 
 ROOT = Path(train.__file__).parents[1]
-PAGES = ["README.md", "docs/digits.md", "docs/scale.md"]
+PAGES = ["README.md", "docs/digits.md", "docs/data.md", "docs/scale.md"]
 FILES = [*(ROOT / "rcm").rglob("*.py"), *(ROOT / page for page in PAGES)]
 # A command may follow a title such as "8 GPUs". It ends at its comment, two spaces away, or at the
 # end of the line, which a backslash continues.

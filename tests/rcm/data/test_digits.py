@@ -15,6 +15,8 @@ def test_digits_are_in_units_of_their_standard_deviation() -> None:
     assert data.labels.unique().tolist() == list(range(10))
     assert abs(data.samples.mean()) < 1e-5
     assert abs(data.samples.std(correction=0) - 1) < 1e-5
+    ink, paper = data.samples.max(), data.samples.min()
+    assert (data.facts.black, data.facts.white) == (ink, paper)
 
 
 def test_digits_are_the_files_pixels_rescaled() -> None:

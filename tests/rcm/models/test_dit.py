@@ -19,6 +19,16 @@ def test_default_has_250_340_parameters() -> None:
     assert sum(p.numel() for p in DiT().parameters()) == 250_340
 
 
+def test_the_first_label_embeddings_have_the_standard_deviation_asked_for() -> None:
+    small, large = DiTConfig(), DiTConfig(label_std=1.0)
+    for config, std in ((small, 0.02), (large, 1.0)):
+        assert config.build((1, 8, 8), 100).label.weight.std().item() == pytest.approx(
+            std, rel=0.05
+        )
+    assert large.differences(small) == []  # the weights of one are weights of the other
+    assert large.differences(DiTConfig(patch=4)) == ["model.patch = 4 there, 2 here"]
+
+
 def test_tokens_are_placed_back_at_their_patches() -> None:
     """Without attention, a change of one patch changes no other patch."""
     net = randomised(channels=2, patch=4)
