@@ -47,6 +47,9 @@ class Dataset:
         chosen = torch.tensor(indices, device=self.labels.device)
         return self.samples[chosen], self.labels[chosen]
 
+    def subset(self, indices: Tensor) -> Dataset:
+        return Dataset(self.samples[indices], self.labels[indices], self.classes)
+
     def to(self, device: torch.device) -> Dataset:
         return Dataset(self.samples.to(device), self.labels.to(device), self.classes)
 
@@ -91,3 +94,16 @@ class LabelledDataConfig(ABC):
 def halves(count: int) -> tuple[Tensor, Tensor]:
     """Indices of two interleaved halves: the even and the odd positions."""
     return torch.arange(0, count, 2), torch.arange(1, count, 2)
+
+
+def evenly_spaced(count: int, total: int) -> Tensor:
+    """Indices of about `count` of `total` samples, or of all, ascending: (n,) int64.
+
+    They are pairs of neighbours, so that `halves` of the chosen samples belong to the `halves` of
+    all. From data that are sorted by class they take the same fraction of each class.
+    """
+    if count >= total:
+        return torch.arange(total)
+    pairs = max(count // 2, 1)
+    first = torch.arange(pairs) * (total // 2) // pairs * 2
+    return torch.stack([first, first + 1], dim=1).flatten()
