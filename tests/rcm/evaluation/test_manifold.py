@@ -47,8 +47,15 @@ def test_ties_count_as_covered() -> None:
 def test_a_set_covers_itself() -> None:
     real = torch.randn(40, 160)
     assert measured(real, real) == (1, 1)
-    repeated = torch.randn(3, 160).repeat(5, 1) * 100  # every radius is 0
-    assert measured(repeated, repeated) == (1, 1)
+
+
+def test_rounding_does_not_separate_equal_distances() -> None:
+    """The ball of the last point of a row reaches three points further."""
+    positions = torch.arange(30, dtype=torch.float64)
+    for direction in torch.randn(20, 160, dtype=torch.float64):
+        centres, point = positions.outer(direction), 32 * direction
+        assert Manifold(centres).coverage(point[None]) == 1
+        assert Manifold(centres).coverage(1.0001 * point[None]) == 0
 
 
 def test_sets_far_apart_do_not_cover_each_other() -> None:
