@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +75,12 @@ def _explained(name: str, problem: str, kind: type[Exception]) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise kind(f"--features {name} {problem} ({type(error).__name__}: {text})") from error
+        text = f"{type(error).__name__}: {_one_line(error)}"
+        raise kind(f"--features {name} {problem} ({text})") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _inception(data: Dataset) -> Features:
@@ -87,17 +90,18 @@ def _inception(data: Dataset) -> Features:
         raise OptionError(f"--features inception needs images of 1 or 3 channels, not {shape}")
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # also of a torchvision for another torch
         raise OptionError(
-            f"--features inception needs torch-fidelity ({error}): pip install '.[inception]'"
+            f"--features inception needs torch-fidelity ({_one_line(error)}): "
+            "pip install '.[inception]'"
         ) from error
     try:
         with _tensors_only():
             network = FeatureExtractorInceptionV3("inception", ["2048"])
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())
+    except Exception as error:  # a damaged file raises any
+        reason = _one_line(error).partition(". ")[0]  # torch goes on with unsafe advice
         raise RunError(
-            f"the weights of Inception cannot be loaded ({text}); torch-fidelity downloads them "
+            f"the weights of Inception cannot be loaded ({reason}); torch-fidelity downloads them "
             f"into {torch.hub.get_dir()}/checkpoints"
         ) from error
     network.to(data.samples.device)

@@ -161,12 +161,15 @@ def test_inception_loads_tensors_only(
     assert torch.load(tmp_path / "weights.pth", weights_only=False) is Path
 
 
-def test_weights_that_cannot_be_downloaded_are_explained(
+def test_weights_that_cannot_be_downloaded_or_read_are_explained(
     data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def offline(name: str, features: list[str]) -> Any:
-        raise OSError("no network")
+    for error in (OSError, IndexError):  # offline; a damaged file
 
-    with_torch_fidelity(monkeypatch, offline)
-    with pytest.raises(RunError, match=r"\(no network\); torch-fidelity downloads them into .*hub"):
-        named_features("inception", data)
+        def fails(name: str, features: list[str], error: type[Exception] = error) -> Any:
+            raise error("no weights")
+
+        with_torch_fidelity(monkeypatch, fails)
+        problem = r"\(no weights\); torch-fidelity downloads them into .*hub"
+        with pytest.raises(RunError, match=problem):
+            named_features("inception", data)
