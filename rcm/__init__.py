@@ -27,7 +27,8 @@ Training:
     evaluation        metrics of samples, the protocol of a run, its report
     presets           functions that return a config
     run               a run: run_from_scratch trains its own teacher, run_pretrained takes one
-    train, sample     the commands; python -m rcm.data.check reads a data set
+    train, sample, evaluate
+                      the commands; python -m rcm.data.check reads a data set
 
 Each part imports only from those above it, except that the methods use the tools of `training`.
 """

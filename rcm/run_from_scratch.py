@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from itertools import chain, islice
+from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from rcm.data.dataset import DataFacts, LabelledData, evenly_spaced
@@ -14,13 +14,21 @@ from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import shard
 from rcm.errors import RunError
-from rcm.evaluation.evaluator import REFERENCE_STEPS, Evaluator, Scores
+from rcm.evaluation.evaluator import (
+    REFERENCE,
+    Evaluator,
+    Reference,
+    Row,
+    Source,
+    student_source,
+)
 from rcm.evaluation.probes import Probes
 from rcm.evaluation.report import save_grid, save_report, table
 from rcm.training.collapse import CollapseWatch, OnCollapse
 from rcm.training.config import FromScratchConfig
 from rcm.training.files import load_weights, save_weights
-from rcm.training.loop import train
+from rcm.training.loop import announce, phase_text, train
+from rcm.training.manifest import Checkpoint
 from rcm.training.method import SCRATCH, TEACHER, Method
 from rcm.training.run_folder import RunFolder
 from rcm.training.trainer import Trainer, Weights, build_networks, load_into
@@ -43,12 +51,14 @@ def run_from_scratch(
     with errors_on_every_rank():
         if layout.is_main:
             folder.save_facts(facts)
-    evaluated = data.subset(evenly_spaced(config.evaluation_samples, len(data))).to(device)
-    classifier = config.data.classifier(data).to(device)
-    evaluator = Evaluator(evaluated, classifier, config.student)
     last = folder.last_checkpoint()
     if last is not None and layout.is_main:
         print(f"continuing {folder.path}: {last.phase}, iteration {last.iteration}")
+    phases = _phases(config, last, trains_teacher=not folder.teacher_weights.exists())
+    _announce(layout, [f"classifier of {config.data.name}", *phases])
+    evaluated = data.subset(evenly_spaced(config.evaluation_samples, len(data))).to(device)
+    classifier = config.data.classifier(data).to(device)
+    evaluator = Evaluator(evaluated, classifier, config.student)
 
     def trainer(phase: str, method: Method, weights: dict[str, Weights], seed: int) -> Trainer:
         def make(start: str) -> nn.Module:
@@ -76,6 +86,7 @@ def run_from_scratch(
         training = trainer("teacher", config.teacher, {}, 2 * config.seed)
         train(training, folder, checkpoint_every=config.checkpoint_every)
         folder.save_weights(folder.teacher_weights, training.weights())
+        _announce(layout, phases[1:])
     weights = {TEACHER: load_weights(folder.teacher_weights)}
     if config.student.start not in (TEACHER, SCRATCH):
         weights[config.student.start] = load_weights(folder.start_weights)
@@ -83,15 +94,16 @@ def run_from_scratch(
     teacher = distillation.networks.get(TEACHER)
     if teacher is None:
         teacher = _network(config, facts, weights[TEACHER], layout, device)
-    teacher_samples = evaluator.teacher_samples(teacher, REFERENCE_STEPS)
+    with evaluator.progress("sampling the teacher", [REFERENCE], shown=layout.is_main) as counted:
+        reference = evaluator.reference(counted(teacher))
 
     def report() -> None:
-        scores = _evaluate_student(distillation, evaluator, teacher_samples, folder, facts)
-        for name, score in scores.items():
-            metrics = {"samples": name, **score.as_dict()}
+        found = _evaluate_student(distillation, evaluator, reference, folder, facts)
+        for name, row in found.items():
+            metrics = {"samples": name, **row.scores.as_dict()}
             folder.log(distillation.name, distillation.iteration, metrics)
             if layout.is_main:
-                tqdm.write(f"{distillation.iteration:5d}  {name:15s}  {score}")
+                tqdm.write(f"{distillation.iteration:5d}  {name:15s}  {row.scores}")
 
     probes = Probes(evaluated, classifier, config.student, teacher)
     watch = CollapseWatch(
@@ -107,13 +119,13 @@ def run_from_scratch(
         report=report,
         watch=watch,
     )
-    scores = {f"real {config.data.name}, half against half": evaluator.real_scores()}
-    for steps in TEACHER_STEPS:
-        reference = steps == REFERENCE_STEPS
-        samples = teacher_samples if reference else evaluator.teacher_samples(teacher, steps)
-        name = _name("teacher", steps)
-        scores[name] = _score(evaluator, name, samples, teacher_samples)
-    scores |= _evaluate_student(distillation, evaluator, teacher_samples, folder, facts)
+    _announce(layout, phases[-1:])
+    rows = {f"real {config.data.name}, half against half": evaluator.real_row()}
+    sources = [Source(network="teacher", steps=steps) for steps in TEACHER_STEPS]
+    with evaluator.progress("scoring the teacher", sources, shown=layout.is_main) as counted:
+        for source in sources:
+            rows[str(source)] = evaluator.teacher_row(counted(teacher), source, reference)
+    rows |= _evaluate_student(distillation, evaluator, reference, folder, facts)
     origin = {
         "preset": config.preset,
         "method": config.method,
@@ -122,9 +134,26 @@ def run_from_scratch(
         "torch": torch.__version__,
     }
     if layout.is_main:
-        save_report(folder.path, scores, origin)
-        print(table(scores))
+        save_report(folder.path, rows, origin)
+        print(table(rows))
         print(f"{time.monotonic() - started:.0f} s; samples: {folder.path / 'grid.png'}")
+
+
+def _phases(
+    config: FromScratchConfig, last: Checkpoint | None, *, trains_teacher: bool
+) -> list[str]:
+    """What is left of a run, for people."""
+    done = {"teacher": 0, "student": 0} | ({} if last is None else {last.phase: last.iteration})
+    phases = [phase_text("teacher", config.teacher, done["teacher"])] if trains_teacher else []
+    if done["student"] < config.student.iterations:
+        student = f"student ({config.method})"
+        phases.append(phase_text(student, config.student, done["student"]))
+    return [*phases, "scores"]
+
+
+def _announce(layout: Layout, phases: list[str]) -> None:
+    if layout.is_main:
+        announce(phases)
 
 
 def _network(
@@ -156,39 +185,28 @@ def _network(
 def _evaluate_student(
     trainer: Trainer,
     evaluator: Evaluator,
-    teacher_samples: Tensor,
+    reference: Reference,
     folder: RunFolder,
     facts: DataFacts,
-) -> dict[str, Scores]:
+) -> dict[str, Row]:
     """Score the averaged student, draw its grid and save its weights."""
-    with trainer.averaged() as student:
-        samples = {
-            _name("student", steps): evaluator.student_samples(student, steps)
-            for steps in STUDENT_STEPS
-            if steps <= evaluator.config.max_steps
-        }
-    panels = {"data": evaluator.data.samples, _name("teacher", REFERENCE_STEPS): teacher_samples}
-    panels |= dict(islice(samples.items(), 2))
-    rows = evaluator.first_of_each_class()
-    shown = {title: images[rows.flatten()] for title, images in panels.items()}
+    sources = [
+        student_source(evaluator.config, steps)
+        for steps in STUDENT_STEPS
+        if steps <= evaluator.config.max_steps
+    ]
+    with (
+        evaluator.progress("scoring the student", sources, shown=folder.layout.is_main) as counted,
+        trainer.averaged() as student,
+    ):
+        samples = {s: evaluator.student_samples(counted(student), s) for s in sources}
+    panels = {"data": evaluator.data.samples, str(REFERENCE): reference.samples}
+    panels |= {str(source): samples[source] for source in sources[:2]}
+    chosen = evaluator.first_of_each_class()
+    shown = {title: images[chosen.flatten()] for title, images in panels.items()}
     weights = trainer.weights()
     if folder.layout.is_main:
         for path in (folder.grids / f"{trainer.iteration:07d}.png", folder.path / "grid.png"):
-            save_grid(path, shown, rows=len(rows), black=facts.black, white=facts.white)
+            save_grid(path, shown, rows=len(chosen), black=facts.black, white=facts.white)
         save_weights(folder.student_weights, weights)
-    return {
-        name: _score(evaluator, name, images, teacher_samples) for name, images in samples.items()
-    }
-
-
-def _score(evaluator: Evaluator, name: str, samples: Tensor, teacher_samples: Tensor) -> Scores:
-    try:
-        return evaluator.scores(samples, teacher_samples)
-    except ValueError as error:
-        raise RunError(
-            f"samples of {name} cannot be scored ({error}): the training diverged"
-        ) from error
-
-
-def _name(network: str, steps: int) -> str:
-    return f"{network}, {steps} step{'s' if steps > 1 else ''}"
+    return {str(s): evaluator.row(s, images, reference) for s, images in samples.items()}

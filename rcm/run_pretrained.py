@@ -23,7 +23,7 @@ from rcm.models.compiled_blocks import compile_blocks
 from rcm.models.diffusers import DTYPES
 from rcm.presets.tiny import perturb
 from rcm.training.config import PretrainedConfig
-from rcm.training.loop import train
+from rcm.training.loop import announce, phase_text, train
 from rcm.training.method import TEACHER
 from rcm.training.run_folder import SYNTHETIC_DATA, RunFolder
 from rcm.training.trainer import Trainer, build_networks
@@ -39,8 +39,12 @@ def run_pretrained(
     data: of `open_inputs`.
     """
     trainer = pretrained_trainer(folder, config, device, data)
-    if trainer.iteration > 0 and folder.layout.is_main:
-        print(f"continuing {folder.path} at iteration {trainer.iteration}")
+    if folder.layout.is_main:
+        if trainer.iteration > 0:
+            print(f"continuing {folder.path} at iteration {trainer.iteration}")
+        if trainer.iteration < trainer.iterations:
+            name = f"student ({config.method})"
+            announce([phase_text(name, config.student, trainer.iteration)])
     train(trainer, folder, checkpoint_every=config.checkpoint_every)
     if folder.layout.is_main:
         print(f"finished {trainer.iteration} iterations; {folder.describe_last_checkpoint()}")

@@ -5,7 +5,6 @@ python -m rcm.sample runs/digits --steps 2 --num 100 --out grid.png
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from rcm.distributed.processes import local_device
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
-from rcm.presets import config_from_settings
+from rcm.trained_networks import load_network, read_config
 from rcm.training.config import FromScratchConfig
-from rcm.training.files import load_weights
-from rcm.training.run_folder import read_facts, read_settings
+from rcm.training.run_folder import STUDENT_WEIGHTS, read_facts
 from rcm.validation import MAX_SEED, require_integer
 
 DEFAULT_PER_CLASS = 10
@@ -75,24 +73,20 @@ def sample(arguments: Arguments) -> None:
             out of range.
         RunError: the run has no student yet, or its files are damaged.
     """
-    config = _config(arguments.run)
-    weights = arguments.run / "student.safetensors"
-    if not weights.exists():
-        raise RunError(f"{weights} does not exist yet; wait for the first report of the run")
+    config = read_config(arguments.run)
     facts = read_facts(arguments.run)
     classes = arguments.classes or tuple(range(facts.classes))
     num = DEFAULT_PER_CLASS * len(classes) if arguments.num is None else arguments.num
     _require_allowed(arguments, config, facts, classes, num)
     torch.set_num_threads(config.threads)
-    student = config.build_network(facts)
-    student.load_state_dict(load_weights(weights))
-    student.to(config.device)
+    device = local_device(config.device)
+    student = load_network(arguments.run, STUDENT_WEIGHTS, config, device)
     labels = torch.tensor(classes).repeat_interleave(num // len(classes))
     # Drawn on the CPU, so that every device samples from the same noise.
     generator = Generator().manual_seed(arguments.seed)
     noise = torch.randn(num, *facts.sample_shape, generator=generator)
     images = sample_student(
-        student, noise.to(config.device), labels.to(config.device), arguments.steps, config.student
+        student, noise.to(device), labels.to(device), arguments.steps, config.student
     )
     try:
         title = f"student, {arguments.steps} steps"
@@ -103,21 +97,6 @@ def sample(arguments: Arguments) -> None:
         raise RunError(f"writing {arguments.out} failed ({error.strerror or error})") from error
 
 
-def _config(run: Path) -> FromScratchConfig:
-    if not (run / "config.json").is_file():
-        raise OptionError(f"{run} is not a run folder: it has no config.json")
-    try:
-        config = config_from_settings(read_settings(run))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{run / 'config.json'} cannot be used: {error}") from error
-    if not isinstance(config, FromScratchConfig):
-        raise OptionError(
-            f"{run} distils a pretrained network, whose samples need a decoder; this command draws "
-            "samples of runs that train their own teacher"
-        )
-    return config
-
-
 def _require_allowed(
     arguments: Arguments,
     config: FromScratchConfig,
@@ -125,8 +104,7 @@ def _require_allowed(
     classes: tuple[int, ...],
     num: int,
 ) -> None:
-    out, count = arguments.out, len(classes)
-    local_device(config.device)
+    count = len(classes)
     if not all(0 <= label < facts.classes for label in classes):
         raise OptionError(
             f"--classes is {classes}; they must be integers in 0..{facts.classes - 1}, the labels "
@@ -146,12 +124,7 @@ def _require_allowed(
             f"--steps is {arguments.steps}; it must be in 1..{config.student.max_steps}, because "
             "the student of this run has no times for more"
         )
-    if out.is_dir():
-        raise OptionError(f"--out is {out}; it must be a file, not a folder")
-    if not out.parent.is_dir():
-        raise OptionError(f"--out is {out}; its folder {out.parent} does not exist")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OptionError(f"--out is {out}; its folder {out.parent} cannot be written")
+    command_line.require_writable(arguments.out)
 
 
 if __name__ == "__main__":

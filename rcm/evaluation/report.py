@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from rcm.evaluation.evaluator import Scores
+from rcm.evaluation.evaluator import Row
 from rcm.training.files import write_atomically
 
 
@@ -49,23 +50,30 @@ def _tiled(images: Tensor, rows: int) -> Tensor:
     return rearrange(tiles, "(rows columns) c h w -> (rows h) (columns w) c", rows=rows)
 
 
-def table(scores: dict[str, Scores]) -> str:
-    """A Markdown table, one row for each name."""
+def table(rows: Mapping[str, Row]) -> str:
+    """A Markdown table with a title for each row."""
     lines = [
-        "| samples | FD ↓ | label agreement ↑ | RMSE to teacher ↓ | diversity |",
-        "|---|---|---|---|---|",
+        "| samples | evaluations | FD ↓ | label agreement ↑ | precision ↑ | recall ↑ "
+        "| RMSE to teacher ↓ | diversity | of teacher's |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, s in scores.items():
-        rmse = "–" if s.same_noise_rmse is None else f"{s.same_noise_rmse:.3f}"
+    for title, row in rows.items():
+        s, evaluations = row.scores, row.source.evaluations
         lines.append(
-            f"| {name} | {s.frechet_distance:.2f} | {s.label_agreement:.3f} | {rmse} "
-            f"| {s.diversity:.3f} |"
+            f"| {title} | {'–' if evaluations is None else evaluations} "
+            f"| {s.frechet_distance:.2f} | {s.label_agreement:.3f} "
+            f"| {s.precision:.3f} | {s.recall:.3f} | {_decimals(s.same_noise_rmse)} "
+            f"| {s.diversity:.3f} | {_decimals(s.diversity_ratio)} |"
         )
     return "\n".join(lines)
 
 
-def save_report(folder: Path, scores: dict[str, Scores], facts: dict[str, Any]) -> None:
+def _decimals(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def save_report(folder: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
     """Write report.md and report.json."""
-    write_atomically(folder / "report.md", (table(scores) + "\n").encode())
-    content = {**facts, "scores": {name: s.as_dict() for name, s in scores.items()}}
+    write_atomically(folder / "report.md", (table(rows) + "\n").encode())
+    content = {**facts, "scores": {title: row.scores.as_dict() for title, row in rows.items()}}
     write_atomically(folder / "report.json", json.dumps(content, indent=2).encode())

@@ -72,6 +72,10 @@ class DMD(ConsistencyModel):
                 f"most {self.max_steps}, because there are {self.max_steps - 1} mid_times"
             )
 
+    def with_mid_times(self, mid_times: tuple[float, ...]) -> Self:
+        # Rollouts, which may have more steps, are part of training.
+        return replace(self, mid_times=mid_times, rollout_at_mid_times=False)
+
     @property
     def score_start(self) -> int:
         """Iteration at which DMD starts."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 from torch import Generator, Tensor
 
@@ -43,6 +43,9 @@ class ConsistencyModel(Distillation):
     @property
     def max_steps(self) -> int:
         return len(self.mid_times) + 1
+
+    def with_mid_times(self, mid_times: tuple[float, ...]) -> Self:
+        return replace(self, mid_times=mid_times)
 
     def sample(
         self, student: Network, noise: Tensor, condition: Any, steps: int, noise_source: Generator

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
 from rcm.distributed.agreement import on_every_rank
 from rcm.errors import RunError
 from rcm.training.collapse import PATIENCE, CollapseError, CollapseWatch
+from rcm.training.method import Method
 from rcm.training.run_folder import RunFolder
 from rcm.training.trainer import Trainer
+
+
+def phase_text(name: str, method: Method, done: int = 0) -> str:
+    """For `announce`: a phase, such as "teacher, 4000 iterations of 64"."""
+    text = f"{name}, {method.iterations} iterations of {method.batch}"
+    return f"{text} from iteration {done}" if done else text
+
+
+def announce(phases: Sequence[str]) -> None:
+    """Print what comes next. Call it on the main rank."""
+    tqdm.write(f"next: {'; then '.join(phases)}")
 
 
 def train(

@@ -227,6 +227,13 @@ class Distillation(Method):
     def max_steps(self) -> int:
         """The largest number of sampling steps."""
 
+    def with_mid_times(self, mid_times: tuple[float, ...]) -> Self:
+        """The method with other times of the sampling steps 2, 3, ..., to sample its student.
+
+        Raises ValueError if they are not allowed, or if its sampler has no such times.
+        """
+        raise ValueError("the sampler of this method has no mid times")
+
     @abstractmethod
     def sample(
         self,

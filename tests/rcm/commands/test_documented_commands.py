@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from rcm import sample, train
+from rcm import evaluate, sample, train
 
 ROOT = Path(train.__file__).parents[1]
 PAGES = ["README.md", "docs/digits.md", "docs/data.md", "docs/scale.md"]
@@ -14,7 +14,8 @@ FILES = [*(ROOT / "rcm").rglob("*.py"), *(ROOT / page for page in PAGES)]
 # A command may follow a title such as "8 GPUs". It ends at its comment, two spaces away, or at the
 # end of the line, which a backslash continues.
 COMMAND = re.compile(
-    r"^ *(?:\d \w+ +)?(?:python|torchrun .*?) -m rcm\.(train|sample)\b(.*?)(?:  .*)?$", re.MULTILINE
+    r"^ *(?:\d \w+ +)?(?:python|torchrun .*?) -m rcm\.(train|sample|evaluate)\b(.*?)(?:  .*)?$",
+    re.MULTILINE,
 )
 CONTINUATION = re.compile(r" *\\+\n *")
 COMMANDS = [
@@ -25,7 +26,7 @@ COMMANDS = [
 
 
 def test_commands_are_found() -> None:
-    assert {name for name, _ in COMMANDS} == {"train", "sample"}
+    assert {name for name, _ in COMMANDS} == {"train", "sample", "evaluate"}
     options = [options for name, options in COMMANDS if name == "train"]
     assert sum("--mesh.ulysses 8 --accumulation 8" in line for line in options) == 2
 
@@ -35,5 +36,7 @@ def test_documented_command_is_valid(name: str, options: str) -> None:
     arguments = [argument for argument in options.split() if argument != "..."]
     if name == "sample":
         tyro.cli(sample.Arguments, args=arguments)
+    elif name == "evaluate":
+        tyro.cli(evaluate.Arguments, args=arguments)
     elif "--help" not in arguments:
         train.parse(arguments)

@@ -1,6 +1,7 @@
 """What a user sees of `python -m rcm.train`."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,39 @@ def test_an_interrupted_run_says_where_its_checkpoint_is(
     message = error_of(capsys)
     assert where in message
     assert message.endswith("repeat the command to continue")
+
+
+RARELY = ("--report-every", "100", "--probe-every", "100")
+
+
+def test_a_run_says_what_is_next_and_can_be_interrupted_while_it_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def next_lines() -> list[str]:
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith("next: ")]
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, "student", 6, KeyboardInterrupt)
+        assert start(tmp_path / "run", *RARELY) == 130
+    assert next_lines() == [
+        "next: classifier of digits; then teacher, 12 iterations of 16; "
+        "then student (rcm), 10 iterations of 16; then scores",
+        "next: student (rcm), 10 iterations of 16; then scores",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "teacher_row", lambda *rest: signal.raise_signal(signal.SIGINT))
+        assert start(tmp_path / "run", *RARELY) == 130
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if line.startswith("next: ")] == [
+        "next: classifier of digits; then student (rcm), 10 iterations of 16 from iteration 4; "
+        "then scores",
+        "next: scores",
+    ]
+    assert printed.err.count("\n") == 2
+    assert "student-0000010; repeat the command to continue" in printed.err
+    assert start(tmp_path / "run", *RARELY) == 0
+    assert next_lines() == ["next: classifier of digits; then scores", "next: scores"]
 
 
 def test_a_student_without_times_for_four_steps_is_sampled_in_fewer(tmp_path: Path) -> None:

@@ -11,48 +11,9 @@ from torch import Generator, Tensor
 from rcm.data.dataset import Dataset
 from rcm.evaluation.probes import PROBES, Probes
 from rcm.guidance import Guidance, GuidedCondition
-from rcm.methods.samplers import ConsistencyModel, FlowMap
-from rcm.training.ema import EMAConfig
-from rcm.training.method import Losses, Role, Step
-from rcm.training.optimization import OptimizerConfig
 from rcm.trigflow import Network
 from tests.rcm.analytic_networks import Gaussian, SmoothNetwork
-
-SETTINGS: dict[str, Any] = {
-    "iterations": 1,
-    "batch": 1,
-    "optimizer": OptimizerConfig(lr=1e-3),
-    "ema": EMAConfig(decay=0.9),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneTime(ConsistencyModel):
-    def roles(self) -> dict[str, Role]:
-        raise NotImplementedError
-
-    def losses(self, step: Step) -> Losses:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoTimes(FlowMap):
-    def roles(self) -> dict[str, Role]:
-        raise NotImplementedError
-
-    def losses(self, step: Step) -> Losses:
-        raise NotImplementedError
-
-
-class FirstElement:
-    """Classifies a sample by the sign of its first element."""
-
-    def features(self, samples: Tensor) -> Tensor:
-        return samples.flatten(1)
-
-    def logits(self, samples: Tensor) -> Tensor:
-        first = samples.flatten(1)[:, 0]
-        return torch.stack([-first, first], dim=1)
+from tests.rcm.evaluation.samplers import SETTINGS, FirstElement, OneTime, TwoTimes
 
 
 @pytest.fixture

@@ -56,3 +56,11 @@ def test_imeanflow_without_guidance_takes_the_labels_alone() -> None:
     method.sample(net, NOISE, LABELS, 2, Generator())
     assert all(torch.equal(condition, LABELS) for condition in net.conditions)
     assert net.times[0].tolist() == pytest.approx([math.atan(80)] * 2)
+
+
+def test_a_student_is_sampled_at_other_mid_times_than_its_rollouts() -> None:
+    """With one mid time there are two steps, fewer than those of the rollouts in training."""
+    settings = {"rollout_at_mid_times": True, "rollout_steps": 4}
+    net, method = Calls(), digits_config("rcm", 4, **settings).student
+    method.with_mid_times((0.9,)).sample(net, NOISE, LABELS, 2, Generator().manual_seed(0))
+    assert [t[0].item() for t in net.times] == pytest.approx([math.atan(80), 0.9])
