@@ -5,13 +5,16 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rcm import sample, train
+from rcm import run_from_scratch, sample, train
 from rcm.data import images
-from rcm.data.classifier import train_classifier
+from rcm.data.classifier import ImageClassifier, train_classifier
+from rcm.data.dataset import Dataset, LabelledData
+from rcm.evaluation.evaluator import Evaluator
 from tests.rcm.commands.tiny_run import one_line_of
 from tests.rcm.data.image_files import (
     random_images,
@@ -86,6 +89,28 @@ def test_a_run_on_images_is_sampled_without_them(
     assert "not those that the run started with: their class_names changed" in one_line_of(capsys)
 
 
+def test_scores_use_some_samples_and_the_classifier_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {}
+
+    class Recorded(Evaluator):
+        def __init__(self, data: Dataset, *rest: Any) -> None:
+            used["evaluator"] = data.labels.tolist()
+            super().__init__(data, *rest)
+
+    def train_recorded(data: LabelledData) -> ImageClassifier:
+        used["classifier"] = len(data)
+        return train_classifier(data, steps=2)
+
+    monkeypatch.setattr(images, "train_classifier", train_recorded)
+    monkeypatch.setattr(run_from_scratch, "Evaluator", Recorded)
+    folder = write_class_folders(tmp_path / "images")
+    run = ["images", *SHORT, "--data.folder", str(folder), "--evaluation-samples", "8"]
+    assert train.main([*run, "--folder", str(tmp_path / "run")]) == 0
+    assert used == {"evaluator": [0] * 4 + [1] * 4, "classifier": 16}
+
+
 def unequal(folder: Path) -> Path:
     write_class_folders(folder)
     save_image(folder / "dog" / "9.png", random_images(1, 12)[0])
@@ -131,6 +156,13 @@ def metadata(change: Callable[[list], list], folder: Path) -> Path:
 def broken_line(folder: Path) -> Path:
     write_metadata_folder(folder)
     (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "label": 1}\n{"file_name"\n')
+    return folder
+
+
+def not_csv(folder: Path) -> Path:
+    write_metadata_folder(folder)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,label\n" + "a" * 200_000)
     return folder
 
 
@@ -210,6 +242,7 @@ BAD = {
     ),
     partial(metadata, lambda lines: [{**lines[0], "text": ["a"]}]): "line 1: the text is ['a']; it",
     broken_line: "{folder}/metadata.jsonl, line 2 is no JSON",
+    not_csv: "{folder}/metadata.csv cannot be read (field larger than field limit",
     two_metadata: "{folder} has both metadata.jsonl and metadata.csv; remove one",
     beside: "{folder}/a.png lies beside the folders of the classes, such as cat",
     empty_class: "{folder}/cow is the folder of a class and contains no images",
