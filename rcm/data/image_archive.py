@@ -1,6 +1,6 @@
 """Images and labels of an .npz.
 
-Its arrays are `images` and `labels`, or `arr_0` and `arr_1` as ADM's and EDM's tools write them.
+Its arrays are `images` and `labels`, or `arr_0` and `arr_1` as ADM's tools write them.
 Images are uint8: (n, side, side, channels), (n, channels, side, side) or (n, side, side). Labels
 are integers or texts, (n,); without them all images are of one class.
 """

@@ -146,14 +146,13 @@ def _labels_of_metadata(path: Path, files: Sequence[str]) -> list[str]:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a metadata file with their numbers."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        if path.suffix == ".csv":
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            yield from [(reader.line_num, row) for row in reader]
+            return
+    except (OSError, ValueError, csv.Error) as error:
         raise RunError(f"{path} cannot be read ({error})") from error
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            yield reader.line_num, row
-        return
     for line, content in enumerate(text.splitlines(), 1):
         if content.strip():
             try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rcm.data.dataset import DataFacts, Dataset
 
-CHUNK = 4096  # images of which the statistics are computed at once
+CHUNK = 2**24  # values of which the moments are computed at once
 BLACK, WHITE = 0, 255
 
 
@@ -28,7 +28,7 @@ class Pixels:
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation of all values. Their sums are exact, so they need no file."""
         total = squares = 0.0
-        for chunk in self.images.split(CHUNK):
+        for chunk in self.images.split(max(1, CHUNK // self.images[0].numel())):
             values = chunk.double()
             total += values.sum().item()
             squares += values.square().sum().item()

@@ -5,13 +5,16 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rcm import sample, train
+from rcm import run, run_from_scratch, sample, train
 from rcm.data import images
-from rcm.data.classifier import train_classifier
+from rcm.data.classifier import ImageClassifier, train_classifier
+from rcm.data.dataset import Dataset, LabelledData
+from rcm.evaluation.evaluator import Evaluator
 from tests.rcm.commands.tiny_run import one_line_of
 from tests.rcm.data.image_files import (
     random_images,
@@ -36,6 +39,12 @@ def _short_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "train_classifier", partial(train_classifier, steps=2))
 
 
+@pytest.fixture
+def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If images are accepted, the command ends with status 0 instead of training."""
+    monkeypatch.setattr(run, "run_from_scratch", lambda *arguments: None)
+
+
 def save_archive(path: Path, **arrays: np.ndarray) -> Path:
     np.savez(path, **arrays)
     return path
@@ -53,8 +62,8 @@ def test_a_dry_run_on_a_few_images(
         labels = np.arange(16) % 3
         folder = save_archive(tmp_path / "a.npz", arr_0=random_images(16, 64), arr_1=labels)
     options = ["--data.size", "32"] if preset == "cifar10" else []
-    run = [preset, "--method", method, "--data.folder", str(folder), *options, *TINY]
-    assert train.main([*run, "--folder", str(tmp_path / "run"), "--dry-run"]) == 0
+    command = [preset, "--method", method, "--data.folder", str(folder), *options, *TINY]
+    assert train.main([*command, "--folder", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "dry run: everything was built" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
@@ -63,20 +72,20 @@ def test_a_run_on_images_is_sampled_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = write_class_folders(tmp_path / "images")
-    run, out = str(tmp_path / "run"), tmp_path / "grid.png"
-    start = ["images", "--data.folder", str(folder), "--folder", run, *SHORT]
+    made, out = str(tmp_path / "run"), tmp_path / "grid.png"
+    start = ["images", "--data.folder", str(folder), "--folder", made, *SHORT]
     assert train.main(start) == 0
     facts = json.loads((tmp_path / "run" / "data.json").read_text())
     assert facts["class_names"] == ["cat", "dog"] and facts["sample_shape"] == [3, 8, 8]
     folder.rename(tmp_path / "elsewhere")
     for options in ([], ["--classes", "1", "--num", "3"]):
-        assert sample.main([run, "--out", str(out), *options]) == 0
+        assert sample.main([made, "--out", str(out), *options]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
-    assert sample.main([run, "--classes", "2", "--out", str(out)]) == 2
+    assert sample.main([made, "--classes", "2", "--out", str(out)]) == 2
     assert "--classes is (2,); they must be integers in 0..1" in one_line_of(capsys)
     monkeypatch.setattr(sample, "MAX_CLASSES", 1)
-    assert sample.main([run, "--out", str(out)]) == 2
+    assert sample.main([made, "--out", str(out)]) == 2
     assert "the run has 2 classes, and a picture shows up to 1: choose" in one_line_of(capsys)
 
     # The same run cannot continue with other images, even if they are as many.
@@ -84,6 +93,28 @@ def test_a_run_on_images_is_sampled_without_them(
     (folder / "cat").rename(folder / "cow")
     assert train.main([*start, "--student.iterations", "2"]) == 1
     assert "not those that the run started with: their class_names changed" in one_line_of(capsys)
+
+
+def test_scores_use_some_samples_and_the_classifier_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {}
+
+    class Recorded(Evaluator):
+        def __init__(self, data: Dataset, *rest: Any) -> None:
+            used["evaluator"] = data.labels.tolist()
+            super().__init__(data, *rest)
+
+    def train_recorded(data: LabelledData) -> ImageClassifier:
+        used["classifier"] = len(data)
+        return train_classifier(data, steps=2)
+
+    monkeypatch.setattr(images, "train_classifier", train_recorded)
+    monkeypatch.setattr(run_from_scratch, "Evaluator", Recorded)
+    folder = write_class_folders(tmp_path / "images")
+    command = ["images", *SHORT, "--data.folder", str(folder), "--evaluation-samples", "8"]
+    assert train.main([*command, "--folder", str(tmp_path / "run")]) == 0
+    assert used == {"evaluator": [0] * 4 + [1] * 4, "classifier": 16}
 
 
 def unequal(folder: Path) -> Path:
@@ -131,6 +162,13 @@ def metadata(change: Callable[[list], list], folder: Path) -> Path:
 def broken_line(folder: Path) -> Path:
     write_metadata_folder(folder)
     (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "label": 1}\n{"file_name"\n')
+    return folder
+
+
+def not_csv(folder: Path) -> Path:
+    write_metadata_folder(folder)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,label\n" + "a" * 200_000)
     return folder
 
 
@@ -210,6 +248,7 @@ BAD = {
     ),
     partial(metadata, lambda lines: [{**lines[0], "text": ["a"]}]): "line 1: the text is ['a']; it",
     broken_line: "{folder}/metadata.jsonl, line 2 is no JSON",
+    not_csv: "{folder}/metadata.csv cannot be read (field larger than field limit",
     two_metadata: "{folder} has both metadata.jsonl and metadata.csv; remove one",
     beside: "{folder}/a.png lies beside the folders of the classes, such as cat",
     empty_class: "{folder}/cow is the folder of a class and contains no images",
@@ -242,18 +281,20 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("_train_nothing")
 @pytest.mark.parametrize(("make", "message"), BAD.items(), ids=range(len(BAD)))
 def test_images_that_cannot_be_used_are_named_and_nothing_is_written(
     make: Callable[[Path], Path], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "images"
     path = make(folder)
-    run = ["images", *TINY, "--data.folder", str(path), "--folder", str(tmp_path / "run")]
-    assert train.main(run) == 1
+    command = ["images", *TINY, "--data.folder", str(path), "--folder", str(tmp_path / "run")]
+    assert train.main(command) == 1
     assert message.format(folder=folder) in one_line_of(capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("_train_nothing")
 def test_more_texts_than_classes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -266,6 +307,7 @@ def test_more_texts_than_classes_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("_train_nothing")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

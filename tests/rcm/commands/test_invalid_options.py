@@ -158,7 +158,7 @@ def test_a_flag_takes_no_value(
             "invalid choice 'go' for argument '--on-collapse'. Expected one of",
         ),
         (["wan-tiny", "--on-collapse", "continue"], "Unrecognized options: --on-collapse"),
-        (["--teacher.ema.std", "x"], "--teacher.ema.std: "),
+        (["--teacher.ema.std", "x"], "--teacher.ema.std is 'x'; it must be a number"),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
         (["--student.sigma-max", "1"], "from below atan(sigma_max) = 0.7854 to above 0"),

@@ -32,7 +32,7 @@ def whole(data: PixelDataset) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_csv(path: Path) -> Path:
     folder = write_metadata_folder(path, column="text")
-    with open(folder / "metadata.csv", "w", newline="") as file:
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, ["file_name", "text"])
         writer.writeheader()
         writer.writerows(read_lines(folder))
@@ -90,7 +90,7 @@ def test_moments_are_exact_over_any_number_of_chunks(monkeypatch: pytest.MonkeyP
     images = torch.from_numpy(random_images(7)).permute(0, 3, 1, 2)
     pixels = Pixels(images=images, labels=torch.zeros(7).long(), class_names=("all",))
     once = pixels.moments()
-    monkeypatch.setattr("rcm.data.pixels.CHUNK", 2)
+    monkeypatch.setattr("rcm.data.pixels.CHUNK", 2 * 3 * 8 * 8)
     assert pixels.moments() == once
     values = images.double()
     assert once == pytest.approx((values.mean().item(), values.std(correction=0).item()))
