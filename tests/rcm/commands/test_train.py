@@ -1,7 +1,6 @@
 """What a user sees of `python -m rcm.train`."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -174,6 +173,9 @@ def test_a_run_says_what_is_next_and_can_be_interrupted_while_it_scores(
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line.startswith("next: ")]
 
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         stop_at(patch, "student", 6, KeyboardInterrupt)
         assert start(tmp_path / "run", *RARELY) == 130
@@ -183,7 +185,7 @@ def test_a_run_says_what_is_next_and_can_be_interrupted_while_it_scores(
         "next: student (rcm), 10 iterations of 16; then scores",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "teacher_row", lambda *rest: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Evaluator, "teacher_row", interrupted)
         assert start(tmp_path / "run", *RARELY) == 130
     printed = capsys.readouterr()
     assert [line for line in printed.out.splitlines() if line.startswith("next: ")] == [

@@ -198,8 +198,11 @@ def _pairs() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "method"), _pairs())
-def test_a_tiny_preset_trains_with_every_method(name: str, method: str, tmp_path: Path) -> None:
+def test_a_tiny_preset_trains_with_every_method(
+    name: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = three_iterations(tmp_path / "run", name, method)
+    assert f"next: student ({method}), 3 iterations of " in capsys.readouterr().out
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     found = {key: value for line in lines for key, value in line.items() if key != "phase"}
     assert all(math.isfinite(value) for value in found.values())
