@@ -20,7 +20,7 @@ from rcm.distributed.processes import local_device
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.evaluator import sample_student
 from rcm.evaluation.report import save_grid
-from rcm.trained_networks import load_network, read_config
+from rcm.trained_networks import load_network, read_config, require_written
 from rcm.training.config import FromScratchConfig
 from rcm.training.run_folder import STUDENT_WEIGHTS, read_facts
 from rcm.validation import MAX_SEED, require_integer
@@ -74,6 +74,7 @@ def sample(arguments: Arguments) -> None:
         RunError: the run has no student yet, or its files are damaged.
     """
     config = read_config(arguments.run)
+    require_written(arguments.run, STUDENT_WEIGHTS)
     facts = read_facts(arguments.run)
     classes = arguments.classes or tuple(range(facts.classes))
     num = DEFAULT_PER_CLASS * len(classes) if arguments.num is None else arguments.num

@@ -47,6 +47,14 @@ def read_config(run: Path) -> FromScratchConfig:
     return config
 
 
+def require_written(run: Path, name: str) -> Path:
+    """The path of weights; raises RunError if the run has not written them yet."""
+    path = run / name
+    if not path.exists():
+        raise RunError(f"{path} does not exist yet; {WAIT[name]}")
+    return path
+
+
 def load_network(
     run: Path, name: str, config: FromScratchConfig, device: torch.device
 ) -> nn.Module:
@@ -55,9 +63,7 @@ def load_network(
     Raises:
         RunError: the run has not written it yet, or it is damaged or of another model.
     """
-    path = run / name
-    if not path.exists():
-        raise RunError(f"{path} does not exist yet; {WAIT[name]}")
+    path = require_written(run, name)
     network = config.build_network(read_facts(run))
     try:
         load_into(network, load_weights(path), str(path))
