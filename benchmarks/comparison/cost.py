@@ -31,8 +31,9 @@ def config_of(preset: str, method: str, options: tuple[str, ...] = ()) -> FromSc
 
 def trainer_of(config: FromScratchConfig) -> Trainer:
     """A trainer of the student with new weights, for measurements."""
-    networks = build_networks(config.student.roles(), lambda _: config.build_network())
-    return Trainer("student", config.student, networks, config.load_data(), seed=0)
+    data = config.load_data()
+    networks = build_networks(config.student.roles(), lambda _: config.build_network(data.facts))
+    return Trainer("student", config.student, networks, data, seed=0)
 
 
 @cache
@@ -55,8 +56,9 @@ def evaluations(preset: str, method: str, options: tuple[str, ...] = ()) -> floa
 def _forward(preset: str) -> float:
     """Operations of the forward pass of one sample, by the network of scm."""
     config = config_of(preset, "scm")
-    x, labels = config.load_data().batch(range(SAMPLES))
-    network = config.build_network()
+    data = config.load_data()
+    x, labels = data.batch(range(SAMPLES))
+    network = config.build_network(data.facts)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(x, torch.ones(SAMPLES), labels)
     return counter.get_total_flops() / SAMPLES

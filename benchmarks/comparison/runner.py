@@ -63,7 +63,7 @@ class Runner:
     def __init__(self, folder: Path, results: Results, samples: Path, jobs: int) -> None:
         self.folder, self.results, self.samples = folder, results, samples
         self.pool = ThreadPoolExecutor(jobs)
-        self.trained: dict[str, Future[str | None]] = {}
+        self.made: dict[str, Future[str | None]] = {}
         self.stopped = threading.Event()
 
     def make(self, runs: Iterable[Run]) -> None:
@@ -71,10 +71,9 @@ class Runner:
         missing = [run for run in runs if self.results.find(run) is None]
         for run in missing:
             self._submit(run)
-        scored = [self.pool.submit(self._score, run) for run in missing]
         try:
-            for number, (run, future) in enumerate(zip(missing, scored, strict=True), start=1):
-                future.result()
+            for number, run in enumerate(missing, start=1):
+                self.made[run.name].result()
                 print(f"{number} of {len(missing)}: {run.name}", flush=True)
         except BaseException:
             self.stopped.set()
@@ -82,11 +81,18 @@ class Runner:
             raise
 
     def _submit(self, run: Run) -> None:
-        """Train a run after those that it needs; the pool is a queue, so none waits for a later."""
+        """Make a run after those that it needs; the pool is a queue, so none waits for a later."""
         for other in run.needs:
             self._submit(other)
-        if run.name not in self.trained:
-            self.trained[run.name] = self.pool.submit(self._train, run)
+        if run.name not in self.made:
+            self.made[run.name] = self.pool.submit(self._make, run)
+
+    def _make(self, run: Run) -> str | None:
+        """Train a run and score it unless it is; return why it diverged, or None."""
+        problem = self._train(run)
+        if self.results.find(run) is None:
+            self.results.add(run, self._result(run, problem))
+        return problem
 
     def _train(self, run: Run) -> str | None:
         """Finish the training of a run; return why it diverged, or None."""
@@ -94,7 +100,7 @@ class Runner:
         if (folder / "report.json").exists():
             return None
         for other in run.needs:
-            if problem := self.trained[other.name].result():
+            if problem := self.made[other.name].result():
                 return f"{other.name}: {problem}"
         weights: list[str] = []
         if run.teacher is not None:
@@ -116,11 +122,11 @@ class Runner:
             raise RuntimeError(f"{run.name}: {output.strip()}")
         return None
 
-    def _score(self, run: Run) -> None:
+    def _result(self, run: Run, problem: str | None) -> dict[str, Any]:
+        """The scores of a trained run."""
         result: dict[str, Any] = {**environment(), "iterations": _iterations(run)}
-        if problem := self.trained[run.name].result():
-            self.results.add(run, {**result, "diverged": problem, "rows": []})
-            return
+        if problem is not None:
+            return {**result, "diverged": problem, "rows": []}
         folder = self.folder / run.name
         # The reference alone, unless the run asks for more rows of the teacher.
         options = ["--teacher-steps", "32", *run.evaluation]
@@ -133,7 +139,7 @@ class Runner:
         result["protocol"] = evaluation["protocol"]
         result["rows"] = [_rounded(row) for row in evaluation["rows"]]
         keep_samples(run, folder / "evaluation.safetensors", self.samples)
-        self.results.add(run, result)
+        return result
 
     def _command(self, module: str, *options: str) -> tuple[int, str]:
         """Exit code and output of python -m module; raises KeyboardInterrupt if interrupted."""
