@@ -37,13 +37,18 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this folder, with "-dirty" if files have changed since.
+    """The commit of this repository, with "-dirty" if files other than results changed since.
 
     JVP_ATTN_COMMIT tells it where there is no repository.
     """
     if told := os.environ.get("JVP_ATTN_COMMIT"):
         return told
-    folder = str(Path(__file__).parent)
-    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    result = subprocess.run(["git", "-C", folder, *describe], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    root = str(Path(__file__).parents[1])
+    describe = ["describe", "--always", "--abbrev=12", "--exclude=*"]
+    result = subprocess.run(["git", "-C", root, *describe], capture_output=True, text=True)
+    if result.returncode:
+        return "unknown"
+    # Results are written while a benchmark runs.
+    code = ["diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    changed = subprocess.run(["git", "-C", root, *code]).returncode
+    return result.stdout.strip() + ("-dirty" if changed else "")

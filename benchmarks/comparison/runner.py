@@ -25,6 +25,7 @@ from environment import environment
 from rcm.training.files import write_atomically
 
 COLLAPSED = re.compile(r"iteration (\d+): the student collapsed")
+DIVERGED = re.compile(r"error: iteration \d+: |the training diverged")
 DIGITS = 5  # significant, of the scores that are kept
 
 
@@ -65,6 +66,7 @@ class Runner:
         self.pool = ThreadPoolExecutor(jobs)
         self.made: dict[str, Future[str | None]] = {}
         self.stopped = threading.Event()
+        self.environment = environment()
 
     def make(self, runs: Iterable[Run]) -> None:
         """Make all runs that have no result yet."""
@@ -116,7 +118,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as file:
             file.write(output)
-        if (code == 1 and "is not finite" in output) or "diverged" in output:
+        if code == 1 and DIVERGED.search(output):
             return output.strip().splitlines()[-1]
         if code:
             raise RuntimeError(f"{run.name}: {output.strip()}")
@@ -124,7 +126,7 @@ class Runner:
 
     def _result(self, run: Run, problem: str | None) -> dict[str, Any]:
         """The scores of a trained run."""
-        result: dict[str, Any] = {**environment(), "iterations": _iterations(run)}
+        result: dict[str, Any] = {**self.environment, "iterations": _iterations(run)}
         if problem is not None:
             return {**result, "diverged": problem, "rows": []}
         folder = self.folder / run.name
