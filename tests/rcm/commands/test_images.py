@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
 from rcm import run, run_from_scratch, sample, train
 from rcm.data import images
 from rcm.data.classifier import ImageClassifier, train_classifier
 from rcm.data.dataset import Dataset, LabelledData
-from rcm.evaluation.evaluator import Evaluator
+from rcm.evaluation.evaluator import Evaluator, sample_student
 from tests.rcm.commands.tiny_run import one_line_of
 from tests.rcm.data.image_files import (
     random_images,
@@ -78,9 +79,17 @@ def test_a_run_on_images_is_sampled_without_them(
     facts = json.loads((tmp_path / "run" / "data.json").read_text())
     assert facts["class_names"] == ["cat", "dog"] and facts["sample_shape"] == [3, 8, 8]
     folder.rename(tmp_path / "elsewhere")
+    drawn = []
+
+    def draw(student: nn.Module, noise: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+        drawn.append(labels.tolist())
+        return sample_student(student, noise, labels, *rest)
+
+    monkeypatch.setattr(sample, "sample_student", draw)
     for options in ([], ["--classes", "1", "--num", "3"]):
         assert sample.main([made, "--out", str(out), *options]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
+    assert drawn == [[0] * 10 + [1] * 10, [1] * 3]
     capsys.readouterr()
     assert sample.main([made, "--classes", "2", "--out", str(out)]) == 2
     assert "--classes is (2,); they must be integers in 0..1" in one_line_of(capsys)
