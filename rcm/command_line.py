@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -59,6 +61,16 @@ def parse(arguments: type[T], *, prog: str, args: list[str], default: T | None =
         raise OptionError(_option_message(str(error))) from error
     sys.stderr.write(printed.getvalue())  # warnings
     return parsed
+
+
+def require_writable(out: Path) -> None:
+    """Raise OptionError unless a file can be written at --out."""
+    if out.is_dir():
+        raise OptionError(f"--out is {out}; it must be a file, not a folder")
+    if not out.parent.is_dir():
+        raise OptionError(f"--out is {out}; its folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OptionError(f"--out is {out}; its folder {out.parent} cannot be written")
 
 
 def report(error: Exception) -> int:

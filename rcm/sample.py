@@ -5,7 +5,6 @@ python -m rcm.sample runs/digits --steps 2 --num 100 --out grid.png
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,7 @@ def _config(run: Path) -> FromScratchConfig:
 
 
 def _require_allowed(arguments: Arguments, config: FromScratchConfig) -> None:
-    classes, out = config.data.classes, arguments.out
+    classes = config.data.classes
     local_device(config.device)
     if arguments.num % classes or arguments.num > MAX_PER_CLASS * classes:
         raise OptionError(
@@ -119,12 +118,7 @@ def _require_allowed(arguments: Arguments, config: FromScratchConfig) -> None:
             f"--steps is {arguments.steps}; it must be in 1..{config.student.max_steps}, because "
             "the student of this run has no times for more"
         )
-    if out.is_dir():
-        raise OptionError(f"--out is {out}; it must be a file, not a folder")
-    if not out.parent.is_dir():
-        raise OptionError(f"--out is {out}; its folder {out.parent} does not exist")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OptionError(f"--out is {out}; its folder {out.parent} cannot be written")
+    command_line.require_writable(arguments.out)
 
 
 if __name__ == "__main__":

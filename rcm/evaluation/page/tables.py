@@ -1,0 +1,192 @@
+"""Tables: the scores of all runs, their means over seeds, and the settings that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rcm.evaluation.page.collect import Run
+from rcm.evaluation.page.html import Markup, element, joined, number
+from rcm.evaluation.page.quality import distinct_teachers, real_rows
+from rcm.evaluation.page.scores import METRICS, Metric, Row
+from rcm.training.run_folder import ANY_RANKS
+
+FACTS = ("Method", "Seed", "Iterations", "Steps", "Evaluations")
+ABSENT = "–"
+
+
+def score_table(runs: Sequence[Run]) -> Markup:
+    """A row for each run and number of steps, which a click on a column's head sorts."""
+    students = [(run, row) for run in runs for row in run.students]
+    best = {m.name: _best(m, [row for _, row in students]) for m in METRICS}
+    rows = [
+        element("tr", *_facts_of(run, row), *(_score(m, row, best[m.name]) for m in METRICS))
+        for run, row in students
+    ]
+    heads = [_sortable(title, descends=False) for title in ("Run", *FACTS)]
+    heads += [_sortable(m.heading, descends=m.best == "highest") for m in METRICS]
+    return scrollable(
+        "Scores of all runs",
+        element(
+            "table",
+            element("thead", element("tr", *heads)),
+            element("tbody", *rows),
+            element("tbody", *_references(runs), class_="references"),
+            class_="sortable",
+        ),
+    )
+
+
+def _facts_of(run: Run, row: Row) -> list[Markup]:
+    swatch = element("span", class_=f"dot c{run.color}", aria_hidden="true")
+    return [
+        element("th", swatch, run.label, scope="row"),
+        element("td", run.method),
+        *(element("td", text, class_="n") for text in (run.seed, run.iterations)),
+        *(_cell(value) for value in (row.steps, row.evaluations)),
+    ]
+
+
+def _references(runs: Sequence[Run]) -> list[Markup]:
+    """Rows of the real data and of the teachers, which are not sorted."""
+    named = [("real data", row) for row in real_rows(runs)]
+    named += [(name, row) for name, rows in distinct_teachers(runs) for row in rows]
+    return [
+        element(
+            "tr",
+            element("th", name, scope="row", colspan=len(FACTS) - 1),
+            *(_cell(value) for value in (row.steps, row.evaluations)),
+            *(_score(m, row, None) for m in METRICS),
+        )
+        for name, row in named
+    ]
+
+
+def seed_table(runs: Sequence[Run]) -> Markup | None:
+    """Means over runs that differ only in their seed, or None if there are none."""
+    rows = []
+    for group in sorted({run.group for run in runs}):
+        members = [run for run in runs if run.group == group]
+        counts = sorted({row.steps for run in members for row in run.students if row.steps})
+        for steps in counts if len(members) > 1 else ():
+            scores = [row for run in members for row in run.students if row.steps == steps]
+            if len(scores) > 1:
+                seeds = joined([", ".join(run.seed for run in members)])
+                first = members[0]
+                dot = element("span", class_=f"dot c{first.color}", aria_hidden="true")
+                rows.append(
+                    element(
+                        "tr",
+                        element("th", dot, first.method, scope="row"),
+                        element("td", seeds, class_="n"),
+                        _cell(steps),
+                        *(element("td", _mean(m, scores), class_="n") for m in METRICS),
+                    )
+                )
+    if not rows:
+        return None
+    heads = ("Method", "Seeds", "Steps", *(m.heading for m in METRICS))
+    return scrollable(
+        "Means over seeds",
+        element(
+            "table",
+            element("thead", element("tr", *(element("th", head, scope="col") for head in heads))),
+            element("tbody", *rows),
+        ),
+    )
+
+
+def _mean(metric: Metric, rows: Sequence[Row]) -> str:
+    values = [value for row in rows if (value := row.metric(metric.name)) is not None]
+    if len(values) < len(rows):
+        return ABSENT
+    mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{mean:.{metric.digits}f} ± {half:.{metric.digits}f}"
+
+
+def settings_table(runs: Sequence[Run]) -> Markup | None:
+    """Settings and versions that differ between runs, or None if there are none."""
+    columns = [_everything(run) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = []
+    for name in names:
+        values = [_shown(column.get(name, ABSENT)) for column in columns]
+        if len(set(values)) > 1:
+            cells = (element("td", value) for value in values)
+            rows.append(element("tr", element("th", element("code", name), scope="row"), *cells))
+    if not rows:
+        return None
+    heads = ["Setting", *(run.label for run in runs)]
+    return scrollable(
+        "Settings that differ",
+        element(
+            "table",
+            element("thead", element("tr", *(element("th", head, scope="col") for head in heads))),
+            element("tbody", *rows),
+        ),
+    )
+
+
+def common_settings(runs: Sequence[Run]) -> Markup:
+    """The settings and versions that all runs have in common, as a list."""
+    columns = [_everything(run) for run in runs]
+    common = {
+        name: value
+        for name, value in columns[0].items()
+        if all(name in column and column[name] == value for column in columns)
+    }
+    rows = [
+        element(
+            "tr",
+            element("th", element("code", name), scope="row"),
+            element("td", _shown(value)),
+        )
+        for name, value in common.items()
+    ]
+    return scrollable("Settings in common", element("table", element("tbody", *rows)))
+
+
+def _everything(run: Run) -> dict[str, Any]:
+    """Settings and versions; of how ranks shared the work, only what differs is of interest."""
+    torch = {"torch": run.facts["torch"]} if "torch" in run.facts else {}
+    settings = {name: value for name, value in run.settings.items() if name not in ANY_RANKS}
+    ranks = {name: value for name, value in run.settings.items() if name in ANY_RANKS}
+    return settings | torch | ranks
+
+
+def scrollable(label: str, content: Markup) -> Markup:
+    """Content that scrolls sideways on a narrow screen, with the keyboard too."""
+    return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def _sortable(title: str, *, descends: bool) -> Markup:
+    """A column's head; descends: whether the first click sorts the largest values to the top."""
+    button = element("button", title, type="button", data_descends=descends)
+    return element("th", button, scope="col", aria_sort="none")
+
+
+def _best(metric: Metric, rows: Sequence[Row]) -> str | None:
+    """The best value as it is shown, if there are several."""
+    values = [value for row in rows if (value := row.metric(metric.name)) is not None]
+    return number(min(values, key=metric.cost), metric.digits) if len(values) > 1 else None
+
+
+def _score(metric: Metric, row: Row, best: str | None) -> Markup:
+    value = row.metric(metric.name)
+    shown = number(value, metric.digits)
+    is_best = shown == best
+    content = joined([element("strong", shown), element("span", " best", class_="spoken")])
+    return element("td", content if is_best else shown, class_="n", data_value=_exact(value))
+
+
+def _cell(value: int | None) -> Markup:
+    return element("td", number(value, 0), class_="n", data_value=_exact(value))
+
+
+def _exact(value: float | None) -> str | None:
+    return None if value is None else repr(value)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
