@@ -35,6 +35,7 @@ REPETITION = ANY_RANKS | {
     *("checkpoint_every", "report_every", "probe_every"),
 }
 COLORS, DASHES = 7, 4
+ABSENT = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +63,20 @@ class Run:
 
     @property
     def preset(self) -> str:
-        return str(self.settings.get("preset"))
+        return str(self.settings.get("preset", ABSENT))
 
     @property
     def method(self) -> str:
-        return str(self.settings.get("method"))
+        return str(self.settings.get("method", ABSENT))
 
     @property
     def seed(self) -> str:
-        return str(self.settings.get("seed"))
+        return str(self.settings.get("seed", ABSENT))
 
     @property
     def iterations(self) -> str:
         """Of the student; those that were scored, if the run is unfinished."""
-        planned = self.settings.get("student.iterations", "–")
+        planned = self.settings.get("student.iterations", ABSENT)
         return str(planned) if self.facts else f"{self.metrics.evaluated} of {planned}"
 
     @property
@@ -85,7 +86,7 @@ class Run:
     @property
     def dash(self) -> int:
         """Of its line; also the shape of its marker."""
-        return (self.member + self.group // COLORS) % DASHES
+        return (self.member + self.group) % DASHES
 
     @property
     def students(self) -> list[Row]:

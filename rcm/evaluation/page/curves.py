@@ -30,8 +30,8 @@ class Quantity:
 QUANTITIES = (
     Quantity("loss", "Loss", "mean of a batch"),
     Quantity("probe_rmse", "Probe RMSE", "to the teacher; dotted: limit of a collapse", limit=True),
-    Quantity("probe_agreement", "Probe label agreement", "one-step samples, weights not averaged"),
-    Quantity(EVALUATION, "FD of an evaluation", "one-step samples, averaged weights", True),
+    Quantity("probe_agreement", "Probe label agreement", "of one-step samples"),
+    Quantity(EVALUATION, "FD", "of one-step samples, averaged weights", True),
     Quantity("tangent_norm", "Tangent norm", "‖g‖ before normalisation", True),
     Quantity("jvp_norm", "JVP norm", "‖D‖ along the teacher's ODE", True),
     Quantity("grad_norm", "Gradient norm", "before clipping", True),
@@ -40,17 +40,19 @@ QUANTITIES = (
 
 def curve_figures(runs: Sequence[Run]) -> list[Markup]:
     """A figure for each quantity that a run has."""
+    x = Axis.over((0, *(run.metrics.iteration for run in runs)), LEFT, RIGHT, margin=0.01)
     figures = []
     for quantity in QUANTITIES:
         if lines := [(run, c) for run in runs if (c := run.metrics.curves.get(quantity.name))]:
-            figures.append(_figure(quantity, lines, f"clip-{runs[0].number}-{quantity.name}"))
+            figures.append(_figure(quantity, lines, x, f"clip-{runs[0].number}-{quantity.name}"))
     return figures
 
 
-def _figure(quantity: Quantity, lines: list[tuple[Run, Curve]], clip: str) -> Markup:
+def _figure(quantity: Quantity, lines: list[tuple[Run, Curve]], x: Axis, clip: str) -> Markup:
     limits = [(run, run.metrics.limit) for run, _ in lines if quantity.limit]
-    x = Axis.over((i for _, c in lines for i in (0, *c.iterations)), LEFT, RIGHT, margin=0.01)
     values = [value for _, curve in lines for value in curve.middle]
+    if quantity.logarithmic:  # of a linear axis, one extreme value would take all the room
+        values += [value for _, curve in lines for value in (*curve.low, *curve.high)]
     values += [limit for _, limit in limits if limit is not None]
     y = Axis.over(values, BOTTOM, TOP, logarithmic=quantity.logarithmic)
     area = element("rect", x=LEFT, y=TOP, width=RIGHT - LEFT, height=BOTTOM - TOP)

@@ -14,8 +14,8 @@ import numpy as np
 from rcm.errors import RunError
 from rcm.evaluation.page.scores import STUDENT, Row, is_number, row_of_samples
 
-# Points of a curve that are drawn: about as many as its figure has pixels.
-BINS = 250
+# Points of a curve that are drawn, two or three pixels apart.
+BINS = 120
 LIMIT = "probe_rmse_limit"
 CURVES = (
     *("loss", "probe_rmse", "probe_agreement"),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rcm.evaluation.page.collect import Run
+from rcm.evaluation.page.collect import ABSENT, Run
 from rcm.evaluation.page.curves import curve_figures, legend
 from rcm.evaluation.page.grids import grids
 from rcm.evaluation.page.html import Markup, element, joined
@@ -20,6 +20,7 @@ from rcm.evaluation.page.tables import (
     scrollable,
     seed_table,
     settings_table,
+    teacher_table,
 )
 
 HERE = Path(__file__).parent
@@ -77,8 +78,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    methods = ", ".join(dict.fromkeys(run.method for run in runs))
-    return f"Few-step students distilled by {methods}. Arrows say which way a score is better."
+    methods = dict.fromkeys(run.method for run in runs if run.method != ABSENT)
+    return (
+        f"Few-step students, distilled by {', '.join(methods) or 'an unknown method'}. Arrows say "
+        "which way a score is better."
+    )
 
 
 def _section(key: str, preset: str, runs: list[Run]) -> Markup:
@@ -132,6 +136,9 @@ def _scores(runs: list[Run]) -> list[Markup]:
             "(largest − smallest) / 2."
         )
         parts += [element("h4", "Over seeds"), element("p", text), means]
+    if (teachers := teacher_table(runs)) is not None:
+        summary = element("summary", "Scores of the teachers with all numbers of steps")
+        parts.append(element("details", summary, teachers))
     return parts
 
 

@@ -8,11 +8,16 @@ from rcm.evaluation.page.axes import Axis, frame, path
 from rcm.evaluation.page.collect import Run
 from rcm.evaluation.page.curves import marker
 from rcm.evaluation.page.html import Markup, element
-from rcm.evaluation.page.scores import METRICS, REAL, Metric, Row
+from rcm.evaluation.page.references import distinct_teachers, real_rows
+from rcm.evaluation.page.scores import METRICS, Metric, Row
 
 # Width, height and the rectangle between the axes: of the first figure, and of the others.
-LARGE = (760, 380, 52.0, 744.0, 12.0, 334.0)
+LARGE = (760, 490, 52.0, 752.0, 12.0, 444.0)
+LABEL = (50, 18)  # the room of a label
 SMALL = (380, 230, 50.0, 372.0, 8.0, 192.0)
+
+Point = tuple[int, float, Row]
+"""Evaluations, value and the row that has them."""
 
 
 def quality_figures(runs: Sequence[Run], key: str) -> list[Markup]:
@@ -24,25 +29,7 @@ def quality_figures(runs: Sequence[Run], key: str) -> list[Markup]:
     ]
 
 
-def distinct_teachers(runs: Sequence[Run]) -> list[tuple[str, tuple[Row, ...]]]:
-    """Teachers with different scores and the runs that have them: runs may share a teacher."""
-    found: dict[tuple[Row, ...], list[str]] = {}
-    for run in runs:
-        if run.teachers:
-            found.setdefault(run.teachers, []).append(run.label)
-    many = len(found) > 1
-    return [
-        (f"teacher of {', '.join(labels)}" if many else "teacher", rows)
-        for rows, labels in found.items()
-    ]
-
-
-def real_rows(runs: Sequence[Run]) -> list[Row]:
-    """The scores of real data, each once."""
-    return list(dict.fromkeys(row for run in runs for row in run.rows if row.network == REAL))
-
-
-def _points(rows: Sequence[Row], metric: Metric) -> list[tuple[int, float, Row]]:
+def _points(rows: Sequence[Row], metric: Metric) -> list[Point]:
     """Evaluations and values of the rows that have both."""
     found = [
         (row.evaluations, value, row)
@@ -74,7 +61,8 @@ def _figure(metric: Metric, runs: Sequence[Run], key: str, *, large: bool) -> Ma
         "svg",
         frame(x, y, "network evaluations per sample"),
         *(_baseline(value, x, y, first=place == 0) for place, value in enumerate(baselines)),
-        *(_teacher(*teacher, metric, x, y, key, labelled=large) for teacher in teachers),
+        *(_teacher(*teacher, metric, x, y, key) for teacher in teachers),
+        _teacher_labels([p for _, ps in teachers for p in ps], x, y, key) if large else None,
         *(_student(*student, metric, x, y) for student in students),
         viewBox=f"0 0 {width} {height}",
         role="img",
@@ -84,7 +72,7 @@ def _figure(metric: Metric, runs: Sequence[Run], key: str, *, large: bool) -> Ma
     return element("figure", caption, svg, class_="plot large" if large else "plot")
 
 
-def _trivial(metric: Metric, point: tuple[int, float, Row]) -> bool:
+def _trivial(metric: Metric, point: Point) -> bool:
     """The difference of the teacher's reference to itself."""
     return metric.name == "same_noise_rmse" and point[1] == 0
 
@@ -96,33 +84,25 @@ def _baseline(value: float, x: Axis, y: Axis, *, first: bool) -> Markup:
     return element("g", line, name)
 
 
-def _teacher(
-    name: str,
-    points: list[tuple[int, float, Row]],
-    metric: Metric,
-    x: Axis,
-    y: Axis,
-    key: str,
-    *,
-    labelled: bool,
-) -> Markup:
-    places = [(x.place(count), y.place(value)) for count, value, _ in points]
+def _teacher(name: str, points: list[Point], metric: Metric, x: Axis, y: Axis, key: str) -> Markup:
     line = element("path", class_="line", d=path([point[:2] for point in points], x, y))
-    markers = [
-        marker(0, *place, _title(name, metric, point))
-        for place, point in zip(places, points, strict=True)
-    ]
-    labels = [
-        element("text", f"Heun {row.steps}", class_="label", x=across, y=up - 10)
-        for (across, up), (_, _, row) in zip(places, points, strict=True)
-        if labelled
-    ]
-    return element("g", line, *markers, *labels, class_="teacher", data_run=f"teacher-{key}")
+    markers = [marker(0, x.place(p[0]), y.place(p[1]), _title(name, metric, p)) for p in points]
+    return element("g", line, *markers, class_="teacher", data_run=f"teacher-{key}")
 
 
-def _student(
-    run: Run, points: list[tuple[int, float, Row]], metric: Metric, x: Axis, y: Axis
-) -> Markup:
+def _teacher_labels(points: list[Point], x: Axis, y: Axis, key: str) -> Markup:
+    """The numbers of steps above the teachers' points, where there is room."""
+    labels: list[Markup] = []
+    places: list[tuple[float, float]] = []
+    for count, value, row in points:
+        across, up = x.place(count), y.place(value) - 11
+        if all(abs(across - a) > LABEL[0] or abs(up - u) > LABEL[1] for a, u in places):
+            places.append((across, up))
+            labels.append(element("text", f"Heun {row.steps}", class_="label", x=across, y=up))
+    return element("g", *labels, data_run=f"teacher-{key}")
+
+
+def _student(run: Run, points: list[Point], metric: Metric, x: Axis, y: Axis) -> Markup:
     line = element("path", class_="line", d=path([point[:2] for point in points], x, y))
     markers = [
         marker(run.dash, x.place(p[0]), y.place(p[1]), _title(run.label, metric, p)) for p in points
@@ -130,7 +110,7 @@ def _student(
     return element("g", line, *markers, class_=f"c{run.color} d{run.dash}", data_run=run.number)
 
 
-def _title(name: str, metric: Metric, point: tuple[int, float, Row]) -> str:
+def _title(name: str, metric: Metric, point: Point) -> str:
     count, value, row = point
     return (
         f"{name}, {row.steps} steps, {count} evaluations: {metric.title} {value:.{metric.digits}f}"
@@ -139,8 +119,8 @@ def _title(name: str, metric: Metric, point: tuple[int, float, Row]) -> str:
 
 def _described(
     metric: Metric,
-    students: list[tuple[Run, list[tuple[int, float, Row]]]],
-    teachers: list[tuple[str, list[tuple[int, float, Row]]]],
+    students: list[tuple[Run, list[Point]]],
+    teachers: list[tuple[str, list[Point]]],
     baselines: list[float],
 ) -> str:
     series = [*((run.label, points) for run, points in students), *teachers]

@@ -50,7 +50,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        return f"{self.title} {ARROWS[self.best]}"
+        return f"{self.title}\N{NO-BREAK SPACE}{ARROWS[self.best]}"
 
     def cost(self, value: float) -> float:
         """The best value has the lowest."""
@@ -59,7 +59,7 @@ class Metric:
         return value if self.best == "lowest" else -value
 
 
-ARROWS = {"lowest": "↓", "highest": "↑", "nearest to 1": "→ 1"}
+ARROWS = {"lowest": "↓", "highest": "↑", "nearest to 1": "→\N{NO-BREAK SPACE}1"}
 METRICS = (
     Metric("frechet_distance", "FD", "lowest", 2),
     Metric("label_agreement", "Label agreement", "highest", 3),

@@ -6,14 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rcm.evaluation.page.collect import Run
+from rcm.evaluation.page.collect import ABSENT, Run
 from rcm.evaluation.page.html import Markup, element, joined, number
-from rcm.evaluation.page.quality import distinct_teachers, real_rows
+from rcm.evaluation.page.references import distinct_teachers, real_rows
 from rcm.evaluation.page.scores import METRICS, Metric, Row
 from rcm.training.run_folder import ANY_RANKS
 
 FACTS = ("Method", "Seed", "Iterations", "Steps", "Evaluations")
-ABSENT = "–"
 
 
 def score_table(runs: Sequence[Run]) -> Markup:
@@ -24,8 +23,9 @@ def score_table(runs: Sequence[Run]) -> Markup:
         element("tr", *_facts_of(run, row), *(_score(m, row, best[m.name]) for m in METRICS))
         for run, row in students
     ]
-    heads = [_sortable(title, descends=False) for title in ("Run", *FACTS)]
-    heads += [_sortable(m.heading, descends=m.best == "highest") for m in METRICS]
+    heads = [_sortable(title) for title in ("Run", "Method")]
+    heads += [_sortable(title, class_="n") for title in FACTS[1:]]
+    heads += [_sortable(m.heading, class_="n", descends=m.best == "highest") for m in METRICS]
     return scrollable(
         "Scores of all runs",
         element(
@@ -49,9 +49,11 @@ def _facts_of(run: Run, row: Row) -> list[Markup]:
 
 
 def _references(runs: Sequence[Run]) -> list[Markup]:
-    """Rows of the real data and of the teachers, which are not sorted."""
+    """Rows of the real data and of each teacher with the most steps, which are not sorted."""
     named = [("real data", row) for row in real_rows(runs)]
-    named += [(name, row) for name, rows in distinct_teachers(runs) for row in rows]
+    named += [
+        (name, max(rows, key=lambda row: row.steps or 0)) for name, rows in distinct_teachers(runs)
+    ]
     return [
         element(
             "tr",
@@ -63,38 +65,55 @@ def _references(runs: Sequence[Run]) -> list[Markup]:
     ]
 
 
+def teacher_table(runs: Sequence[Run]) -> Markup | None:
+    """All scores of the teachers, or None if there are none."""
+    rows = [
+        element(
+            "tr",
+            element("th", name, scope="row"),
+            *(_cell(value) for value in (row.steps, row.evaluations)),
+            *(_score(m, row, None) for m in METRICS),
+        )
+        for name, rows in distinct_teachers(runs)
+        for row in rows
+    ]
+    heads = ("Steps", "Evaluations", *(m.heading for m in METRICS))
+    return _table("Scores of the teachers", "Teacher", heads, rows) if rows else None
+
+
 def seed_table(runs: Sequence[Run]) -> Markup | None:
-    """Means over runs that differ only in their seed, or None if there are none."""
+    """Means over finished runs that differ only in their seed, or None if there are none."""
     rows = []
     for group in sorted({run.group for run in runs}):
-        members = [run for run in runs if run.group == group]
-        counts = sorted({row.steps for run in members for row in run.students if row.steps})
-        for steps in counts if len(members) > 1 else ():
-            scores = [row for run in members for row in run.students if row.steps == steps]
-            if len(scores) > 1:
-                seeds = joined([", ".join(run.seed for run in members)])
-                first = members[0]
-                dot = element("span", class_=f"dot c{first.color}", aria_hidden="true")
-                rows.append(
-                    element(
-                        "tr",
-                        element("th", dot, first.method, scope="row"),
-                        element("td", seeds, class_="n"),
-                        _cell(steps),
-                        *(element("td", _mean(m, scores), class_="n") for m in METRICS),
-                    )
-                )
-    if not rows:
-        return None
-    heads = ("Method", "Seeds", "Steps", *(m.heading for m in METRICS))
-    return scrollable(
-        "Means over seeds",
-        element(
-            "table",
-            element("thead", element("tr", *(element("th", head, scope="col") for head in heads))),
-            element("tbody", *rows),
-        ),
+        members = [run for run in runs if run.group == group and run.facts]
+        for steps in sorted({row.steps for run in members for row in run.students if row.steps}):
+            found = [(run, row) for run in members for row in run.students if row.steps == steps]
+            if len(found) > 1:
+                rows.append(_mean_row(steps, found))
+    heads = ("Seeds", "Steps", *(m.heading for m in METRICS))
+    return _table("Means over seeds", "Runs", heads, rows) if rows else None
+
+
+def _mean_row(steps: int, found: Sequence[tuple[Run, Row]]) -> Markup:
+    dot = element("span", class_=f"dot c{found[0][0].color}", aria_hidden="true")
+    scores = [row for _, row in found]
+    return element(
+        "tr",
+        element("th", dot, ", ".join(run.label for run, _ in found), scope="row"),
+        element("td", ", ".join(run.seed for run, _ in found), class_="n"),
+        _cell(steps),
+        *(element("td", _mean(m, scores), class_="n") for m in METRICS),
     )
+
+
+def _table(label: str, first: str, heads: Sequence[str], rows: Sequence[Markup]) -> Markup:
+    """A table of numbers; the first column names them."""
+    cells = [
+        element("th", first, scope="col"),
+        *(element("th", head, class_="n", scope="col") for head in heads),
+    ]
+    head = element("thead", element("tr", *cells))
+    return scrollable(label, element("table", head, element("tbody", *rows)))
 
 
 def _mean(metric: Metric, rows: Sequence[Row]) -> str:
@@ -160,10 +179,10 @@ def scrollable(label: str, content: Markup) -> Markup:
     return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
-def _sortable(title: str, *, descends: bool) -> Markup:
+def _sortable(title: str, *, class_: str | None = None, descends: bool = False) -> Markup:
     """A column's head; descends: whether the first click sorts the largest values to the top."""
     button = element("button", title, type="button", data_descends=descends)
-    return element("th", button, scope="col", aria_sort="none")
+    return element("th", button, class_=class_, scope="col", aria_sort="none")
 
 
 def _best(metric: Metric, rows: Sequence[Row]) -> str | None:
