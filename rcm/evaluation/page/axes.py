@@ -38,11 +38,13 @@ class Axis:
     ) -> Axis:
         """An axis that covers all finite values, with a margin as a fraction of the axis.
 
-        It is linear if a value is not positive.
+        A logarithmic one covers those that are positive; without any it is linear.
         """
         found = [value for value in values if math.isfinite(value)] or [1.0]
+        logarithmic = logarithmic and max(found) > 0
+        if logarithmic:
+            found = [value for value in found if value > 0]
         low, high = min(found), max(found)
-        logarithmic = logarithmic and low > 0
         if logarithmic:
             space = margin * math.log(high / low) or math.log(1.2)
             low, high = low / math.exp(space), high * math.exp(space)

@@ -8,7 +8,6 @@ metrics.jsonl                                 curves, and the scores of an unfin
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,10 @@ REPETITION = ANY_RANKS | {
     *("checkpoint_every", "report_every", "probe_every"),
 }
 COLORS, DASHES = 7, 4
+NOT_EVALUATED = (
+    "the scores are those of report.json; `python -m rcm.evaluate RUN`, where RUN is the run folder, "
+    "adds the diversity ratio, precision, recall and samples"
+)
 ABSENT = "–"
 
 
@@ -153,11 +156,7 @@ def _read(number: int, label: str, path: Path, groups: _Groups) -> Run:
             samples = load_weights(path / "evaluation.safetensors")
     elif report is not None:
         rows = rows_of_report(path / "report.json", report)
-        command = shlex.join(["python", "-m", "rcm.evaluate", str(path)])
-        notes.append(
-            f"the scores are those of its report; `{command}` adds the diversity ratio, precision, "
-            "recall and samples"
-        )
+        notes.append(NOT_EVALUATED)
     else:
         rows = metrics.rows
         if not metrics.curves:

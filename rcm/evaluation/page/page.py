@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,13 +102,23 @@ def _section(key: str, preset: str, runs: list[Run]) -> Markup:
 
 def _notes(runs: list[Run]) -> Markup | None:
     """What a reader should know before comparing the runs."""
-    notes = [(run.label, note) for run in runs for note in run.notes]
-    protocols = [protocol for run in runs if (protocol := run.facts.get("protocol")) is not None]
+    notes: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.notes:
+            notes.setdefault(note, []).append(run.label)
+    protocols = [run.facts["protocol"] for run in runs if "protocol" in run.facts]
     if any(protocol != protocols[0] for protocol in protocols):
-        notes.append(("protocols", "the runs were evaluated in different ways, see their settings"))
+        notes["their evaluations have different protocols, so the scores are not comparable"] = [
+            f"{run.label} ({json.dumps(run.facts['protocol'])})"
+            for run in runs
+            if "protocol" in run.facts
+        ]
     if not notes:
         return None
-    items = [element("li", element("strong", name), ": ", _with_code(note)) for name, note in notes]
+    items = [
+        element("li", element("strong", ", ".join(names)), ": ", _with_code(note))
+        for note, names in notes.items()
+    ]
     return element("ul", *items, class_="notes", aria_label="Notes")
 
 
@@ -189,10 +200,13 @@ def _settings(runs: list[Run]) -> list[Markup]:
         element("tr", element("th", run.label, scope="row"), element("td", str(run.path)))
         for run in runs
     ]
-    differing = settings_table(runs)
+    differing = settings_table(runs, of_all=True)
+    partial = settings_table(runs, of_all=False)
+    few = element("summary", "Settings that only some of the runs have")
     return [
-        element("h3", "Settings"),
-        differing or element("p", "All runs have the same settings and versions."),
+        element("h3", "Settings that differ"),
+        differing or element("p", "None of those that all runs have."),
+        *([] if partial is None else [element("details", few, partial)]),
         element(
             "details", element("summary", "Settings that all runs share"), common_settings(runs)
         ),

@@ -51,7 +51,7 @@ def _figure(metric: Metric, runs: Sequence[Run], key: str, *, large: bool) -> Ma
     if not students:
         return None
     everything = [point for _, points in (*students, *teachers) for point in points]
-    evaluations = [point[0] for point in everything]
+    evaluations = [row.evaluations for run in runs for row in run.rows if row.evaluations]
     values = [*(point[1] for point in everything), *baselines]
     powers = [2.0**power for power in range(max(evaluations).bit_length() + 1)]
     x = Axis.over(evaluations, left, right, logarithmic=True, margin=0.04, ticks=powers)

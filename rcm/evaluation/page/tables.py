@@ -124,21 +124,23 @@ def _mean(metric: Metric, rows: Sequence[Row]) -> str:
     return f"{mean:.{metric.digits}f} ± {half:.{metric.digits}f}"
 
 
-def settings_table(runs: Sequence[Run]) -> Markup | None:
-    """Settings and versions that differ between runs, or None if there are none."""
+def settings_table(runs: Sequence[Run], *, of_all: bool) -> Markup | None:
+    """Settings and versions that differ, or None if there are none.
+
+    of_all: those that every run has, or else those that only some of them have.
+    """
     columns = [_everything(run) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
     rows = []
-    for name in names:
+    for name in dict.fromkeys(name for column in columns for name in column):
         values = [_shown(column.get(name, ABSENT)) for column in columns]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and all(name in column for column in columns) == of_all:
             cells = (element("td", value) for value in values)
             rows.append(element("tr", element("th", element("code", name), scope="row"), *cells))
     if not rows:
         return None
     heads = ["Setting", *(run.label for run in runs)]
     return scrollable(
-        "Settings that differ",
+        "Settings that differ" if of_all else "Settings of some runs",
         element(
             "table",
             element("thead", element("tr", *(element("th", head, scope="col") for head in heads))),
