@@ -35,8 +35,8 @@ REPETITION = ANY_RANKS | {
 }
 COLORS, DASHES = 7, 4
 NOT_EVALUATED = (
-    "the scores are those of report.json; `python -m rcm.evaluate RUN`, where RUN is the run folder, "
-    "adds the diversity ratio, precision, recall and samples"
+    "the scores are those of report.json; `python -m rcm.evaluate RUN`, where RUN is the run "
+    "folder, adds the diversity ratio, precision, recall and samples"
 )
 ABSENT = "–"
 

@@ -52,7 +52,7 @@ def _figure(quantity: Quantity, lines: list[tuple[Run, Curve]], x: Axis, clip: s
     limits = [(run, run.metrics.limit) for run, _ in lines if quantity.limit]
     values = [value for _, curve in lines for value in curve.middle]
     if quantity.logarithmic:  # of a linear axis, one extreme value would take all the room
-        values += [value for _, curve in lines for value in (*curve.low, *curve.high)]
+        values += [value for _, curve in lines for value in curve.high]
     values += [limit for _, limit in limits if limit is not None]
     y = Axis.over(values, BOTTOM, TOP, logarithmic=quantity.logarithmic)
     area = element("rect", x=LEFT, y=TOP, width=RIGHT - LEFT, height=BOTTOM - TOP)

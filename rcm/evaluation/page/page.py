@@ -176,7 +176,7 @@ def _curves(runs: list[Run]) -> list[Markup]:
         text += (
             f" Curves with more than {BINS} points are divided into {BINS} bins of equal numbers "
             "of iterations: the line is the median of a bin, the shaded area reaches from its "
-            "smallest to its largest value."
+            "smallest to its largest value, as far as the axis goes."
         )
     return [
         element("h3", "Training"),
