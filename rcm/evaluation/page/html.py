@@ -34,9 +34,9 @@ def joined(children: Iterable[str | None], between: str = "") -> Markup:
     )
 
 
-def number(value: float | None, digits: int) -> str:
+def number(value: float | None, decimals: int) -> str:
     """A number with so many decimals, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.{decimals}f}"
 
 
 def _attribute(key: str, value: str | float | bool | None) -> str:

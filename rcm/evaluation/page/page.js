@@ -43,6 +43,7 @@ for (const button of document.querySelectorAll("[data-toggle]")) {
 }
 
 // The values of all curves at the pointer. They are read back from the paths that are drawn.
+const NEAR = 4;
 for (const svg of document.querySelectorAll("svg[data-x]")) {
   const x = axis(svg.dataset.x);
   const y = axis(svg.dataset.y);
@@ -64,7 +65,12 @@ for (const svg of document.querySelectorAll("svg[data-x]")) {
     const bounds = svg.getBoundingClientRect();
     const scale = svg.viewBox.baseVal.width / bounds.width;
     const at = (event.clientX - bounds.left) * scale;
-    const visible = curves.filter(({ group, points }) => !group.hasAttribute("hidden") && points.length);
+    // Of a curve that has ended or not begun there is no value.
+    const visible = curves.filter(
+      ({ group, points }) =>
+        !group.hasAttribute("hidden") && points.length &&
+        points[0][0] - NEAR <= at && at <= points[points.length - 1][0] + NEAR,
+    );
     if (at < x.start || at > x.end || visible.length === 0) return hide();
     const lines = visible.map(({ group, points }) => {
       const near = points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
@@ -79,7 +85,7 @@ for (const svg of document.querySelectorAll("svg[data-x]")) {
     const left = event.clientX - bounds.left;
     const room = bounds.width - box.offsetWidth;
     box.style.left = `${Math.max(0, left + 14 <= room ? left + 14 : left - 14 - box.offsetWidth)}px`;
-    box.style.top = `${svg.offsetTop + 8}px`;
+    box.style.top = `${bounds.top - box.offsetParent.getBoundingClientRect().top + 8}px`;
   });
 
   function hide() {

@@ -112,9 +112,7 @@ def _student(run: Run, points: list[Point], metric: Metric, x: Axis, y: Axis) ->
 
 def _title(name: str, metric: Metric, point: Point) -> str:
     count, value, row = point
-    return (
-        f"{name}, {row.steps} steps, {count} evaluations: {metric.title} {value:.{metric.digits}f}"
-    )
+    return f"{name}, {row.steps} steps, {count} evaluations: {metric.title} {value:.{metric.decimals}f}"
 
 
 def _described(
@@ -125,8 +123,8 @@ def _described(
 ) -> str:
     series = [*((run.label, points) for run, points in students), *teachers]
     parts = [
-        f"{name}: {', '.join(f'{v:.{metric.digits}f} at {count}' for count, v, _ in points)}"
+        f"{name}: {', '.join(f'{v:.{metric.decimals}f} at {count}' for count, v, _ in points)}"
         for name, points in series
     ]
-    parts += [f"real data: {value:.{metric.digits}f}" for value in baselines]
+    parts += [f"real data: {value:.{metric.decimals}f}" for value in baselines]
     return f"{metric.title} against network evaluations. {'; '.join(parts)}"

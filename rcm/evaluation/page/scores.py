@@ -46,7 +46,7 @@ class Metric:
     name: str
     title: str
     best: Literal["lowest", "highest", "nearest to 1"]
-    digits: int
+    decimals: int
 
     @property
     def heading(self) -> str:

@@ -121,7 +121,7 @@ def _mean(metric: Metric, rows: Sequence[Row]) -> str:
     if len(values) < len(rows):
         return ABSENT
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
-    return f"{mean:.{metric.digits}f} ± {half:.{metric.digits}f}"
+    return f"{mean:.{metric.decimals}f} ± {half:.{metric.decimals}f}"
 
 
 def settings_table(runs: Sequence[Run], *, of_all: bool) -> Markup | None:
@@ -190,12 +190,12 @@ def _sortable(title: str, *, class_: str | None = None, descends: bool = False) 
 def _best(metric: Metric, rows: Sequence[Row]) -> str | None:
     """The best value as it is shown, if there are several."""
     values = [value for row in rows if (value := row.metric(metric.name)) is not None]
-    return number(min(values, key=metric.cost), metric.digits) if len(values) > 1 else None
+    return number(min(values, key=metric.cost), metric.decimals) if len(values) > 1 else None
 
 
 def _score(metric: Metric, row: Row, best: str | None) -> Markup:
     value = row.metric(metric.name)
-    shown = number(value, metric.digits)
+    shown = number(value, metric.decimals)
     is_best = shown == best
     content = joined([element("strong", shown), element("span", " best", class_="spoken")])
     return element("td", content if is_best else shown, class_="n", data_value=_exact(value))
