@@ -50,7 +50,10 @@ def report(arguments: Arguments) -> None:
     if not arguments.runs:
         raise OptionError("no run folder is given; give one or more")
     command_line.require_writable(arguments.out)
-    content = page(read_runs(arguments.runs))
+    try:
+        content = page(read_runs(arguments.runs))
+    except OSError as error:
+        raise RunError(f"a file cannot be read: {error}") from error
     try:
         write_atomically(arguments.out, content)
     except OSError as error:

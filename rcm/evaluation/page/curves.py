@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rcm.evaluation.page.axes import Axis, band, frame, path
 from rcm.evaluation.page.collect import Run
 from rcm.evaluation.page.html import Markup, element, joined
-from rcm.evaluation.page.metrics_file import EVALUATION, Curve
+from rcm.evaluation.page.metrics_file import Curve
+from rcm.evaluation.page.quantities import QUANTITIES, Quantity
 
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 372.0, 8.0, 192.0
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A quantity of metrics.jsonl and how it is drawn."""
-
-    name: str
-    title: str
-    meaning: str
-    logarithmic: bool = False
-    limit: bool = False
-    """Draw probe_rmse_limit too."""
-
-
-QUANTITIES = (
-    Quantity("loss", "Loss", "mean of a batch"),
-    Quantity("probe_rmse", "Probe RMSE", "to the teacher; dotted: limit of a collapse", limit=True),
-    Quantity("probe_agreement", "Probe label agreement", "of one-step samples"),
-    Quantity(EVALUATION, "FD", "of one-step samples, averaged weights", True),
-    Quantity("tangent_norm", "Tangent norm", "‖g‖ before normalisation", True),
-    Quantity("jvp_norm", "JVP norm", "‖D‖ along the teacher's ODE", True),
-    Quantity("grad_norm", "Gradient norm", "before clipping", True),
-)
 
 
 def curve_figures(runs: Sequence[Run]) -> list[Markup]:

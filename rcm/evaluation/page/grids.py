@@ -15,12 +15,12 @@ from torch import Tensor
 
 from rcm.errors import RunError
 from rcm.evaluation.page.collect import Run
-from rcm.evaluation.page.html import Markup, element
+from rcm.evaluation.page.html import Markup, counted, element
 
 DATA, LABELS, TEACHER_SAMPLES = "data", "labels", "teacher-32"
 STUDENT_SAMPLES = re.compile(r"student-(\d+)")
 WIDTH = 160  # pixels of the page; pictures are scaled by the integer that comes closest
-MAX_BYTES = 2_000_000  # of all pictures before compression; beyond, fewer samples are shown
+MAX_BYTES = 1_500_000  # of all pictures before compression; beyond, fewer samples are shown
 MARGIN = 1
 PAPER = 255
 
@@ -101,9 +101,7 @@ def _teachers(runs: Sequence[Run]) -> list[Panel]:
 
 def _students(run: Run) -> list[Panel]:
     steps = sorted(int(m[1]) for name in run.samples if (m := STUDENT_SAMPLES.fullmatch(name)))
-    return [
-        Panel(f"{n} step{'s' if n > 1 else ''}", run.samples[f"student-{n}"], run) for n in steps
-    ]
+    return [Panel(counted(n, "step"), run.samples[f"student-{n}"], run) for n in steps]
 
 
 def _count(data: Tensor, classes: int, panels: int) -> int:
@@ -122,7 +120,7 @@ def _picture(panel: Panel, classes: int, count: int, low: float, high: float) ->
         src=_data_uri(pixels),
         width=scale * width,
         height=scale * height,
-        alt=f"Samples of {name}: {classes} rows of classes, {count} samples each",
+        alt=f"Samples of {name}: {classes} rows of classes, {counted(count, 'sample')} each",
     )
     frame = element("div", image, class_="tiles", data_rows=classes, data_columns=count)
     return element("figure", frame, element("figcaption", panel.title))

@@ -39,6 +39,11 @@ def number(value: float | None, decimals: int) -> str:
     return "–" if value is None else f"{value:.{decimals}f}"
 
 
+def counted(count: int | None, noun: str) -> str:
+    """Such as "1 step" or "2 steps"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def _attribute(key: str, value: str | float | bool | None) -> str:
     if value is None or value is False:
         return ""

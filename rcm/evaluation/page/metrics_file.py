@@ -12,17 +12,12 @@ from typing import Any
 import numpy as np
 
 from rcm.errors import RunError
+from rcm.evaluation.page.quantities import EVALUATION, ONE_STEP, PER_ITERATION
 from rcm.evaluation.page.scores import STUDENT, Row, is_number, row_of_samples
 
 # Points of a curve that are drawn, two or three pixels apart.
 BINS = 120
 LIMIT = "probe_rmse_limit"
-CURVES = (
-    *("loss", "probe_rmse", "probe_agreement"),
-    *("tangent_norm", "jvp_norm", "grad_norm"),
-)
-EVALUATION = "frechet_distance"  # of the samples with one step
-ONE_STEP = "student, 1 step"
 
 Points = list[tuple[int, float]]
 
@@ -81,7 +76,7 @@ def read_metrics(path: Path) -> StudentMetrics:
                         scores[samples] = row_of_samples(path, samples, line)
                         _collect(points, samples == ONE_STEP, line, (EVALUATION,))
                     else:
-                        _collect(points, True, line, CURVES)
+                        _collect(points, True, line, PER_ITERATION)
                     if is_number(limit := line.get(LIMIT)) and math.isfinite(limit):
                         metrics.limit = float(limit)
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rcm.evaluation.page.collect import ABSENT, Run
 from rcm.evaluation.page.curves import curve_figures, legend
 from rcm.evaluation.page.grids import grids
-from rcm.evaluation.page.html import Markup, element, joined
+from rcm.evaluation.page.html import Markup, counted, element, joined
 from rcm.evaluation.page.metrics_file import BINS
 from rcm.evaluation.page.quality import quality_figures
 from rcm.evaluation.page.tables import (
@@ -44,7 +44,7 @@ def page(runs: Sequence[Run]) -> bytes:
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     )
     presets = list(dict.fromkeys(run.preset for run in runs))
-    title = f"{_count(len(runs), 'run')} of {' and '.join(presets)}"
+    title = f"Comparison of {counted(len(runs), 'run')}"
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -74,10 +74,6 @@ def _hash(content: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _summary(runs: Sequence[Run]) -> str:
     methods = dict.fromkeys(run.method for run in runs if run.method != ABSENT)
     return (
@@ -88,7 +84,7 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _section(key: str, preset: str, runs: list[Run]) -> Markup:
     parts = [
-        element("h2", preset),
+        element("h2", f"Preset {preset}"),
         _notes(runs),
         legend(runs, key),
         *_scores(runs),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rcm.evaluation.page.axes import Axis, frame, path
 from rcm.evaluation.page.collect import Run
 from rcm.evaluation.page.curves import marker
-from rcm.evaluation.page.html import Markup, element
+from rcm.evaluation.page.html import Markup, counted, element
 from rcm.evaluation.page.references import distinct_teachers, real_rows
 from rcm.evaluation.page.scores import METRICS, Metric, Row
 
@@ -112,7 +112,8 @@ def _student(run: Run, points: list[Point], metric: Metric, x: Axis, y: Axis) ->
 
 def _title(name: str, metric: Metric, point: Point) -> str:
     count, value, row = point
-    return f"{name}, {row.steps} steps, {count} evaluations: {metric.title} {value:.{metric.decimals}f}"
+    cost = f"{counted(row.steps, 'step')}, {counted(count, 'evaluation')}"
+    return f"{name}, {cost}: {metric.title} {value:.{metric.decimals}f}"
 
 
 def _described(

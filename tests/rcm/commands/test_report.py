@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -129,7 +130,10 @@ def test_unfinished_runs_have_the_scores_of_their_last_evaluation(
 def test_presets_have_sections_of_their_own(tmp_path: Path, out: Path) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", preset="letters")
     first, second = page_of(out, a, b).all("section", "preset")
-    assert [first.one("h2").text(), second.one("h2").text()] == ["digits", "letters"]
+    assert [first.one("h2").text(), second.one("h2").text()] == [
+        "Preset digits",
+        "Preset letters",
+    ]
     assert {row[0] for row in scores(first)} == {"a"}
     assert {row[0] for row in scores(second)} == {"b"}
 
@@ -164,6 +168,7 @@ def test_quality_is_drawn_against_evaluations(tmp_path: Path, out: Path) -> None
     titles = [title.text() for title in figure.all("title")]
     assert "teacher, 8 steps, 15 evaluations: FD 4.00" in titles
     assert "a, 4 steps, 4 evaluations: FD 0.50" in titles
+    assert "a, 1 step, 1 evaluation: FD 2.00" in titles
     assert len(titles) == 3 + 2 * 3
     assert len(list(figure.all("line", "baseline"))) == 1
     assert len(others) == 5
@@ -272,6 +277,20 @@ def test_twelve_long_runs_fit_in_three_megabytes(tmp_path: Path, out: Path) -> N
     ]
     page_of(out, *runs)
     assert out.stat().st_size < 3e6
+
+
+def test_of_large_pictures_fewer_samples_are_shown(tmp_path: Path, out: Path) -> None:
+    runs = [write_run(tmp_path / f"run{i}", seed=i) for i in range(12)]
+    random = torch.Generator().manual_seed(0)
+    for run in runs:
+        content = {
+            name: x if name == "labels" else torch.randn(len(x), 3, 32, 32, generator=random)
+            for name, x in samples().items()
+        }
+        save_file(content, run / "evaluation.safetensors")
+    page = page_of(out, *runs)
+    assert 1.5e6 < out.stat().st_size < 3e6
+    assert "10 rows of classes, 1 sample each" in (next(page.all("img"))["alt"] or "")
 
 
 def test_text_of_files_stays_text(tmp_path: Path, out: Path) -> None:
@@ -386,6 +405,17 @@ def test_samples_of_other_shapes_are_an_error(
     save_file(content, run / "evaluation.safetensors")
     assert report.main([str(run), "--out", str(out)]) == 1
     assert words in one_line_of(capsys)
+
+
+def test_a_folder_in_place_of_a_file_is_an_error(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for file in ("metrics.jsonl", "evaluation.json", "evaluation.safetensors"):
+        run = write_run(tmp_path / file)
+        (run / file).unlink()
+        (run / file).mkdir()
+        assert report.main([str(run), "--out", str(out)]) == 1
+        assert "read" in one_line_of(capsys)
 
 
 def test_a_damaged_report_is_an_error(
