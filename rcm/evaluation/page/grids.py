@@ -16,6 +16,7 @@ from torch import Tensor
 from rcm.errors import RunError
 from rcm.evaluation.page.collect import Run
 from rcm.evaluation.page.html import Markup, counted, element
+from rcm.evaluation.page.references import teacher_name
 
 DATA, LABELS, TEACHER_SAMPLES = "data", "labels", "teacher-32"
 STUDENT_SAMPLES = re.compile(r"student-(\d+)")
@@ -89,14 +90,8 @@ def _teachers(runs: Sequence[Run]) -> list[Panel]:
                 same[0].append(run.label)
             else:
                 found.append((samples, [run.label]))
-    return [
-        Panel(
-            f"teacher of {', '.join(n)}, 32 steps" if len(found) > 1 else "teacher, 32 steps",
-            s,
-            None,
-        )
-        for s, n in found
-    ]
+    alone = len(found) == 1
+    return [Panel(f"{teacher_name(n, alone=alone)}, 32 steps", s, None) for s, n in found]
 
 
 def _students(run: Run) -> list[Panel]:

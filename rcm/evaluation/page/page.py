@@ -102,13 +102,14 @@ def _notes(runs: list[Run]) -> Markup | None:
     for run in runs:
         for note in run.notes:
             notes.setdefault(note, []).append(run.label)
-    protocols = [run.facts["protocol"] for run in runs if "protocol" in run.facts]
-    if any(protocol != protocols[0] for protocol in protocols):
-        notes["their evaluations have different protocols, so the scores are not comparable"] = [
-            f"{run.label} ({json.dumps(run.facts['protocol'])})"
-            for run in runs
-            if "protocol" in run.facts
-        ]
+    protocols: dict[str, list[str]] = {}
+    for run in runs:
+        if "protocol" in run.facts:
+            text = json.dumps(run.facts["protocol"], sort_keys=True)
+            protocols.setdefault(text, []).append(run.label)
+    if len(protocols) > 1:
+        for text, labels in protocols.items():
+            notes[f"scores of the protocol `{text}` are not comparable with the others"] = labels
     if not notes:
         return None
     items = [

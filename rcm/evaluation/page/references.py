@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 
 from rcm.evaluation.page.collect import Run
+from rcm.evaluation.page.html import counted
 from rcm.evaluation.page.scores import REAL, Row
+
+NAMED = 4  # runs of a teacher that its name lists
 
 
 def distinct_teachers(runs: Sequence[Run]) -> list[tuple[str, tuple[Row, ...]]]:
@@ -15,9 +18,16 @@ def distinct_teachers(runs: Sequence[Run]) -> list[tuple[str, tuple[Row, ...]]]:
     for run in runs:
         if run.teachers:
             _add(found, run.teachers, run.label)
-    if len(found) == 1:
-        return [("teacher", found[0][0])]
-    return [(f"teacher of {', '.join(labels)}", rows) for rows, labels in found]
+    return [(teacher_name(labels, alone=len(found) == 1), rows) for rows, labels in found]
+
+
+def teacher_name(labels: Sequence[str], *, alone: bool) -> str:
+    """The teacher of runs with these labels; alone: it is the only one."""
+    if alone:
+        return "teacher"
+    others = len(labels) - NAMED
+    rest = f" and {counted(others, 'other run')}" if others > 0 else ""
+    return f"teacher of {', '.join(labels[:NAMED])}{rest}"
 
 
 def real_rows(runs: Sequence[Run]) -> list[Row]:

@@ -64,6 +64,8 @@ def test_report_of_a_run_without_an_evaluation(finished: Path, out: Path) -> Non
     row = ["finished", "rcm", "0", "10", "2", "2", fd, agreement, "–", "–", "–", rmse]
     assert scores(page)[1] == row
     assert "python -m rcm.evaluate RUN" in notes(page)
+    teachers = page.named("Scores of the teachers").rows()[1:]
+    assert [row[1:3] for row in teachers] == [["1", "1"], ["2", "3"], ["8", "15"], ["32", "63"]]
     titles = [x.text() for figure in page.all("figure", "plot") for x in figure.all("strong")]
     assert {"Loss", "Probe RMSE", "Tangent norm", "JVP norm", "Gradient norm"} <= set(titles)
 
@@ -143,7 +145,9 @@ def test_different_protocols_are_noted(tmp_path: Path, out: Path) -> None:
     evaluation = json.loads((b / "evaluation.json").read_text())
     evaluation["protocol"]["noise_seed"] = 2
     (b / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "the scores are not comparable" in notes(page_of(out, a, b))
+    said = notes(page_of(out, a, b))
+    assert 'b: scores of the protocol {"features": "classifier", "noise_seed": 2' in said
+    assert said.count("not comparable") == 2
 
 
 def test_settings_are_listed_where_they_differ(tmp_path: Path, out: Path) -> None:
@@ -294,7 +298,7 @@ def test_of_large_pictures_fewer_samples_are_shown(tmp_path: Path, out: Path) ->
 
 
 def test_text_of_files_stays_text(tmp_path: Path, out: Path) -> None:
-    name = "<img src=x onerror=alert(1)> & \"' `x`"
+    name = '<img src=x onerror=alert(1)> & \' `x`" onload="alert(1)'
     run = write_run(tmp_path / name, method="</script><script>alert(1)</script>")
     other = write_run(tmp_path / "other", preset="<b>\ud800")
     (other / "evaluation.safetensors").unlink()  # a library that rejects the next name
@@ -303,7 +307,9 @@ def test_text_of_files_stays_text(tmp_path: Path, out: Path) -> None:
     assert len(list(page.all("script"))) == 1
     assert not list(page.all("b"))
     assert all((image["src"] or "").startswith("data:image/png") for image in page.all("img"))
-    assert not [x for x in page.all("img") if "onerror" in x.attributes]
+    alt = f"Samples of {name}, student, 1 step: 10 rows of classes, 8 samples each"
+    assert list(page.all("img"))[2]["alt"] == alt
+    assert not [x for tag in ("img", "svg") for x in page.all(tag) if "onload" in x.attributes]
     assert scores(next(page.all("section")))[0][:2] == [name, "</script><script>alert(1)</script>"]
 
 
