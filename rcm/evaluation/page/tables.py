@@ -39,9 +39,8 @@ def score_table(runs: Sequence[Run]) -> Markup:
 
 
 def _facts_of(run: Run, row: Row) -> list[Markup]:
-    swatch = element("span", class_=f"dot c{run.color}", aria_hidden="true")
     return [
-        element("th", swatch, run.label, scope="row"),
+        _name(run.label, run),
         element("td", run.method),
         *(element("td", text, class_="n") for text in (run.seed, run.iterations)),
         *(_cell(value) for value in (row.steps, row.evaluations)),
@@ -57,7 +56,7 @@ def _references(runs: Sequence[Run]) -> list[Markup]:
     return [
         element(
             "tr",
-            element("th", name, scope="row", colspan=len(FACTS) - 1),
+            _name(name, columns=len(FACTS) - 1),
             *(_cell(value) for value in (row.steps, row.evaluations)),
             *(_score(m, row, None) for m in METRICS),
         )
@@ -70,7 +69,7 @@ def teacher_table(runs: Sequence[Run]) -> Markup | None:
     rows = [
         element(
             "tr",
-            element("th", name, scope="row"),
+            _name(name),
             *(_cell(value) for value in (row.steps, row.evaluations)),
             *(_score(m, row, None) for m in METRICS),
         )
@@ -95,11 +94,10 @@ def seed_table(runs: Sequence[Run]) -> Markup | None:
 
 
 def _mean_row(steps: int, found: Sequence[tuple[Run, Row]]) -> Markup:
-    dot = element("span", class_=f"dot c{found[0][0].color}", aria_hidden="true")
     scores = [row for _, row in found]
     return element(
         "tr",
-        element("th", dot, ", ".join(run.label for run, _ in found), scope="row"),
+        _name(", ".join(run.label for run, _ in found), found[0][0]),
         element("td", ", ".join(run.seed for run, _ in found), class_="n"),
         _cell(steps),
         *(element("td", _mean(m, scores), class_="n") for m in METRICS),
@@ -135,7 +133,7 @@ def settings_table(runs: Sequence[Run], *, of_all: bool) -> Markup | None:
         values = [_shown(column.get(name, ABSENT)) for column in columns]
         if len(set(values)) > 1 and all(name in column for column in columns) == of_all:
             cells = (element("td", value) for value in values)
-            rows.append(element("tr", element("th", element("code", name), scope="row"), *cells))
+            rows.append(element("tr", _setting(name), *cells))
     if not rows:
         return None
     heads = ["Setting", *(run.label for run in runs)]
@@ -158,14 +156,15 @@ def common_settings(runs: Sequence[Run]) -> Markup:
         if all(name in column and column[name] == value for column in columns)
     }
     rows = [
-        element(
-            "tr",
-            element("th", element("code", name), scope="row"),
-            element("td", _shown(value)),
-        )
+        element("tr", _setting(name), element("td", _shown(value)))
         for name, value in common.items()
     ]
     return scrollable("Settings in common", element("table", element("tbody", *rows)))
+
+
+def _setting(name: str) -> Markup:
+    """The head of a setting's row."""
+    return element("th", element("code", name, class_="name"), scope="row")
 
 
 def _everything(run: Run) -> dict[str, Any]:
@@ -179,6 +178,13 @@ def _everything(run: Run) -> dict[str, Any]:
 def scrollable(label: str, content: Markup) -> Markup:
     """Content that scrolls sideways on a narrow screen, with the keyboard too."""
     return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def _name(name: str, run: Run | None = None, *, columns: int | None = None) -> Markup:
+    """The head of a row, with the color of a run."""
+    style = None if run is None else f"dot c{run.color}"
+    dot = style and element("span", class_=style, aria_hidden="true")
+    return element("th", dot, element("span", name, class_="name"), scope="row", colspan=columns)
 
 
 def _sortable(title: str, *, class_: str | None = None, descends: bool = False) -> Markup:

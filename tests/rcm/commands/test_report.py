@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rcm import report
+from rcm.evaluation.page.metrics_file import thinned
 from tests.rcm.commands.tiny_run import one_line_of
 from tests.rcm.evaluation.html_tree import Element, parse
 from tests.rcm.evaluation.written_runs import (
@@ -122,6 +124,9 @@ def test_unfinished_runs_have_the_scores_of_their_last_evaluation(
         ["20 of 40", "2", "2", "20.00"],
     ]
     assert "no report yet: it is at iteration 24 of its student; the scores are" in notes(page)
+    [second, _] = [place for place, line in enumerate(lines) if "samples" in line and "40" in line]
+    (run / "metrics.jsonl").write_text("".join(lines[: second + 1]))
+    assert [row[3:7] for row in scores(page_of(out, run))] == [["40 of 40", "1", "1", "10.00"]]
     (run / "metrics.jsonl").write_text("".join(lines[:10]))
     page = page_of(out, run)
     assert "no scores so far" in notes(page)
@@ -202,6 +207,15 @@ def test_long_curves_are_thinned_and_it_is_said(tmp_path: Path, out: Path) -> No
     [loss] = [f for f in page.all("figure", "plot") if f.one("strong").text() == "Loss"]
     assert (loss.one("path", "line")["d"] or "").count("L") == 119
     assert loss.one("path", "band")["d"]
+
+
+def test_bins_have_a_median_and_a_range() -> None:
+    values = [1.0, 5.0, 2.0, math.inf, 7.0, 9.0, math.nan, -math.inf, math.inf, 3.0, 4.0, 5.0]
+    curve = thinned(list(enumerate(values, start=1)), bins=4)
+    assert curve.iterations == (2, 5, 8, 11)
+    assert curve.middle == pytest.approx((2, 8, math.nan, 4), nan_ok=True)
+    assert curve.low == pytest.approx((1, 7, math.nan, 3), nan_ok=True)
+    assert curve.high == pytest.approx((5, 9, math.nan, 5), nan_ok=True)
 
 
 # Samples
@@ -376,7 +390,7 @@ def test_a_run_without_metrics_has_no_curves(tmp_path: Path, out: Path) -> None:
             '{"rows": [{"network": "real", "recall": "1"}]}',
             "recall is '1'",
         ),
-        ("evaluation.json", '{"rows": [{"network": "student", "steps": 0.5}]}', "steps is 0.5"),
+        ("evaluation.json", '{"rows": [{"network": "student", "steps": 1.5}]}', "steps is 1.5"),
         ("evaluation.safetensors", "x", "evaluation.safetensors is damaged"),
         ("config.json", "{", "config.json cannot be read"),
     ],
