@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--no-first-run"),
+    *("--disable-component-update", "--disable-sync", "--no-first-run", "--disable-dev-shm-usage"),
 )
 LONG_NAME = "a-run-with-a-long-name-" + "and-no-space-" * 4
 
