@@ -64,7 +64,7 @@ def parse(arguments: type[T], *, prog: str, args: list[str], default: T | None =
 
 
 def require_writable(out: Path) -> None:
-    """Raise OptionError unless a file can be written at --out."""
+    """Raise OptionError unless the file of --out can be written."""
     if out.is_dir():
         raise OptionError(f"--out is {out}; it must be a file, not a folder")
     if not out.parent.is_dir():

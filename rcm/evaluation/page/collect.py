@@ -18,6 +18,7 @@ from torch import Tensor
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.page.metrics_file import StudentMetrics, read_metrics
 from rcm.evaluation.page.scores import (
+    METRICS,
     STUDENT,
     TEACHER,
     Row,
@@ -34,10 +35,6 @@ REPETITION = ANY_RANKS | {
     *("checkpoint_every", "report_every", "probe_every"),
 }
 COLORS, DASHES = 7, 4
-NOT_EVALUATED = (
-    "the scores are those of report.json; `python -m rcm.evaluate RUN`, where RUN is the run "
-    "folder, adds the diversity ratio, precision, recall and samples"
-)
 ABSENT = "–"
 
 
@@ -77,10 +74,20 @@ class Run:
         return str(self.settings.get("seed", ABSENT))
 
     @property
+    def finished(self) -> bool:
+        """Whether the scores are those of the last iteration."""
+        return bool(self.facts) and self.facts.get("iterations", self._planned) == self._planned
+
+    @property
     def iterations(self) -> str:
-        """Of the student; those that were scored, if the run is unfinished."""
-        planned = self.settings.get("student.iterations", ABSENT)
-        return str(planned) if self.facts else f"{self.metrics.evaluated} of {planned}"
+        """Of the student; those that were scored, if the run was unfinished."""
+        if self.finished:
+            return str(self._planned)
+        return f"{self.facts.get('iterations', self.metrics.evaluated)} of {self._planned}"
+
+    @property
+    def _planned(self) -> Any:
+        return self.settings.get("student.iterations", ABSENT)
 
     @property
     def color(self) -> int:
@@ -94,6 +101,13 @@ class Run:
     @property
     def students(self) -> list[Row]:
         return [row for row in self.rows if row.network == STUDENT]
+
+    def schedule(self, row: Row) -> str:
+        """The mid times of a row of the student that is not the only one with its steps."""
+        alike = [other for other in self.students if other.steps == row.steps]
+        if len(alike) < 2 or not row.mid_times:
+            return ""
+        return ", ".join(f"{time:g}" for time in row.mid_times)
 
     @property
     def teachers(self) -> tuple[Row, ...]:
@@ -156,7 +170,15 @@ def _read(number: int, label: str, path: Path, groups: _Groups) -> Run:
             samples = load_weights(path / "evaluation.safetensors")
     elif report is not None:
         rows = rows_of_report(path / "report.json", report)
-        notes.append(NOT_EVALUATED)
+        notes.append(
+            "the scores are those of report.json, whose noise is not that of an evaluation; "
+            "`python -m rcm.evaluate RUN`, where RUN is the run folder, adds "
+            + (
+                "samples"
+                if _is_complete(rows)
+                else "the diversity ratio, precision, recall, samples"
+            )
+        )
     else:
         rows = metrics.rows
         if not metrics.curves:
@@ -181,3 +203,9 @@ def _read(number: int, label: str, path: Path, groups: _Groups) -> Run:
         group=group,
         member=member,
     )
+
+
+def _is_complete(rows: tuple[Row, ...]) -> bool:
+    """Whether the student has all metrics."""
+    students = [row for row in rows if row.network == STUDENT]
+    return all(row.metric(metric.name) is not None for row in students for metric in METRICS)

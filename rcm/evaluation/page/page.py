@@ -133,8 +133,8 @@ def _scores(runs: list[Run]) -> list[Markup]:
         element(
             "p",
             "One row for each run and number of sampling steps; the best values of the students "
-            "are bold. Select a column's head to sort by it. FD is the Fréchet distance to the "
-            "real data.",
+            "are bold. Mid times follow steps that a run has several schedules for. Select a "
+            "column's head to sort by it. FD is the Fréchet distance to the real data.",
         ),
         score_table(runs),
     ]

@@ -103,10 +103,15 @@ def _teacher_labels(points: list[Point], x: Axis, y: Axis, key: str) -> Markup:
 
 
 def _student(run: Run, points: list[Point], metric: Metric, x: Axis, y: Axis) -> Markup:
-    line = element("path", class_="line", d=path([point[:2] for point in points], x, y))
-    markers = [
-        marker(run.dash, x.place(p[0]), y.place(p[1]), _title(run.label, metric, p)) for p in points
-    ]
+    """A line through the first schedule of each number of steps, and markers of all of them."""
+    first = {count: value for count, value, _ in reversed(points)}
+    line = element("path", class_="line", d=path(sorted(first.items()), x, y))
+    markers = []
+    for point in points:
+        schedule = run.schedule(point[2])
+        name = f"{run.label}, mid times {schedule}" if schedule else run.label
+        title = _title(name, metric, point)
+        markers.append(marker(run.dash, x.place(point[0]), y.place(point[1]), title))
     return element("g", line, *markers, class_=f"c{run.color} d{run.dash}", data_run=run.number)
 
 

@@ -25,6 +25,8 @@ class Row:
     steps: int | None = None
     evaluations: int | None = None
     """Network evaluations per sample."""
+    mid_times: tuple[float, ...] | None = None
+    """Of a student's sampler, if it has some; an evaluation may have several for its steps."""
     frechet_distance: float | None
     label_agreement: float | None
     same_noise_rmse: float | None
@@ -131,6 +133,10 @@ def _row(path: Path, values: dict[str, Any]) -> Row:
         value = values.get(field.name)
         if field.name == "network" or value is None:
             found[field.name] = value
+        elif field.name == "mid_times":
+            if not isinstance(value, list) or not all(map(is_number, value)):
+                raise RunError(f"{path} is damaged: {field.name} is {value!r}")
+            found[field.name] = tuple(map(float, value))
         elif not is_number(value):
             raise RunError(f"{path} is damaged: {field.name} is {value!r}")
         elif field.name in ("steps", "evaluations"):

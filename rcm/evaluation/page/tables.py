@@ -43,7 +43,8 @@ def _facts_of(run: Run, row: Row) -> list[Markup]:
         _name(run.label, run),
         element("td", run.method),
         *(element("td", text, class_="n") for text in (run.seed, run.iterations)),
-        *(_cell(value) for value in (row.steps, row.evaluations)),
+        _steps(row, run.schedule(row)),
+        _cell(row.evaluations),
     ]
 
 
@@ -84,22 +85,24 @@ def seed_table(runs: Sequence[Run]) -> Markup | None:
     """Means over finished runs that differ only in their seed, or None if there are none."""
     rows = []
     for group in sorted({run.group for run in runs}):
-        members = [run for run in runs if run.group == group and run.facts]
-        for steps in sorted({row.steps for run in members for row in run.students if row.steps}):
-            found = [(run, row) for run in members for row in run.students if row.steps == steps]
-            if len(found) > 1:
-                rows.append(_mean_row(steps, found))
+        members = [run for run in runs if run.group == group and run.finished]
+        found: dict[tuple[int | None, tuple[float, ...] | None], list[tuple[Run, Row]]] = {}
+        for run in members:
+            for row in run.students:
+                found.setdefault((row.steps, row.mid_times), []).append((run, row))
+        rows += [_mean_row(alike) for alike in found.values() if len(alike) > 1]
     heads = ("Seeds", "Steps", *(m.heading for m in METRICS))
     return _table("Means over seeds", "Runs", heads, rows) if rows else None
 
 
-def _mean_row(steps: int, found: Sequence[tuple[Run, Row]]) -> Markup:
+def _mean_row(found: Sequence[tuple[Run, Row]]) -> Markup:
+    """The means of the rows of several runs with the same steps and mid times."""
     scores = [row for _, row in found]
     return element(
         "tr",
         _name(", ".join(run.label for run, _ in found), found[0][0]),
         element("td", ", ".join(run.seed for run, _ in found), class_="n"),
-        _cell(steps),
+        _steps(found[0][1], found[0][0].schedule(found[0][1])),
         *(element("td", _mean(m, scores), class_="n") for m in METRICS),
     )
 
@@ -205,6 +208,12 @@ def _score(metric: Metric, row: Row, best: str | None) -> Markup:
     is_best = shown == best
     content = joined([element("strong", shown), element("span", " best", class_="spoken")])
     return element("td", content if is_best else shown, class_="n", data_value=_exact(value))
+
+
+def _steps(row: Row, schedule: str) -> Markup:
+    """The number of steps, with the mid times where others have the same number."""
+    shown = number(row.steps, 0) + (f" ({schedule})" if schedule else "")
+    return element("td", shown, class_="n", data_value=_exact(row.steps))
 
 
 def _cell(value: int | None) -> Markup:

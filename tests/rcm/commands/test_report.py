@@ -58,13 +58,10 @@ def notes(page: Element) -> str:
 def test_report_of_a_run_without_an_evaluation(finished: Path, out: Path) -> None:
     page = page_of(out, finished)
     expected = json.loads((finished / "report.json").read_text())["scores"]["student, 2 steps"]
-    fd, agreement, rmse = (
-        f"{expected['frechet_distance']:.2f}",
-        f"{expected['label_agreement']:.3f}",
-        f"{expected['same_noise_rmse']:.3f}",
-    )
-    row = ["finished", "rcm", "0", "10", "2", "2", fd, agreement, "–", "–", "–", rmse]
-    assert scores(page)[1] == row
+    names = ("label_agreement", "diversity_ratio", "precision", "recall", "same_noise_rmse")
+    shown = [f"{expected[name]:.3f}" if name in expected else "–" for name in names]
+    fd = f"{expected['frechet_distance']:.2f}"
+    assert scores(page)[1] == ["finished", "rcm", "0", "10", "2", "2", fd, *shown]
     assert "python -m rcm.evaluate RUN" in notes(page)
     teachers = page.named("Scores of the teachers").rows()[1:]
     assert [row[1:3] for row in teachers] == [["1", "1"], ["2", "3"], ["8", "15"], ["32", "63"]]
@@ -110,6 +107,37 @@ def test_runs_that_differ_in_their_seed_are_averaged(tmp_path: Path, out: Path) 
     styles = [x.one("svg")["class"] for x in page.one("div", "legend").all("button")]
     assert [style.split()[0] for style in styles[:4] if style] == ["c0", "c0", "c0", "c1"]
     assert len(set(styles)) == 5
+
+
+def test_an_evaluation_of_an_unfinished_run_says_so(tmp_path: Path, out: Path) -> None:
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(2)]
+    evaluation = json.loads((runs[1] / "evaluation.json").read_text())
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation | {"iterations": 20}))
+    page = page_of(out, *runs)
+    assert [row[3] for row in scores(page)] == ["40"] * 3 + ["20 of 40"] * 3
+    assert "Means over seeds" not in {x["aria-label"] for x in page.all("div", "scroll")}
+
+
+def test_schedules_with_the_same_steps_are_told_apart(tmp_path: Path, out: Path) -> None:
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(2)]
+    for run, fd in zip(runs, (1.0, 3.0), strict=True):
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        [two] = [row for row in evaluation["rows"] if row["steps"] == 2]
+        two["mid_times"] = [1.5]
+        evaluation["rows"].append({**two, "mid_times": [0.7], "frechet_distance": fd})
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = page_of(out, *runs)
+    rows = [["1", "2.00"], ["2 (1.5)", "1.00"], ["4", "0.50"], ["2 (0.7)", "1.00"]]
+    assert [[row[4], row[6]] for row in scores(page)[:4]] == rows
+    means = [row[2:4] for row in page.named("Means over seeds").rows()]
+    assert ["2 (1.5)", "1.00 ± 0.00"] in means
+    assert ["2 (0.7)", "2.00 ± 1.00"] in means
+    figure = next(f for f in page.all("figure", "plot") if f.one("svg")["data-x"] is None)
+    titles = [title.text() for title in figure.all("title")]
+    assert "s1, mid times 0.7, 2 steps, 2 evaluations: FD 3.00" in titles
+    lines = [g.one("path")["d"] or "" for g in figure.all("g") if (g["class"] or "")[:1] == "c"]
+    assert [line.count("L") for line in lines] == [2, 2]
+    assert lines[0] == lines[1]  # through the first schedule, which both have in common
 
 
 def test_unfinished_runs_have_the_scores_of_their_last_evaluation(
@@ -391,6 +419,11 @@ def test_a_run_without_metrics_has_no_curves(tmp_path: Path, out: Path) -> None:
             "recall is '1'",
         ),
         ("evaluation.json", '{"rows": [{"network": "student", "steps": 1.5}]}', "steps is 1.5"),
+        (
+            "evaluation.json",
+            '{"rows": [{"network": "student", "mid_times": [null]}]}',
+            "mid_times is [None]",
+        ),
         ("evaluation.safetensors", "x", "evaluation.safetensors is damaged"),
         ("config.json", "{", "config.json cannot be read"),
     ],
