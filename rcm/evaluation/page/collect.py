@@ -100,7 +100,9 @@ class Run:
 
     @property
     def students(self) -> list[Row]:
-        return [row for row in self.rows if row.network == STUDENT]
+        """By the number of steps."""
+        found = [row for row in self.rows if row.network == STUDENT]
+        return sorted(found, key=lambda row: row.steps or 0)
 
     def schedule(self, row: Row) -> str:
         """The mid times of a row of the student that is not the only one with its steps."""

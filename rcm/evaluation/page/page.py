@@ -109,7 +109,8 @@ def _notes(runs: list[Run]) -> Markup | None:
             protocols.setdefault(text, []).append(run.label)
     if len(protocols) > 1:
         for text, labels in protocols.items():
-            notes[f"scores of the protocol `{text}` are not comparable with the others"] = labels
+            note = f"evaluated by the protocol `{text}`, and others by another; compare with care"
+            notes[note] = labels
     if not notes:
         return None
     items = [

@@ -127,7 +127,7 @@ def test_schedules_with_the_same_steps_are_told_apart(tmp_path: Path, out: Path)
         evaluation["rows"].append({**two, "mid_times": [0.7], "frechet_distance": fd})
         (run / "evaluation.json").write_text(json.dumps(evaluation))
     page = page_of(out, *runs)
-    rows = [["1", "2.00"], ["2 (1.5)", "1.00"], ["4", "0.50"], ["2 (0.7)", "1.00"]]
+    rows = [["1", "2.00"], ["2 (1.5)", "1.00"], ["2 (0.7)", "1.00"], ["4", "0.50"]]
     assert [[row[4], row[6]] for row in scores(page)[:4]] == rows
     means = [row[2:4] for row in page.named("Means over seeds").rows()]
     assert ["2 (1.5)", "1.00 ± 0.00"] in means
@@ -179,8 +179,8 @@ def test_different_protocols_are_noted(tmp_path: Path, out: Path) -> None:
     evaluation["protocol"]["noise_seed"] = 2
     (b / "evaluation.json").write_text(json.dumps(evaluation))
     said = notes(page_of(out, a, b))
-    assert 'b: scores of the protocol {"features": "classifier", "noise_seed": 2' in said
-    assert said.count("not comparable") == 2
+    assert 'b: evaluated by the protocol {"features": "classifier", "noise_seed": 2' in said
+    assert said.count("compare with care") == 2
 
 
 def test_settings_are_listed_where_they_differ(tmp_path: Path, out: Path) -> None:
