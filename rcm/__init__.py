@@ -24,10 +24,11 @@ Training:
     distributed       ranks, sharding, context parallelism, loading of weights
     methods           which networks, losses and optimizers step when
     training          trainer, loop, optimizer, averaged weights, checkpoints, run folder, config
-    evaluation        metrics of samples, the protocol of a run, its report
+    evaluation        metrics of samples, the protocol of a run, its report, a page that
+                      compares runs
     presets           functions that return a config
     run               a run: run_from_scratch trains its own teacher, run_pretrained takes one
-    train, sample, evaluate
+    train, sample, evaluate, report
                       the commands; python -m rcm.data.check reads a data set
 
 Each part imports only from those above it, except that the methods use the tools of `training`.

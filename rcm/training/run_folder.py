@@ -278,7 +278,7 @@ def _require_same_settings(path: Path, config: RunConfig) -> None:
     if stored is None or (stored.keys() == given.keys() and _is_unstarted(path)):
         write_atomically(path / "config.json", json.dumps(given, indent=2).encode())
         return
-    there, now = _flatten(stored), _flatten(given)
+    there, now = flat_settings(stored), flat_settings(given)
     differences = [
         f"{name} = {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
         for name in {**there, **now}
@@ -300,11 +300,12 @@ def _is_unstarted(path: Path) -> bool:
     return {p.name for p in whole if p.parts[0] != SYNTHETIC_DATA} <= UNSTARTED
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without groups: {"student.optimizer.lr": 1e-4, ...}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flat_settings(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
