@@ -55,9 +55,9 @@ def layer_norm_rule(
         x, tangent = x.to(wide), tangent.to(wide)
     y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     with of_tangents(detached=detached):
-        if depth() == 1 and not torch.is_grad_enabled():
-            # The Jacobian is symmetric, so that the VJP is the JVP. It has no derivative of its own
-            # here: neither a gradient nor an outer transform would be right.
+        if not torch.is_grad_enabled():
+            # The Jacobian is symmetric, so that the VJP, a single operation, is the JVP. Its third
+            # derivatives would take the statistics for constants.
             if mean.dtype != wide:
                 x, tangent = x.to(wide), tangent.to(wide)
                 _, mean, rstd = torch.native_layer_norm(x, normalized_shape, None, None, eps)
