@@ -58,9 +58,7 @@ class JvpRules(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, detached: bool
-) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, detached: bool) -> Tensor:
     linear = nn.functional.linear
     x, tangent = split(input)
     if tangent is None or not (_is_fixed(weight) and _is_fixed(bias)):

@@ -307,9 +307,7 @@ def test_subclasses_are_left_to_pytorch() -> None:
     equal(tuple(found), tuple(own(lambda x: nn.functional.linear(x, weight), *duals())))
 
 
-@pytest.mark.parametrize(
-    ("derivative", "products"), [(exact_jvp, 2), (one_pass_jvp, 2), (own, 3)]
-)
+@pytest.mark.parametrize(("derivative", "products"), [(exact_jvp, 2), (one_pass_jvp, 2), (own, 3)])
 def test_a_linear_layer_takes_two_matrix_products(
     derivative: Callable[..., Any], products: int
 ) -> None:

@@ -11,7 +11,16 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *("trigflow", "dual_numbers", "norms", "jvp_rules", "derivatives", "time_conversions", "time_sampling", "time_pairs"),
+    *(
+        "trigflow",
+        "dual_numbers",
+        "norms",
+        "jvp_rules",
+        "derivatives",
+        "time_conversions",
+        "time_sampling",
+        "time_pairs",
+    ),
     "time_precision",
     *("predictions", "network_conversions", "guidance", "ode", "sampling", "validation"),
 }
