@@ -16,13 +16,19 @@ tangent in the innermost jvp, and not for subclasses of Tensor. Values and deriv
 are those of PyTorch up to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from rcm.dual_numbers import is_plain, joined, of_tangents, split
 from rcm.norms import (
@@ -50,12 +56,34 @@ class JvpRules(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
+        rule = RULES.get(func)
         if rule is not None:
             return rule(*args, **kwargs, detached=self.detached)
         if func in BATCH_STATISTICS and torch.is_grad_enabled() and not self.detached:
             raise_for_batch_statistics(func, BATCH_STATISTICS[func], kwargs)
         return func(*args, **kwargs)
+
+
+@contextmanager
+def without_rules() -> Iterator[None]:
+    """Inside, the rules are not active, and other modes are."""
+    modes = _get_current_function_mode_stack()
+    if not any(isinstance(mode, JvpRules) for mode in modes):
+        yield
+        return
+    others = [mode for mode in modes if not isinstance(mode, JvpRules)]
+    _replace_modes(modes, others)
+    try:
+        yield
+    finally:
+        _replace_modes(others, modes)
+
+
+def _replace_modes(old: list[TorchFunctionMode], new: list[TorchFunctionMode]) -> None:
+    for _ in old:
+        _pop_mode()
+    for mode in new:
+        _push_mode(mode)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, detached: bool) -> Tensor:
@@ -127,7 +155,7 @@ _subtract = partial(_binary, torch.sub, _copied, lambda a, tb: -tb)
 _multiply = partial(_binary, torch.mul, torch.mul, torch.mul)
 _divide = partial(_binary, torch.div, torch.div, None)
 
-_RULES: dict[Any, Callable[..., Tensor]] = {
+RULES: dict[Any, Callable[..., Tensor]] = {
     nn.functional.linear: _linear,
     torch.addcmul: _addcmul,
     torch.Tensor.addcmul: _addcmul,
