@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,10 +205,9 @@ def iterations(repeats: int) -> dict[str, float]:
 
 def trainer(method: str) -> Trainer:
     settings = config(method)
-    student = replace(settings.student)
-    networks = build_networks(student.roles(), lambda start: settings.build_network())
-    built = Trainer("student", student, networks, settings.load_data(), seed=1)
-    built.iteration = student.iterations // 2
+    networks = build_networks(settings.student.roles(), lambda start: settings.build_network())
+    built = Trainer("student", settings.student, networks, settings.load_data(), seed=1)
+    built.iteration = settings.student.iterations // 2
     return built
 
 
