@@ -39,9 +39,11 @@ def of_tangents(*, detached: bool) -> AbstractContextManager[Any]:
     return torch.no_grad() if detached else nullcontext()
 
 
-def depth() -> int:
-    """The number of active transforms of torch.func."""
-    return len(_functorch.get_interpreter_stack() or ())
+def inside_transform() -> bool:
+    """Whether a transform of torch.func is active."""
+    if torch.compiler.is_compiling():
+        return _any_transform()
+    return _functorch.peek_interpreter_stack() is not None
 
 
 def _may_have_tangent(x: Tensor) -> bool:
@@ -58,3 +60,8 @@ def _may_have_tangent(x: Tensor) -> bool:
 def _innermost_is_jvp() -> bool:
     transform = _functorch.peek_interpreter_stack()
     return transform is not None and transform.key() == _functorch.TransformType.Jvp
+
+
+@torch.compiler.assume_constant_result
+def _any_transform() -> bool:
+    return _functorch.peek_interpreter_stack() is not None

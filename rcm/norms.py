@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from rcm.dual_numbers import depth, joined, of_tangents, split
+from rcm.dual_numbers import inside_transform, joined, of_tangents, split
 
 Shape = tuple[int, ...] | list[int]
 
@@ -47,7 +47,7 @@ def layer_norm_rule(
     """layer_norm; detached says that the caller needs no gradient through the tangent."""
     x, tangent = split(input)
     if tangent is None or _moves(weight) or _moves(bias):
-        if torch.is_grad_enabled() and not detached and depth():
+        if torch.is_grad_enabled() and not detached and inside_transform():
             return _from_operations(input, normalized_shape, weight, bias, eps)
         return nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     wide = _statistics_dtype(x)

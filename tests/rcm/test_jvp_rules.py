@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jvp_attn import checkpoint_jvp, checkpoint_primal
 from rcm.derivatives import exact_jvp, one_pass_jvp
 from rcm.jvp_rules import JvpRules
+from rcm.norms import layer_norm
 
 BATCH, TOKENS, DIM = 2, 3, 4
 
@@ -324,3 +325,15 @@ def test_one_pass_records_no_graph_of_a_tangent() -> None:
         value, derivative = own(linear, x, tangent)
     assert value.requires_grad
     assert not derivative.requires_grad
+
+
+@pytest.mark.parametrize("jvp", [False, True])
+def test_layer_norm_is_compiled_without_graph_breaks(jvp: bool) -> None:
+    x, tangent = duals()
+
+    def function(x: Tensor) -> Any:
+        along = partial(layer_norm, normalized_shape=(DIM,))
+        return own(along, x, tangent) if jvp else along(x)
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    equal(compiled(x.requires_grad_()), function(x))
