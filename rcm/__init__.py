@@ -3,7 +3,9 @@
 Mathematics, in reading order:
 
     trigflow             the path, its velocity, networks F(x, t), and flow maps
+    dual_numbers         tensors with a tangent, taken apart
     norms                normalisations whose JVP has the right gradient
+    jvp_rules            rules for linear layers and others, with which a JVP is fast
     derivatives          derivatives of networks: exact, or by differences
     time_conversions     TrigFlow's t, EDM's σ, rectified flow's u, timesteps of DDPM
     time_precision       checks that a network does not round its time

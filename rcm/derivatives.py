@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rcm.norms import DifferentiableNorms, detached_tangents
+from rcm.jvp_rules import JvpRules
 
 
 class Derivative(Protocol):
@@ -58,10 +58,10 @@ def exact_jvp(
     rearrangement"): dF/dt alone overflows in half precision where cos(t) sin(t) dF/dt does not.
 
     With gradients, PyTorch's layer_norm is replaced by one whose JVP has the right gradient, and
-    norms of batch statistics raise NotImplementedError (rcm/norms.py).
+    norms of batch statistics raise NotImplementedError (rcm/norms.py). Rules for linear layers and
+    other functions make it faster (rcm/jvp_rules.py).
     """
-    norms = DifferentiableNorms() if torch.is_grad_enabled() else nullcontext()
-    with norms:
+    with JvpRules():
         return _jvp(function, primals, tangents, scale)
 
 
@@ -75,13 +75,12 @@ def one_pass_jvp(
 
     Losses that stop the gradient of the derivative then need no second evaluation of F. Blocks of
     the network that run through jvp_attn.checkpoint_primal keep only their inputs. Others also
-    record the graph of the tangent, which takes memory until the end of the JVP. Inside of
-    jvp_attn.checkpoint_jvp, AdaLN of rcm rounds differently from a pass without a JVP.
+    record parts of the graph of the tangent, which take memory until the end of the JVP.
 
     The gradient of the value is right with every normalisation of PyTorch. A student that overflows
     makes the gradient of a loss non-finite: a second pass could replace its sample by zeros.
     """
-    with detached_tangents():
+    with JvpRules(detached=True):
         value, derivative = _jvp(function, primals, tangents, scale)
     return value, derivative.detach()
 

@@ -1,94 +1,147 @@
-"""Normalisations whose JVP has the right gradient.
+"""JVPs of normalisations that are fast and have the right gradient.
 
 The JVP of PyTorch's layer_norm, batch_norm and instance_norm is exact, but the gradient through it
 is silently wrong: it takes the saved mean and standard deviation for constants (seen in torch 2.13;
-pytorch/pytorch#196700 and #196699). rms_norm and group_norm are right.
+pytorch/pytorch#196700 and #196699). rms_norm and group_norm are right. That of rms_norm takes many
+small operations. With r = 1 / sqrt(mean(c²) + eps) and n = r c,
+
+    layer_norm, c = x - mean(x):    tn = r (tx - mean(tx) - n mean(n tx))
+    rms_norm, c = x:                tn = r (tx - n mean(n tx))
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from rcm.dual_numbers import inside_transform, joined, of_tangents, split
+
+Shape = tuple[int, ...] | list[int]
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.layer_norm with a JVP that has the right gradient."""
+    arguments = (input, normalized_shape, weight, bias, eps)
+    if not torch.compiler.is_compiling() and has_torch_function_unary(input):
+        return handle_torch_function(layer_norm, (input,), *arguments)
+    return layer_norm_rule(*arguments)
+
+
+def layer_norm_rule(
+    input: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+    *,
+    detached: bool = False,
+) -> Tensor:
+    """layer_norm; detached says that the caller needs no gradient through the tangent."""
+    x, tangent = split(input)
+    if tangent is None or _moves(weight) or _moves(bias):
+        if torch.is_grad_enabled() and not detached and inside_transform():
+            return _from_operations(input, normalized_shape, weight, bias, eps)
+        return nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    wide = _statistics_dtype(x)
+    if _autocast_is_wide(x):
+        x, tangent = x.to(wide), tangent.to(wide)
+    y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    with of_tangents(detached=detached):
+        if not torch.is_grad_enabled():
+            # The Jacobian is symmetric, so that the VJP, a single operation, is the JVP. Its third
+            # derivatives would take the statistics for constants.
+            if mean.dtype != wide:
+                x, tangent = x.to(wide), tangent.to(wide)
+                _, mean, rstd = torch.native_layer_norm(x, normalized_shape, None, None, eps)
+            tn, *_ = torch.ops.aten.native_layer_norm_backward(
+                tangent, x, normalized_shape, mean, rstd, None, None, [True, False, False]
+            )
+        else:
+            dims = tuple(range(-len(normalized_shape), 0))
+            x, tangent = x.to(wide), tangent.to(wide)
+            variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+            r = torch.rsqrt(variance + eps)
+            tn = _tangent((x - mean) * r, tangent - tangent.mean(dims, keepdim=True), r, dims)
+        tn = tn if weight is None else tn * weight
+    return joined(y, tn)
+
+
+def rms_norm_rule(
+    input: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    detached: bool = False,
+) -> Tensor:
+    """rms_norm; detached says that the caller needs no gradient through the tangent."""
+    x, tangent = split(input)
+    if tangent is None or eps is None or _moves(weight):
+        return nn.functional.rms_norm(input, list(normalized_shape), weight, eps)
+    y = nn.functional.rms_norm(x, list(normalized_shape), weight, eps)
+    with of_tangents(detached=detached):
+        dims = tuple(range(-len(normalized_shape), 0))
+        wide = _statistics_dtype(x)
+        x, tangent = x.to(wide), tangent.to(wide)
+        r = torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
+        tn = _tangent(x * r, tangent, r, dims)
+        tn = tn if weight is None else tn * weight
+    return joined(y, tn)
+
+
+def raise_for_batch_statistics(function: Any, argument: str, kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError if this argument says to normalise by batch statistics."""
+    if kwargs[argument]:
+        raise NotImplementedError(
+            f"the gradient through the JVP of {function.__name__} with {argument}=True is wrong in "
+            "PyTorch: use central_difference(h) or another normalisation"
+        )
+
 
 # Functions that normalise by batch statistics if this argument is True.
-_BATCH_STATISTICS: dict[Any, str] = {
+BATCH_STATISTICS: dict[Any, str] = {
     nn.functional.batch_norm: "training",
     nn.functional.instance_norm: "use_input_stats",
 }
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
+def _tangent(n: Tensor, tangent: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """r (tx - n mean(n tx))."""
+    return torch.addcmul(tangent, n, (n * tangent).mean(dims, keepdim=True), value=-1) * r
+
+
+def _from_operations(
+    input: Tensor, normalized_shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """torch.layer_norm as rms_norm(x - mean), with statistics in float32 or better."""
+    """layer_norm as rms_norm(x - mean), with statistics in float32 or better.
+
+    It has every derivative under every transform, and takes many small operations.
+    """
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    wide = input.to(_statistics_dtype(input))
     centred = wide - wide.mean(dims, keepdim=True)
-    y = nn.functional.rms_norm(centred, normalized_shape, eps=eps)
+    y = nn.functional.rms_norm(centred, list(normalized_shape), eps=eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    # CUDA's autocast leaves the result of layer_norm in float32.
-    return y if input.is_cuda and torch.is_autocast_enabled("cuda") else y.to(input.dtype)
+    return y if _autocast_is_wide(input) else y.to(input.dtype)
 
 
-class _Gradients(threading.local):
-    through_tangents = True
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-_gradients = _Gradients()
+def _autocast_is_wide(x: Tensor) -> bool:
+    """CUDA's autocast computes layer_norm in float32 and leaves the result there."""
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
-@contextmanager
-def detached_tangents() -> Iterator[None]:
-    """Inside, the caller needs no gradients through tangents, so that every norm is right."""
-    before, _gradients.through_tangents = _gradients.through_tangents, False
-    try:
-        yield
-    finally:
-        _gradients.through_tangents = before
-
-
-def needs_differentiable_norm(x: Tensor) -> bool:
-    """Whether a gradient may flow through the JVP of a norm of x."""
-    if not torch.is_grad_enabled() or forward_ad.unpack_dual(x).tangent is None:
-        return False
-    return _gradients.through_tangents or _inside_nested_jvp()
-
-
-def _inside_nested_jvp() -> bool:
-    """Whether this may be a block of checkpoint_jvp, whose second call must compute the same.
-
-    It comes in the backward pass, outside of detached_tangents, at the same depth of jvps.
-    torch.compile traces no jvp around checkpoint_jvp.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return len(torch._C._functorch.get_interpreter_stack() or ()) > 1
-
-
-class DifferentiableNorms(TorchFunctionMode):
-    """Inside, every module's normalisations have the right gradient through a JVP, or raise."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.functional.layer_norm, torch.layer_norm):
-            return layer_norm(*args, **kwargs)
-        name = _BATCH_STATISTICS.get(func)
-        if name is not None and kwargs[name]:
-            raise NotImplementedError(
-                f"the gradient through the JVP of {func.__name__} with {name}=True is wrong in "
-                "PyTorch: use central_difference(h) or another normalisation"
-            )
-        return func(*args, **kwargs)
+def _moves(weight: Tensor | None) -> bool:
+    return weight is not None and split(weight)[1] is not None

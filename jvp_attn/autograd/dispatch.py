@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from jvp_attn.autograd import ops
 from jvp_attn.autograd.duals import differentiable_inputs, unpack_duals
 from jvp_attn.autograd.functions import FlashAttention, FlashAttentionJvp
 from jvp_attn.backends import reference
+from jvp_attn.transforms import depth, innermost
 from jvp_attn.types import AttentionOptions, Inputs, JvpOutputs, Tangents
 from jvp_attn.validation import check_lengths
 
@@ -86,7 +88,14 @@ def _eager_attention(
     if _tangents_may_be_unpacked(inputs):
         primals, tangents = unpack_duals(inputs)
         if any(t is not None for t in tangents):
-            outputs = FlashAttentionJvp.apply(*primals, *tangents, options)
+            if depth() == 1:
+                # In the only transform, a jvp, primals and tangents are ordinary tensors inside of
+                # wrappers. Without these the Function takes a fraction of the time.
+                arguments = [None if x is None else innermost(x) for x in (*primals, *tangents)]
+                with temporarily_clear_interpreter_stack():
+                    outputs = FlashAttentionJvp.apply(*arguments, options)
+            else:
+                outputs = FlashAttentionJvp.apply(*primals, *tangents, options)
             return _dual(JvpOutputs(*outputs))
     out, lse, _, lse_lo = FlashAttention.apply(*inputs, options)
     return out, lse, lse_lo

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rcm.errors import RunError
-from rcm.norms import layer_norm
+from rcm.jvp_rules import RULES, without_rules
 
 Function = Callable[..., Any]
 Backend = str | Function
@@ -135,7 +135,8 @@ class _CompiledForward:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            return compiled(self.block, *args)
+            with without_rules():  # it has its own
+                return compiled(self.block, *args)
         except TorchDynamoException as error:
             raise RunError(
                 f"{self.name} cannot be compiled: {_reason(error)}. Run without compile"
@@ -225,7 +226,7 @@ def _compiled(forward: Function, backend: Backend) -> tuple[Function, Function]:
             outputs.extend((outputs_spec, [None if isinstance(x, Tensor) else (x,) for x in flat]))
             return tuple(x for x in flat if isinstance(x, Tensor))
 
-        with _SupportedNorms():
+        with _TraceableRules():
             tensors, out_tangents = torch.func.jvp(  # type: ignore[misc]
                 tensors_of_outputs, tuple(leaves[i] for i in places), tuple(tangents)
             )
@@ -247,15 +248,17 @@ def _compiled(forward: Function, backend: Backend) -> tuple[Function, Function]:
     return compiled(primal), compiled(jvp)
 
 
-class _SupportedNorms(TorchFunctionMode):
-    """Inside, layer_norm with weights is made of operations whose JVP torch.compile can trace."""
+class _TraceableRules(TorchFunctionMode):
+    """Inside, a jvp uses rules (rcm/jvp_rules.py) that torch.compile can trace.
+
+    It cannot trace PyTorch's jvp of layer_norm with weights.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (nn.functional.layer_norm, torch.layer_norm):
-            return layer_norm(*args, **kwargs)
         if func is torch.Tensor.unflatten:  # torch.compile traces it only as a method
             return args[0].unflatten(*args[1:], **kwargs)
-        return func(*args, **kwargs)
+        rule = RULES.get(func)
+        return func(*args, **kwargs) if rule is None else rule(*args, **kwargs, detached=False)

@@ -262,8 +262,8 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding)
-        h = h + gate_a * self.attention(self.norm_attention(h, shift_a, scale_a))
-        return h + gate_m * self.mlp(self.norm_mlp(h, shift_m, scale_m))
+        h = torch.addcmul(h, gate_a, self.attention(self.norm_attention(h, shift_a, scale_a)))
+        return torch.addcmul(h, gate_m, self.mlp(self.norm_mlp(h, shift_m, scale_m)))
 
 
 class Attention(nn.Module):

@@ -7,10 +7,11 @@ pnorm divides by the root mean square over the features. The derivative of s and
 time grows with their size, and dF/dt with it; normalised, they cannot grow.
 """
 
+import torch
 from torch import Tensor, nn
 
 from rcm.models.embeddings import zero_init
-from rcm.norms import layer_norm, needs_differentiable_norm
+from rcm.norms import layer_norm
 
 # b starts at 0, where pnorm has the slope eps^-½ and the third derivative -3 eps^-3/2 along b. The
 # usual 1e-8 multiplies the first gradients by 10⁴, and the first step of Adam takes b from 0 to
@@ -42,14 +43,7 @@ class AdaptiveLayerNorm(nn.Module):
         scale = 1 + scale
         if self.double_norm:
             scale, shift = pixel_norm(scale), pixel_norm(shift)
-        return _layer_norm(h) * scale + shift
-
-
-def _layer_norm(h: Tensor) -> Tensor:
-    """Over the last dimension; PyTorch's is faster, but its JVP has a wrong gradient."""
-    if needs_differentiable_norm(h):
-        return layer_norm(h, h.shape[-1:])
-    return nn.functional.layer_norm(h, h.shape[-1:])
+        return torch.addcmul(shift, layer_norm(h, h.shape[-1:]), scale)
 
 
 def pixel_norm(features: Tensor) -> Tensor:

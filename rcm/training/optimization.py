@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import reshard
@@ -90,7 +91,11 @@ class Optimization:
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay
+            self.parameters,
+            config.lr,
+            config.betas,
+            weight_decay=config.weight_decay,
+            fused=all(_is_on_cpu(parameter) for parameter in self.parameters) or None,
         )
         for parameter in self.parameters:  # as AdamW makes it, early, so that it can be loaded
             self.optimizer.state[parameter] = {
@@ -212,6 +217,11 @@ class Optimization:
         for name, tensor in self.state_dict().items():
             if name not in ("counters", "steps") and tensor is not state[name]:
                 tensor.copy_(state[name])
+
+
+def _is_on_cpu(parameter: Tensor) -> bool:
+    """Whether it is a whole tensor on the CPU, where the fused AdamW takes a third of the time."""
+    return parameter.device.type == "cpu" and not isinstance(parameter, DTensor)
 
 
 def _backward(loss: Tensor) -> None:

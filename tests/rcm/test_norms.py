@@ -80,12 +80,14 @@ def test_layer_norm_takes_its_input_by_name(function: Callable[..., Tensor]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", norms()[:4], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
 def test_value_and_jvp_are_rounded_once_to_half_precision(
-    norm: nn.Module, dtype: torch.dtype
+    norm: nn.Module, dtype: torch.dtype, grad: bool
 ) -> None:
     norm = randomised(copy.deepcopy(norm)).to(dtype)
     x, tangent = torch.randn(2, *CASE).to(dtype)
-    actual = exact_jvp(norm, (x,), (tangent,))
+    with torch.set_grad_enabled(grad):
+        actual = exact_jvp(norm, (x,), (tangent,))
     with torch.no_grad():
         exact = exact_jvp(norm.double(), (x.double(),), (tangent.double(),))
     for a, e in zip(actual, exact, strict=True):

@@ -11,8 +11,8 @@ import rcm
 
 ROOT = Path(rcm.__file__).parent
 MATHEMATICS = {
-    *("trigflow", "norms", "derivatives", "time_conversions", "time_sampling", "time_pairs"),
-    *("time_precision", "gaussian_mixture"),
+    *("trigflow", "dual_numbers", "norms", "jvp_rules", "derivatives"),
+    *("time_conversions", "time_sampling", "time_pairs", "time_precision", "gaussian_mixture"),
     *("predictions", "network_conversions", "guidance", "ode", "sampling", "validation"),
 }
 MODULES = {
