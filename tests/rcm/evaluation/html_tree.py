@@ -1,4 +1,4 @@
-"""Elements of an HTML page."""
+"""Elements of an HTML page, and parts of the page of `python -m rcm.report`."""
 
 from __future__ import annotations
 
@@ -70,3 +70,13 @@ def parse(page: bytes) -> Element:
     parser.close()
     [root] = parser.open
     return root
+
+
+def scores(page: Element) -> list[list[str]]:
+    """The rows of the students, without the marks of the best values."""
+    body, _ = page.one("table", "sortable").all("tbody")
+    return [[cell.removesuffix(" best") for cell in row] for row in body.rows()]
+
+
+def notes(page: Element) -> str:
+    return " ".join(x.text() for x in page.all("ul", "notes"))
