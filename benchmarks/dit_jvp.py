@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from environment import environment
+from rcm.presets.digits import config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +35,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from jvp_attn import flash_attn_with_tangent
 from rcm.derivatives import exact_jvp, one_pass_jvp
 from rcm.models.dit import Block, DiT
-from rcm.presets.digits import config
 from rcm.training.trainer import Trainer, build_networks
 
 BATCH = 64

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods import command, missed_floors
-
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("digits")]
 Scores = dict[str, dict[str, float]]
 
@@ -41,6 +39,11 @@ def test_the_digits_preset_distils_a_good_student(teacher_run: Path) -> None:
 
 
 def test_a_short_run_of_meanflow_reaches_its_quality(teacher_run: Path, tmp_path: Path) -> None:
-    """A flow map, of one seed; benchmarks/results/methods.json has three, and every method."""
-    scores = train(tmp_path / "run", *command("meanflow", 0, teacher_run, tmp_path))
-    assert missed_floors({"meanflow": scores}) == []
+    """A flow map, of one seed; docs/methods.md has more, and every method."""
+    options = ("--student.iterations", "600", "--student.batch", "32", "--report-every", "1000")
+    scores = train(
+        *(tmp_path / "run", "--method", "meanflow", "--teacher", str(teacher_run), *options),
+        *("--student.optimizer.lr", "2e-4", "--student.tangent-warmup", "150"),
+    )["student, 4 steps"]
+    assert scores["frechet_distance"] <= 2.4
+    assert scores["same_noise_rmse"] <= 0.09
