@@ -188,9 +188,7 @@ class DiT(nn.Module):
     def _autocast(self, x: Tensor) -> AbstractContextManager[object]:
         if self.precision == "float32":
             return nullcontext()
-        # Without its cache of rounded weights, which a pass without gradients would fill with
-        # weights that have none.
-        return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(x.device.type, torch.bfloat16)
 
     def _tokens(self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None) -> Tensor:
         """What the output layers read: (batch, tokens, dim)."""

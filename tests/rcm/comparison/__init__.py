@@ -1,0 +1,1 @@
+"""benchmarks/methods.py: its plan, its results and its tables."""
