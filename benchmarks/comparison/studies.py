@@ -206,12 +206,12 @@ def differences() -> Iterator[Run]:
 
 def ablations() -> Iterator[Run]:
     """What sCM's paper adds to a consistency model in continuous time, on and off."""
-    double, fourier = ("--model.double-norm", "True"), ("--model.time-embedding", "fourier")
+    double, fourier = ("--model.double-norm",), ("--model.time-embedding", "fourier")
     for seed in SEEDS["digits"]:
         # A tangent divided by a constant: to Adam its size makes no difference.
         yield scm("ablations", seed, "no-tangent-norm", "--student.tangent-norm-eps", "1000")
         yield scm("ablations", seed, "no-warmup", "--student.tangent-warmup", "0")
-        yield scm("ablations", seed, "learned-weight", "--model.learned-weight", "True")
+        yield scm("ablations", seed, "learned-weight", "--model.learned-weight")
         yield scm("ablations", seed, "double-norm", architecture=double)
         yield scm("ablations", seed, "fourier", architecture=fourier)
 
