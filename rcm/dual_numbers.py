@@ -26,6 +26,20 @@ def is_plain(x: Any) -> bool:
     return type(x) is Tensor or type(x) is nn.Parameter
 
 
+def is_recorded_inside(*xs: Any) -> bool:
+    """Whether autograd records one of them inside of a transform of torch.func.
+
+    A gradient that the network takes of itself then needs the tangents of what its graph saves. A
+    rule would save primals, which have none.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        isinstance(x, Tensor) and x.requires_grad and _functorch.is_functorch_wrapped_tensor(x)
+        for x in xs
+    )
+
+
 def joined(primal: Tensor, tangent: Tensor) -> Tensor:
     """The dual number of both; the tangent gets the dtype of the primal.
 
@@ -39,11 +53,11 @@ def of_tangents(*, detached: bool) -> AbstractContextManager[Any]:
     return torch.no_grad() if detached else nullcontext()
 
 
-def inside_transform() -> bool:
-    """Whether a transform of torch.func is active."""
+def depth() -> int:
+    """The number of active transforms of torch.func; inside of a compiled function 0 or 1."""
     if torch.compiler.is_compiling():
-        return _any_transform()
-    return _functorch.peek_interpreter_stack() is not None
+        return int(_any_transform())
+    return len(_functorch.get_interpreter_stack() or ())
 
 
 def _may_have_tangent(x: Tensor) -> bool:

@@ -12,8 +12,11 @@ numbers apart and computes primal and tangent itself:
     norms       rcm/norms.py
 
 PyTorch differentiates everything else, under every transform: the rules are only for tensors with a
-tangent in the innermost jvp, and not for subclasses of Tensor. Values and derivatives of any order
-are those of PyTorch up to rounding.
+tangent in the innermost jvp, not for subclasses of Tensor, and not where the network itself records
+a graph. Values and derivatives of any order are those of PyTorch up to rounding.
+
+A mode sees calls from Python. The gradient through the JVP of a LayerNorm of torch.jit.script, or
+of torch.ops.aten.layer_norm, stays wrong.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +33,13 @@ from torch.overrides import (
     _push_mode,
 )
 
-from rcm.dual_numbers import is_plain, joined, of_tangents, split
+from rcm.dual_numbers import depth, is_plain, is_recorded_inside, joined, of_tangents, split
 from rcm.norms import (
-    BATCH_STATISTICS,
+    WRONG_GRADIENT,
+    is_fixed,
     layer_norm,
     layer_norm_rule,
-    raise_for_batch_statistics,
+    raise_for_wrong_gradient,
     rms_norm_rule,
 )
 
@@ -45,22 +49,25 @@ class JvpRules(TorchFunctionMode):
 
     Gradients through tangents are right or raise: NotImplementedError for norms of batch
     statistics, if gradients are enabled. With detached=True the caller needs no gradient through a
-    tangent, and the rules record none.
+    tangent of the next jvp, and the rules record none; those of a jvp inside of it are recorded.
     """
 
     def __init__(self, *, detached: bool = False) -> None:
         super().__init__()
-        self.detached = detached
+        self.detached, self.depth = detached, depth()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
+        if rule is None and func not in WRONG_GRADIENT:
+            return func(*args, **kwargs)
+        detached = self.detached and depth() <= self.depth + 1
         if rule is not None:
-            return rule(*args, **kwargs, detached=self.detached)
-        if func in BATCH_STATISTICS and torch.is_grad_enabled() and not self.detached:
-            raise_for_batch_statistics(func, BATCH_STATISTICS[func], kwargs)
+            return rule(*args, **kwargs, detached=detached)
+        if torch.is_grad_enabled() and not detached:
+            raise_for_wrong_gradient(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -89,19 +96,20 @@ def _replace_modes(old: list[TorchFunctionMode], new: list[TorchFunctionMode]) -
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, detached: bool) -> Tensor:
     linear = nn.functional.linear
     x, tangent = split(input)
-    if tangent is None or not (_is_fixed(weight) and _is_fixed(bias)):
+    fixed = is_fixed(weight) and is_fixed(bias)
+    if tangent is None or not fixed or is_recorded_inside(input, weight, bias):
         return linear(input, weight, bias)
     with of_tangents(detached=detached):
         tangent = linear(tangent, weight)
     return joined(linear(x, weight, bias), tangent)
 
 
-def _addcmul(
-    input: Tensor, tensor1: Tensor, tensor2: Tensor, *, detached: bool, **kwargs: Any
-) -> Tensor:
-    (a, ta), (b, tb), (c, tc) = split(input), split(tensor1), split(tensor2)
-    if ta is None or tb is None or tc is None or kwargs:
-        return torch.addcmul(input, tensor1, tensor2, **kwargs)
+def _addcmul(*args: Any, detached: bool, **kwargs: Any) -> Tensor:
+    if len(args) != 3 or kwargs or is_recorded_inside(*args):
+        return torch.addcmul(*args, **kwargs)
+    (a, ta), (b, tb), (c, tc) = map(split, args)
+    if ta is None or tb is None or tc is None:
+        return torch.addcmul(*args)
     with of_tangents(detached=detached):
         tangent = torch.addcmul(torch.addcmul(ta, tb, c), b, tc)
     return joined(torch.addcmul(a, b, c), tangent)
@@ -119,7 +127,7 @@ def _binary(
 
     of_first(ta, b), of_second(a, tb): the tangent of the result; None leaves it to PyTorch.
     """
-    if len(args) != 2 or kwargs:
+    if len(args) != 2 or kwargs or is_recorded_inside(*args):
         return function(*args, **kwargs)
     (a, ta), (b, tb) = split(args[0]), split(args[1])
     if ta is not None and tb is None and _is_known(args[1]):
@@ -137,12 +145,7 @@ def _binary(
 
 def _is_known(x: Any) -> bool:
     """Whether `split` sees every tangent of x."""
-    return isinstance(x, int | float) or is_plain(x)
-
-
-def _is_fixed(weight: Tensor | None) -> bool:
-    """Whether a weight has no tangent."""
-    return weight is None or (is_plain(weight) and split(weight)[1] is None)
+    return isinstance(x, int | float) or (is_plain(x) and not x.is_complex())
 
 
 def _copied(tangent: Tensor, constant: Any) -> Tensor:

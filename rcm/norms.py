@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from rcm.dual_numbers import inside_transform, joined, of_tangents, split
+from rcm.dual_numbers import (
+    depth,
+    is_plain,
+    is_recorded_inside,
+    joined,
+    of_tangents,
+    split,
+)
 
 Shape = tuple[int, ...] | list[int]
 
@@ -46,8 +53,11 @@ def layer_norm_rule(
 ) -> Tensor:
     """layer_norm; detached says that the caller needs no gradient through the tangent."""
     x, tangent = split(input)
-    if tangent is None or _moves(weight) or _moves(bias):
-        if torch.is_grad_enabled() and not detached and inside_transform():
+    # PyTorch's own rule for the primal would take its statistics for constants in an outer jvp.
+    if depth() > 1 or is_recorded_inside(input, weight, bias):
+        return _from_operations(input, normalized_shape, weight, bias, eps)
+    if tangent is None or not (is_fixed(weight) and is_fixed(bias)):
+        if torch.is_grad_enabled() and not detached and depth():
             return _from_operations(input, normalized_shape, weight, bias, eps)
         return nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     wide = _statistics_dtype(x)
@@ -58,7 +68,7 @@ def layer_norm_rule(
         if not torch.is_grad_enabled():
             # The Jacobian is symmetric, so that the VJP, a single operation, is the JVP. Its third
             # derivatives would take the statistics for constants.
-            if mean.dtype != wide:
+            if x.dtype != wide and not x.is_cuda:  # the statistics may have the dtype of weights
                 x, tangent = x.to(wide), tangent.to(wide)
                 _, mean, rstd = torch.native_layer_norm(x, normalized_shape, None, None, eps)
             tn, *_ = torch.ops.aten.native_layer_norm_backward(
@@ -84,7 +94,8 @@ def rms_norm_rule(
 ) -> Tensor:
     """rms_norm; detached says that the caller needs no gradient through the tangent."""
     x, tangent = split(input)
-    if tangent is None or eps is None or _moves(weight):
+    recorded = is_recorded_inside(input, weight)
+    if tangent is None or eps is None or recorded or not is_fixed(weight):
         return nn.functional.rms_norm(input, list(normalized_shape), weight, eps)
     y = nn.functional.rms_norm(x, list(normalized_shape), weight, eps)
     with of_tangents(detached=detached):
@@ -97,20 +108,32 @@ def rms_norm_rule(
     return joined(y, tn)
 
 
-def raise_for_batch_statistics(function: Any, argument: str, kwargs: dict[str, Any]) -> None:
-    """Raise NotImplementedError if this argument says to normalise by batch statistics."""
-    if kwargs[argument]:
+def raise_for_wrong_gradient(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError if the gradient through the JVP of function(...) is wrong."""
+    if function is torch.native_layer_norm:
+        raise NotImplementedError(
+            "the gradient through the JVP of torch.native_layer_norm is wrong in PyTorch: use "
+            "torch.nn.functional.layer_norm"
+        )
+    argument, default = BATCH_STATISTICS[function]
+    given = args[STATISTICS_PLACE] if len(args) > STATISTICS_PLACE else default
+    if kwargs.get(argument, given):
         raise NotImplementedError(
             f"the gradient through the JVP of {function.__name__} with {argument}=True is wrong in "
             "PyTorch: use central_difference(h) or another normalisation"
         )
 
 
-# Functions that normalise by batch statistics if this argument is True.
-BATCH_STATISTICS: dict[Any, str] = {
-    nn.functional.batch_norm: "training",
-    nn.functional.instance_norm: "use_input_stats",
+# Functions that normalise by batch statistics if this argument is True, and its default. It is the
+# sixth of each.
+BATCH_STATISTICS: dict[Any, tuple[str, bool]] = {
+    nn.functional.batch_norm: ("training", False),
+    nn.functional.instance_norm: ("use_input_stats", True),
+    torch.batch_norm: ("training", False),
+    torch.instance_norm: ("use_input_stats", True),
 }
+STATISTICS_PLACE = 5
+WRONG_GRADIENT = {*BATCH_STATISTICS, torch.native_layer_norm}
 
 
 def _tangent(n: Tensor, tangent: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -143,5 +166,8 @@ def _autocast_is_wide(x: Tensor) -> bool:
     return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
-def _moves(weight: Tensor | None) -> bool:
-    return weight is not None and split(weight)[1] is not None
+def is_fixed(weight: Tensor | None) -> bool:
+    """Whether a weight has no tangent in the innermost jvp."""
+    if weight is None:
+        return True
+    return is_plain(weight) and not weight.is_complex() and split(weight)[1] is None

@@ -115,11 +115,16 @@ def _tangents_may_be_unpacked(inputs: Inputs) -> bool:
     With bare dual numbers and inputs that require grad it may not: autograd.grad inside the same
     dual level must carry tangents, but the tensors saved by that Function would have none. Then the
     jvp rule of `FlashAttention` computes the tangent. Under torch.func each transform has its own
-    level, so only the innermost one matters.
+    level, so only the innermost one matters, and what requires grad at that level.
     """
-    transforms = torch._C._functorch.get_interpreter_stack()
+    functorch = torch._C._functorch
+    transforms = functorch.get_interpreter_stack()
     if transforms:
-        return transforms[-1].key() == torch._C._functorch.TransformType.Jvp
+        level = transforms[-1].level()
+        return transforms[-1].key() == functorch.TransformType.Jvp and not any(
+            x is not None and x.requires_grad and functorch.maybe_get_level(x) == level
+            for x in inputs
+        )
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None))
 
 
