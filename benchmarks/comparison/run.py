@@ -30,6 +30,11 @@ class Run:
         return tuple(run for run in (self.teacher, self.start) if run is not None)
 
     @property
+    def what(self) -> str:
+        """Of the name: the method, or what differs within the study."""
+        return self.name.split("/")[2]
+
+    @property
     def iterations(self) -> int:
         """The student's iterations by its options, of which every run has this one."""
         return int(self.options[self.options.index("--student.iterations") + 1])
