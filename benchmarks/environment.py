@@ -39,6 +39,8 @@ def device_name() -> str:
 def commit() -> str:
     """The commit of this repository, with "-dirty" if files other than results changed since.
 
+    The page of the comparison, docs/methods.md, holds results.
+
     JVP_ATTN_COMMIT tells it where there is no repository.
     """
     if told := os.environ.get("JVP_ATTN_COMMIT"):
@@ -50,5 +52,6 @@ def commit() -> str:
         return "unknown"
     # Results are written while a benchmark runs.
     code = ["diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    code += [":(exclude)docs/methods.md"]
     changed = subprocess.run(["git", "-C", root, *code]).returncode
     return result.stdout.strip() + ("-dirty" if changed else "")

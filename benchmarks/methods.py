@@ -12,17 +12,21 @@ each. A finished run is not repeated and an interrupted one is continued: repeat
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from comparison.figures import draw_grid, draw_quality
 from comparison.run import Run
 from comparison.runner import Results, Runner
 from comparison.samples import samples
 from comparison.speed import costs
-from comparison.studies import METHODS, STUDIES, teacher
-from comparison.tables import fill, seeds_of
+from comparison.studies import METHODS, STUDIES
+from comparison.tables import fill
 from environment import environment
+
+from rcm.errors import OptionError, RunError
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "methods.md"
@@ -40,7 +44,33 @@ def main() -> int:
     chosen = options.studies or [*STUDIES, "speed"]
     if unknown := set(chosen) - {*STUDIES, "speed"}:
         parser.error(f"unknown study {', '.join(unknown)}; there are {', '.join(STUDIES)}, speed")
+    if options.list or options.draw:
+        return work(options, chosen)
+    try:
+        with locked(options.runs):
+            return work(options, chosen)
+    except (RuntimeError, RunError, OptionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; repeat the command to continue", file=sys.stderr)
+        return 130
 
+
+def locked(folder: Path) -> BinaryIO:
+    """Create the folder; return its lock. Raises RunError if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "wb")  # noqa: SIM115 (held while the command runs)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RunError(f"another process makes the runs in {folder}") from error
+    return lock
+
+
+def work(options: argparse.Namespace, chosen: list[str]) -> int:
+    """Make what is missing, and show it. Returns the exit code."""
     out = HERE / "results"
     results = Results(out / "methods.json")
     kept = out / "methods-samples.safetensors"
@@ -52,15 +82,11 @@ def main() -> int:
     if options.list:
         print("\n".join(run.name for run in missing))
         return 0
-    try:
-        Runner(options.runs, results, kept, options.jobs).make(missing)
-        if "speed" in chosen and not options.draw:
-            measured = {preset: costs(preset, METHODS[preset]) for preset in COMPARED}
-            results.content |= {"costs": measured, "costs_environment": environment()}
-            results.write()
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the command to continue", file=sys.stderr)
-        return 130
+    Runner(options.runs, results, kept, options.jobs).make(missing)
+    if "speed" in chosen and not options.draw:
+        measured = {preset: costs(preset, METHODS[preset]) for preset in COMPARED}
+        results.content |= {"costs": measured, "costs_environment": environment()}
+        results.write()
     draw(results, out, kept)
     return 0
 
@@ -72,12 +98,11 @@ def _with_teachers(runs: list[Run]) -> list[Run]:
 
 
 def draw(results: Results, out: Path, kept: Path) -> None:
-    """Write the tables into docs/methods.md, and the figures of the studies that are there."""
+    """Write the tables into docs/methods.md, and the figures, of the results that are there."""
     for preset, study in COMPARED.items():
-        if seeds_of(results, study):
-            suffix = "" if preset == "digits" else f"-{preset}"
-            draw_quality(out / f"methods{suffix}.png", results, study, teacher(preset).name)
-            draw_grid(out / f"methods-grid{suffix}.png", samples(kept), "methods", preset)
+        suffix = "" if preset == "digits" else f"-{preset}"
+        draw_quality(out / f"methods{suffix}.png", results, study, preset)
+        draw_grid(out / f"methods-grid{suffix}.png", samples(kept), "methods", preset)
     if PAGE.exists():
         fill(PAGE, results)
 

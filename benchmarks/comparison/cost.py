@@ -18,7 +18,7 @@ from rcm.train import parse
 from rcm.training.config import FromScratchConfig
 from rcm.training.trainer import Trainer, build_networks
 
-POINTS = 12  # iterations at which a run is measured, evenly spaced
+POINTS = 24  # evenly spaced iterations that are measured; the rollouts of DMD have random lengths
 SAMPLES = 4  # in a batch; the cost of a sample does not depend on their number
 
 

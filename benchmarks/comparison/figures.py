@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from comparison.runner import Results
 from comparison.samples import PER_CLASS, SEED
-from comparison.tables import STEPS, rows_of, seeds_of
+from comparison.studies import teacher
+from comparison.tables import STEPS, by_what, rows_of, runs_of, titles
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -21,12 +22,21 @@ PANELS = {
 MARKERS = "osD^vP*X<>ph"
 
 
-def draw_quality(path: Path, results: Results, study: str, teacher: str) -> None:
-    """Each metric against network evaluations: mean and range over the seeds of each method."""
+def draw_quality(path: Path, results: Results, study: str, preset: str) -> None:
+    """Each metric against network evaluations: mean and range over the seeds of each method.
+
+    Seeds that diverged are left out, and so is the figure without a student or the teacher.
+    """
+    runs = runs_of(study)
+    found = by_what(results, runs)
+    titled = titles(runs, found)
+    finished = {what: [seed for seed in seeds if seed["rows"]] for what, seeds in found.items()}
+    methods = {what: seeds for what, seeds in finished.items() if seeds}
+    result = results.find(teacher(preset))
+    if not methods or result is None or not result["rows"]:
+        return
     figure = Figure(figsize=(12.5, 4.4), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
-    methods = seeds_of(results, study)
-    result = results.content["runs"][teacher]
     for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
         _draw_teacher(axis, result, metric)
         for number, (method, seeds) in enumerate(methods.items()):
@@ -38,7 +48,7 @@ def draw_quality(path: Path, results: Results, study: str, teacher: str) -> None
                 [steps * 1.018 ** (number - len(methods) / 2) for steps in STEPS],
                 means,
                 yerr=[low, high],
-                label=method,
+                label=titled[method],
                 color=f"C{number % 10}",
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
@@ -67,9 +77,14 @@ def _draw_teacher(axis: Any, result: dict[str, Any], metric: str) -> None:
 
 
 def draw_grid(path: Path, kept: dict[str, Tensor], study: str, preset: str) -> None:
-    """Samples of every method with 1 and 4 steps beside data and teacher, from the same noise."""
+    """Samples of every method with 1 and 4 steps beside data and teacher, from the same noise.
+
+    Without samples there is no figure.
+    """
     start = f"{study}/{preset}/"
     methods = list(dict.fromkeys(n.split("/")[2] for n in kept if n.startswith(start)))
+    if not methods:
+        return
     first = f"{start}{methods[0]}/{SEED}"
     columns = {"data": f"{first}/data", "teacher\n32 steps": f"{first}/teacher-32"}
     rows = {"1 step": "student-1", "4 steps": "student-4"}

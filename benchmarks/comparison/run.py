@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-EVERY_ITERATION = "1000000"  # of --report-every: only the report at the end
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -31,14 +29,27 @@ class Run:
         """The runs whose weights it takes."""
         return tuple(run for run in (self.teacher, self.start) if run is not None)
 
-    def key(self) -> dict[str, Any]:
-        """What its result depends on, to notice a result of other settings."""
+    @property
+    def what(self) -> str:
+        """Of the name: the method, or what differs within the study."""
+        return self.name.split("/")[2]
+
+    @property
+    def iterations(self) -> int:
+        """The student's iterations by its options, of which every run has this one."""
+        return int(self.options[self.options.index("--student.iterations") + 1])
+
+    def training_key(self) -> dict[str, Any]:
+        """What its weights depend on, to notice a folder of other settings."""
         return {
             "preset": self.preset,
             "method": self.method,
             "seed": self.seed,
             "options": list(self.options),
-            "teacher": None if self.teacher is None else self.teacher.name,
-            "start": None if self.start is None else self.start.name,
-            "evaluation": list(self.evaluation),
+            "teacher": None if self.teacher is None else self.teacher.training_key(),
+            "start": None if self.start is None else self.start.training_key(),
         }
+
+    def key(self) -> dict[str, Any]:
+        """What its result depends on, to notice a result of other settings."""
+        return {**self.training_key(), "evaluation": list(self.evaluation)}

@@ -3,11 +3,19 @@
 A run whose result is in the file is not repeated. An interrupted one is continued from its last
 checkpoint: repeat the command. Weights are in the run folders, which a result no longer needs; a
 run that takes the weights of another makes that one again if its folder is gone.
+
+Beside each run folder are FOLDER.json, the settings that it is trained with, and FOLDER.log, the
+output of its commands. A folder of other settings is deleted, and the run is trained again. The
+settings are those of the plan (Run.key) and those of the runs whose weights it takes. The defaults
+of a preset are not among them: after a change of those, delete the folders and the results.
+
+The commit, the date and the versions of a result are those of its scoring.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,15 +25,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from comparison.cost import config_of
 from comparison.run import Run
 from comparison.samples import keep_samples
 from environment import environment
 
 from rcm.training.files import write_atomically
+from rcm.training.run_folder import delete_run_folder
 
 COLLAPSED = re.compile(r"iteration (\d+): the student collapsed")
 DIVERGED = re.compile(r"error: iteration \d+: |the training diverged")
+REPORT_EVERY = "1000000"  # iterations: only the report at the end
 DIGITS = 5  # significant, of the scores that are kept
 
 
@@ -66,10 +75,15 @@ class Runner:
         self.pool = ThreadPoolExecutor(jobs)
         self.made: dict[str, Future[str | None]] = {}
         self.stopped = threading.Event()
-        self.environment = environment()
 
     def make(self, runs: Iterable[Run]) -> None:
-        """Make all runs that have no result yet."""
+        """Make all runs that have no result yet.
+
+        Raises:
+            RuntimeError: a command failed for another reason than divergence.
+            RunError, OptionError: a folder of other settings cannot be deleted.
+            KeyboardInterrupt: a command was interrupted.
+        """
         missing = [run for run in runs if self.results.find(run) is None]
         for run in missing:
             self._submit(run)
@@ -98,7 +112,7 @@ class Runner:
 
     def _train(self, run: Run) -> str | None:
         """Finish the training of a run; return why it diverged, or None."""
-        folder = self.folder / run.name
+        folder = self._folder(run)
         if (folder / "report.json").exists():
             return None
         for other in run.needs:
@@ -110,52 +124,86 @@ class Runner:
         if run.start is not None:
             weights += ["--student.start", str(self.folder / run.start.name)]
         code, output = self._command(
+            run,
             *("rcm.train", run.preset, "--folder", str(folder), "--method", run.method),
-            *("--seed", str(run.seed), "--report-every", "1000000", "--on-collapse", "continue"),
+            *("--seed", str(run.seed), "--report-every", REPORT_EVERY, "--on-collapse", "continue"),
             *weights,
             *run.options,
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a") as file:
-            file.write(output)
         if code == 1 and DIVERGED.search(output):
-            return output.strip().splitlines()[-1]
+            # What follows names a checkpoint by its path.
+            return _last_line(output).rpartition("error: ")[2].partition(";")[0]
         if code:
-            raise RuntimeError(f"{run.name}: {output.strip()}")
+            raise self._failure(run, output)
         return None
+
+    def _folder(self, run: Run) -> Path:
+        """The folder to train a run in: new, or with what these settings have made so far."""
+        folder, settings = self.folder / run.name, self._beside(run, "json")
+        key = run.training_key()
+        if not folder.exists() or not settings.exists() or json.loads(settings.read_text()) != key:
+            delete_run_folder(folder)
+            self._beside(run, "log").unlink(missing_ok=True)
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(settings, json.dumps(key, indent=1).encode())
+        return folder
+
+    def _beside(self, run: Run, kind: str) -> Path:
+        """A file beside the folder of a run, since rcm.train refuses files of others in it."""
+        folder = self.folder / run.name
+        return folder.with_name(f"{folder.name}.{kind}")
 
     def _result(self, run: Run, problem: str | None) -> dict[str, Any]:
         """The scores of a trained run."""
-        result: dict[str, Any] = {**self.environment, "iterations": _iterations(run)}
         if problem is not None:
-            return {**result, "diverged": problem, "rows": []}
+            return {
+                **environment(),
+                "iterations": run.iterations,
+                "diverged": problem,
+                "rows": [],
+            }
         folder = self.folder / run.name
         # The reference alone, unless the run asks for more rows of the teacher.
         options = ["--teacher-steps", "32", *run.evaluation]
-        code, output = self._command("rcm.evaluate", str(folder), *options)
+        code, output = self._command(run, "rcm.evaluate", str(folder), *options)
         if code:
-            raise RuntimeError(f"{run.name}: {output.strip()}")
+            raise self._failure(run, output)
         evaluation = json.loads((folder / "evaluation.json").read_text())
-        collapsed = COLLAPSED.search((folder / "output.txt").read_text())
-        result["collapsed"] = None if collapsed is None else int(collapsed[1])
-        result["protocol"] = evaluation["protocol"]
-        result["rows"] = [_rounded(row) for row in evaluation["rows"]]
+        # An interrupted run may have collapsed before its last start.
+        log = self._beside(run, "log").read_text(errors="replace")
+        collapsed = COLLAPSED.search(log)
         keep_samples(run, folder / "evaluation.safetensors", self.samples)
-        return result
+        return {
+            **environment(),
+            "iterations": evaluation["iterations"],
+            "collapsed": None if collapsed is None else int(collapsed[1]),
+            "protocol": evaluation["protocol"],
+            "rows": [_rounded(row) for row in evaluation["rows"]],
+        }
 
-    def _command(self, module: str, *options: str) -> tuple[int, str]:
-        """Exit code and output of python -m module; raises KeyboardInterrupt if interrupted."""
+    def _command(self, run: Run, module: str, *options: str) -> tuple[int, str]:
+        """Exit code and output of python -m module, which is appended to the log of the run.
+
+        Raises KeyboardInterrupt if it is interrupted.
+        """
         if self.stopped.is_set():
             raise KeyboardInterrupt
         command = [sys.executable, "-m", module, *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 130:
+        with open(self._beside(run, "log"), "a+b") as log:
+            start = log.seek(0, os.SEEK_END)
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            log.seek(start)
+            output = log.read().decode(errors="replace")
+        if code == 130:
             raise KeyboardInterrupt
-        return done.returncode, done.stdout + done.stderr
+        return code, output
+
+    def _failure(self, run: Run, output: str) -> RuntimeError:
+        return RuntimeError(f"{run.name}: {_last_line(output)} (see {self._beside(run, 'log')})")
 
 
-def _iterations(run: Run) -> int:
-    return config_of(run.preset, run.method, run.options).student.iterations
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["no output"])[-1]
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def keep_samples(run: Run, evaluation: Path, kept: Path) -> None:
     low, high = (bound.item() for bound in data.aminmax())
     chosen = [(labels == c).nonzero()[:PER_CLASS, 0] for c in labels.unique()]
     with _lock:
-        tensors = load(kept.read_bytes()) if kept.exists() else {}
+        tensors = samples(kept)
         for name, images in found.items():
             if name != "labels":
                 levels = _levels(images[torch.cat(chosen)], low, high)
@@ -41,7 +41,7 @@ def keep_samples(run: Run, evaluation: Path, kept: Path) -> None:
 
 def samples(kept: Path) -> dict[str, Tensor]:
     """The samples by RUN/PANEL: (classes · PER_CLASS, channels, height, width) uint8."""
-    return load(kept.read_bytes())
+    return load(kept.read_bytes()) if kept.exists() else {}
 
 
 def _levels(images: Tensor, low: float, high: float) -> Tensor:

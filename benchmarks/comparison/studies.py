@@ -22,6 +22,7 @@ CHOICE_SEED = 9
 SEEDS = {"digits": (0, 1, 2), "mnist-14": (0, 1)}
 BUDGET = 6000.0  # network evaluations for each sample of a batch: 1200 iterations of scm or so
 SHORT = 0.25  # fraction of the budget of runs that start from a student
+SHORT_RATE, SHORT_CRITIC_RATE = 5e-5, 2e-4  # learning rates of those runs, whatever their method
 
 METHODS = {
     "digits": (
@@ -101,19 +102,22 @@ def student(
     *,
     what: str | None = None,
     rate: float | None = None,
+    critic_rate: float | None = None,
     length: tuple[str, ...] | None = None,
     extra: tuple[str, ...] = (),
     architecture: tuple[str, ...] = (),
     start: Run | None = None,
 ) -> Run:
-    """A run of a method, within the budget unless its length is given.
+    """A run of a method, within the budget unless its length is given, at the rates of RATE and
+    CRITIC unless others are given.
 
     architecture are options of the model that its teacher has too.
     """
     rate = RATE[method] if rate is None else rate
     rates = ("--student.optimizer.lr", f"{rate:g}")
     if method in CRITIC:
-        rates += ("--student.critic-optimizer.lr", f"{rate * CRITIC[method]:g}")
+        critic_rate = rate * CRITIC[method] if critic_rate is None else critic_rate
+        rates += ("--student.critic-optimizer.lr", f"{critic_rate:g}")
     length = within_budget(preset, method) if length is None else length
     return Run(
         name=f"{study}/{preset}/{what or method}/{seed}",
@@ -150,7 +154,10 @@ def methods(preset: str) -> Iterator[Run]:
 
 
 def from_one_student() -> Iterator[Run]:
-    """sCM alone, rCM with several λ, DMD alone, each from the scm student of its seed."""
+    """sCM alone, rCM with several λ, DMD alone, each from the scm student of its seed.
+
+    All have the same learning rates, so that they differ in λ alone.
+    """
     no_warmup, critic = ("--student.tangent-warmup", "0"), ("--student.critic-start", "0")
     shift = ("--student.score-times.mean", f"{SHIFT:.4g}")
     kinds = {
@@ -170,6 +177,8 @@ def from_one_student() -> Iterator[Run]:
                 method,
                 seed,
                 what=what,
+                rate=SHORT_RATE,
+                critic_rate=SHORT_CRITIC_RATE,
                 length=within_budget("digits", method, extra, SHORT * BUDGET),
                 start=student("methods", "digits", "scm", seed),
             )
@@ -208,8 +217,12 @@ def ablations() -> Iterator[Run]:
     """What sCM's paper adds to a consistency model in continuous time, on and off."""
     double, fourier = ("--model.double-norm",), ("--model.time-embedding", "fourier")
     for seed in SEEDS["digits"]:
-        # A tangent divided by a constant: to Adam its size makes no difference.
-        yield scm("ablations", seed, "no-tangent-norm", "--student.tangent-norm-eps", "1000")
+        # A large c divides the tangent by a constant, which makes no difference to Adam, but to
+        # the clipping of gradients: without it too, the norm alone differs from "no-clip".
+        no_clip = ("--student.optimizer.clip", "inf")
+        constant = ("--student.tangent-norm-eps", "10")
+        yield scm("ablations", seed, "no-clip", *no_clip)
+        yield scm("ablations", seed, "no-tangent-norm", *constant, *no_clip)
         yield scm("ablations", seed, "no-warmup", "--student.tangent-warmup", "0")
         yield scm("ablations", seed, "learned-weight", "--model.learned-weight")
         yield scm("ablations", seed, "double-norm", architecture=double)

@@ -1,7 +1,8 @@
-"""The tables of docs/methods.md, from the results of the runs."""
+"""The tables of docs/methods.md, from the results of the runs. One without results is empty."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,7 @@ from typing import Any
 
 from comparison.run import Run
 from comparison.runner import Results
-from comparison.studies import CHOICE_SEED, RATE, STUDIES, chosen_name
+from comparison.studies import CHOICE_SEED, RATE, STUDIES, chosen_name, teacher
 
 STEPS = (1, 2, 4)
 METRICS: dict[str, str] = {
@@ -33,14 +34,28 @@ def by_what(results: Results, runs: Iterable[Run]) -> dict[str, list[dict[str, A
     for run in runs:
         result = results.find(run)
         if result is not None:
-            found.setdefault(run.name.split("/")[2], []).append(result)
+            found.setdefault(run.what, []).append(result)
     return found
 
 
-def seeds_of(results: Results, study: str, *, choice: bool = False) -> dict[str, list[Any]]:
-    """by_what of a study, of the seed that chooses or of all others."""
-    runs = [run for run in STUDIES[study]() if (run.seed == CHOICE_SEED) == choice]
-    return by_what(results, runs)
+def runs_of(study: str, *, choice: bool = False) -> list[Run]:
+    """The runs of a study, of the seed that chooses or of all others."""
+    return [run for run in STUDIES[study]() if (run.seed == CHOICE_SEED) == choice]
+
+
+def titles(runs: Iterable[Run], found: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """The title of each kind of run that by_what has found, with what is amiss with its seeds."""
+    planned = Counter(run.what for run in runs)
+    return {what: what + _amiss(seeds, planned[what]) for what, seeds in found.items()}
+
+
+def _amiss(seeds: list[dict[str, Any]], planned: int) -> str:
+    diverged = sum(not seed["rows"] for seed in seeds)
+    collapsed = sum(seed.get("collapsed") is not None for seed in seeds)
+    parts = [f"{len(seeds)} of {planned} seeds"] if len(seeds) < planned else []
+    parts += [f"{diverged} of {len(seeds)} diverged"] if diverged else []
+    parts += [f"{collapsed} of {len(seeds)} collapsed"] if collapsed else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def cell(rows: list[dict[str, Any]]) -> str:
@@ -56,11 +71,22 @@ def cell(rows: list[dict[str, Any]]) -> str:
 
 
 def methods(results: Results, study: str) -> str:
-    """Every method at 1, 2 and 4 steps, and the teacher."""
-    lines = [f"| method | iterations | {' | '.join(map(_steps, STEPS))} |", "|---|---|---|---|---|"]
-    for what, seeds in seeds_of(results, study).items():
-        lines.append(f"| {what} | {seeds[0]['iterations']} | {_cells(seeds)} |")
-    return "\n".join(lines)
+    """Every method at 1, 2 and 4 steps: means over the seeds that have not diverged."""
+    runs = runs_of(study)
+    found = by_what(results, runs)
+    titled = titles(runs, found)
+    head = [f"| method | iterations | {' | '.join(map(_steps, STEPS))} |", "|---|---|---|---|---|"]
+    return _table(
+        head,
+        [
+            f"| {titled[what]} | {seeds[0]['iterations']} | {_cells(seeds)} |"
+            for what, seeds in found.items()
+        ],
+    )
+
+
+def _table(head: list[str], lines: list[str]) -> str:
+    return "\n".join(head + lines) if lines else ""
 
 
 def _steps(steps: int) -> str:
@@ -75,33 +101,34 @@ def _cells(seeds: list[dict[str, Any]]) -> str:
     for steps in STEPS:
         rows = [rows_of(seed, "student", steps)[0] for seed in finished]
         cells.append(cell(rows))
-    collapsed = sum(seed.get("collapsed") is not None for seed in seeds)
-    lost = f" ({collapsed} of {len(seeds)} collapsed)" if collapsed else ""
-    return " | ".join(cells) + lost
+    return " | ".join(cells)
 
 
 def learning_rates(results: Results) -> str:
     """The FD of every method by its learning rate, with the seed that chooses."""
-    lines = ["| run | FD at 1 step | 2 steps | 4 steps |", "|---|---|---|---|"]
-    for what, (result, *_) in seeds_of(results, "learning-rates", choice=True).items():
+    lines = []
+    runs = runs_of("learning-rates", choice=True)
+    found = by_what(results, runs)
+    titled = titles(runs, found)
+    for what, (result, *_) in found.items():
         distances = [
             f"{rows_of(result, 'student', steps)[0]['frechet_distance']:.2f}"
             if result["rows"]
             else "diverged"
             for steps in STEPS
         ]
-        lines.append(f"| {what} | {' | '.join(distances)} |")
-    return "\n".join(lines)
+        lines.append(f"| {titled[what]} | {' | '.join(distances)} |")
+    return _table(["| run | FD at 1 step | 2 steps | 4 steps |", "|---|---|---|---|"], lines)
 
 
-def teachers(results: Results, name: str) -> str:
-    """A teacher by its number of Heun steps."""
-    result = results.content["runs"][f"teacher/{name}"]
-    lines = [f"| Heun steps | network evaluations | {CELL} |", "|---|---|---|"]
-    for row in result["rows"]:
-        if row["network"] == "teacher":
-            lines.append(f"| {row['steps']} | {row['evaluations']} | {cell([row])} |")
-    return "\n".join(lines)
+def teachers(results: Results, preset: str) -> str:
+    """The teacher of a preset by its number of Heun steps."""
+    result = results.find(teacher(preset))
+    rows = [] if result is None else [r for r in result["rows"] if r["network"] == "teacher"]
+    return _table(
+        [f"| Heun steps | network evaluations | {CELL} |", "|---|---|---|"],
+        [f"| {row['steps']} | {row['evaluations']} | {cell([row])} |" for row in rows],
+    )
 
 
 def mid_times(results: Results) -> str:
@@ -116,19 +143,22 @@ def mid_times(results: Results) -> str:
                 if row["network"] == "student" and row["mid_times"]
             }
     schedules = sorted({times for distances in found.values() for times in distances})
-    lines = [f"| mid times | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    head = [f"| mid times | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    lines = []
     for times in sorted(schedules, key=len):
         cells = [f"{d[times]:.2f}" if times in d else "" for d in found.values()]
         lines.append(f"| {', '.join(f'{t:g}' for t in times)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return _table(head, lines)
 
 
 def costs(results: Results) -> str:
-    """Seconds and network evaluations of an iteration."""
-    lines = [
-        "| preset | method | evaluations per iteration | ms per iteration | of scm |",
+    """Network evaluations of an iteration, and its time in the last phase."""
+    head = [
+        "| preset | method | evaluations per iteration, mean over a run "
+        "| ms per iteration, last phase | time relative to scm |",
         "|---|---|---|---|---|",
     ]
+    lines = []
     for preset, costs in results.content.get("costs", {}).items():
         unit = costs["scm"]["seconds"]
         for method, cost in costs.items():
@@ -136,12 +166,12 @@ def costs(results: Results) -> str:
                 f"| {preset} | {method} | {cost['evaluations']:.1f} | {1000 * cost['seconds']:.0f} "
                 f"| {cost['seconds'] / unit:.2f} |"
             )
-    return "\n".join(lines)
+    return _table(head, lines)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "teacher-digits": lambda results: teachers(results, "digits/plain/0"),
-    "teacher-mnist-14": lambda results: teachers(results, "mnist-14/plain/0"),
+    "teacher-digits": lambda results: teachers(results, "digits"),
+    "teacher-mnist-14": lambda results: teachers(results, "mnist-14"),
     "learning-rates": learning_rates,
     "mid-times": mid_times,
     "costs": costs,
@@ -161,5 +191,7 @@ def fill(page: Path, results: Results) -> None:
         head, found, tail = text.partition(start)
         if found:
             _, _, rest = tail.partition(end)
-            text = f"{head}{start}\n{table(results)}\n{end}{rest}"
+            content = table(results)
+            lines = f"{content}\n" if content else ""
+            text = f"{head}{start}\n{lines}{end}{rest}"
     page.write_text(text)
