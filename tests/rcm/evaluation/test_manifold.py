@@ -84,6 +84,19 @@ def test_a_collapsed_student_covers_nothing() -> None:
     assert recall == 0
 
 
+@pytest.mark.parametrize("norm", [1e6, 1e9, 1e12])
+def test_one_sample_far_away_changes_the_scores_by_one_sample(norm: float) -> None:
+    real, samples = torch.randn(500, 16), 1.5 * torch.randn(500, 16)
+    outlier = norm * torch.ones(16)
+    for changed in ((samples, real), (real, samples)):  # generated, then real
+        precision, recall = measured(*changed)
+        with_outlier = torch.cat([changed[0][:-1], outlier[None]])
+        found = measured(with_outlier, changed[1])
+        assert found == pytest.approx((precision, recall), abs=0.02)
+        found = measured(changed[0], torch.cat([changed[1][:-1], outlier[None]]))
+        assert found == pytest.approx((precision, recall), abs=0.02)
+
+
 def test_invalid_features_raise() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"n > 3.*got \(3, 3\)"):
