@@ -29,6 +29,7 @@ from rcm import command_line
 from rcm.data.dataset import Dataset, LabelledData, evenly_spaced, require_same_facts
 from rcm.distributed.processes import local_device
 from rcm.errors import OptionError, RunError
+from rcm.evaluation.enough import require_enough
 from rcm.evaluation.evaluator import (
     EVALUATION_SEED,
     REFERENCE,
@@ -129,6 +130,7 @@ def evaluate(arguments: Arguments) -> None:
         remedy="restore them",
     )
     chosen = _chosen(arguments, config, data).to(device)
+    require_enough(chosen, remedy="a larger --samples or more images per class")
     features = named_features(arguments.features, chosen)
     evaluator = Evaluator(
         chosen,

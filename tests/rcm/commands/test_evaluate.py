@@ -255,6 +255,17 @@ def test_weights_that_are_missing_damaged_or_of_another_model_are_named(
         assert files(run).keys() <= before.keys()
 
 
+def test_too_few_samples_to_score_end_with_one_line(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation_samples": 6}))
+    assert evaluate.main([str(run), *FEW]) == 1
+    line = one_line_of(capsys)
+    assert line.startswith("error: the 6 real samples cannot be scored: ")
+    assert line.endswith("That takes a larger --samples or more images per class\n")
+
+
 def test_changed_data_are_not_scored(run: Path, capsys: pytest.CaptureFixture) -> None:
     path = run / "data.json"
     facts = json.loads(path.read_text())
