@@ -59,7 +59,9 @@ def grids(runs: Sequence[Run]) -> Markup | None:
         element(
             "div",
             element("h4", title) if title else element("h4", "References"),
-            element("div", *(_picture(p, classes, count, black, white) for p in panels), class_="row"),
+            element(
+                "div", *(_picture(p, classes, count, black, white) for p in panels), class_="row"
+            ),
             class_="panels",
             data_run=panels[0].run.number if panels and panels[0].run else None,
         )
