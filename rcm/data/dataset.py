@@ -59,12 +59,13 @@ def require_same_facts(
     *,
     origin: str,
     remedy: str,
-    names: Sequence[str] = tuple(field.name for field in fields(DataFacts)),
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Raise RunError if the facts `names` of data differ from those that a run noted.
+    """Raise RunError if the facts `names` of data, or any, differ from those that a run noted.
 
     origin: completes "the data are not those that ..."; remedy: what to do.
     """
+    names = names or [fact.name for fact in fields(DataFacts)]
     changed = [name for name in names if not _same(getattr(noted, name), getattr(found, name))]
     if changed:
         raise RunError(
