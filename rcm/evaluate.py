@@ -26,9 +26,10 @@ import tyro
 from torch import Tensor
 
 from rcm import command_line
-from rcm.data.dataset import Dataset, LabelledData, evenly_spaced
+from rcm.data.dataset import Dataset, LabelledData, evenly_spaced, require_same_facts
 from rcm.distributed.processes import local_device
 from rcm.errors import OptionError, RunError
+from rcm.evaluation.enough import require_enough
 from rcm.evaluation.evaluator import (
     EVALUATION_SEED,
     REFERENCE,
@@ -42,7 +43,7 @@ from rcm.evaluation.report import table
 from rcm.trained_networks import load_network, read_config, reported_iteration
 from rcm.training.config import FromScratchConfig
 from rcm.training.files import save_weights, write_atomically
-from rcm.training.run_folder import STUDENT_WEIGHTS, TEACHER_WEIGHTS
+from rcm.training.run_folder import STUDENT_WEIGHTS, TEACHER_WEIGHTS, read_facts
 from rcm.validation import require_integer
 
 MAX_TEACHER_STEPS = 1000
@@ -110,7 +111,8 @@ def evaluate(arguments: Arguments) -> None:
     Raises:
         OptionError: the folder is not a run folder, an option does not suit the run, or the files
             cannot be written.
-        RunError: the run has no student yet, its files are damaged, or its samples not finite.
+        RunError: the run has no student yet, its files are damaged, its data cannot be read or
+            changed, there are too few samples to score, or samples are not finite.
     """
     config = read_config(arguments.run)
     titled = _sources(arguments, config)
@@ -121,7 +123,14 @@ def evaluate(arguments: Arguments) -> None:
     teacher = load_network(arguments.run, TEACHER_WEIGHTS, config, device)
     student = load_network(arguments.run, STUDENT_WEIGHTS, config, device)
     data = config.load_data()
+    require_same_facts(
+        read_facts(arguments.run),
+        data.facts,
+        origin=f"{arguments.run} was trained on",
+        remedy="restore them",
+    )
     chosen = _chosen(arguments, config, data).to(device)
+    require_enough(chosen, remedy="a larger --samples or more images per class")
     features = named_features(arguments.features, chosen)
     evaluator = Evaluator(
         chosen,

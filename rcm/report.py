@@ -16,7 +16,7 @@ from rcm import command_line
 from rcm.errors import OptionError, RunError
 from rcm.evaluation.page.collect import read_runs
 from rcm.evaluation.page.page import page
-from rcm.training.files import write_atomically
+from rcm.training.files import readable, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,8 @@ def report(arguments: Arguments) -> None:
     if not arguments.runs:
         raise OptionError("no run folder is given; give one or more")
     command_line.require_writable(arguments.out)
-    try:
+    with readable():
         content = page(read_runs(arguments.runs))
-    except OSError as error:
-        raise RunError(f"a file cannot be read: {error}") from error
     try:
         write_atomically(arguments.out, content)
     except OSError as error:

@@ -19,7 +19,7 @@ from rcm.run_from_scratch import run_from_scratch
 from rcm.run_pretrained import open_inputs, run_pretrained
 from rcm.training.collapse import CollapseError, OnCollapse
 from rcm.training.config import FromScratchConfig, PretrainedConfig, RunConfig
-from rcm.training.files import write_atomically
+from rcm.training.files import readable, write_atomically
 from rcm.training.resources import require_fitting_model
 from rcm.training.reuse import weights_of_other_runs
 from rcm.training.run_folder import RunFolder, open_run_folder
@@ -49,16 +49,16 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
             for method in config.phases():
                 layout.positions(method.batch, config.accumulation, name=f"--{method.result}.batch")
             if isinstance(config, PretrainedConfig):
-                with _readable():
+                with readable():
                     inputs = open_inputs(config)
             elif isinstance(config, FromScratchConfig):
-                with _readable():
-                    data = config.load_data()
+                data = config.load_data()
                 if layout.is_main:
                     require_fitting_model(config, data.facts)
                     borrowed = weights_of_other_runs(
                         config,
                         path,
+                        data.facts,
                         build=partial(config.build_network, data.facts),
                         read_config=config_from_settings,
                     )
@@ -70,16 +70,6 @@ def run(path: Path, config: RunConfig, on_collapse: OnCollapse = "stop") -> None
                 run_from_scratch(folder, config, data, ranks.device, on_collapse)
             elif isinstance(config, PretrainedConfig):
                 run_pretrained(folder, config, ranks.device, inputs)
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"a file cannot be read: {error}") from error
-    except ImportError as error:  # of diffusers; the message says what to do
-        raise RunError(str(error)) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout
 from rcm.distributed.sharding import shard
 from rcm.errors import RunError
+from rcm.evaluation.enough import require_enough
 from rcm.evaluation.evaluator import (
     REFERENCE,
     Evaluator,
@@ -57,8 +58,10 @@ def run_from_scratch(
     phases = _phases(config, last, trains_teacher=not folder.teacher_weights.exists())
     _announce(layout, [f"classifier of {config.data.name}", *phases])
     evaluated = data.subset(evenly_spaced(config.evaluation_samples, len(data))).to(device)
+    require_enough(evaluated, remedy="more images per class or a larger --evaluation-samples")
     classifier = config.data.classifier(data).to(device)
     evaluator = Evaluator(evaluated, classifier, config.student)
+    real = evaluator.real_row()  # before anything is trained, because it may not be possible
 
     def trainer(phase: str, method: Method, weights: dict[str, Weights], seed: int) -> Trainer:
         def make(start: str) -> nn.Module:
@@ -120,7 +123,7 @@ def run_from_scratch(
         watch=watch,
     )
     _announce(layout, phases[-1:])
-    rows = {f"real {config.data.name}, half against half": evaluator.real_row()}
+    rows = {f"real {config.data.name}, half against half": real}
     sources = [Source(network="teacher", steps=steps) for steps in TEACHER_STEPS]
     with evaluator.progress("scoring the teacher", sources, shown=layout.is_main) as counted:
         for source in sources:

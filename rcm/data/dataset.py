@@ -6,13 +6,18 @@ needs samples in memory and a classifier (LabelledData, LabelledDataConfig).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from rcm.errors import RunError
+
+ROUNDING = 1e-5  # relative: another CPU may round a mean or a standard deviation differently
 
 
 class Data(Protocol):
@@ -42,6 +47,36 @@ class DataFacts:
     white: float
     class_names: tuple[str, ...] = ()
     """By label, if the data set has names."""
+
+
+OF_NETWORKS = ("sample_shape", "classes", "class_names")
+"""The facts that networks depend on: their shapes, and what a label means."""
+
+
+def require_same_facts(
+    noted: DataFacts,
+    found: DataFacts,
+    *,
+    origin: str,
+    remedy: str,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Raise RunError if the facts `names` of data, or any, differ from those that a run noted.
+
+    origin: completes "the data are not those that ..."; remedy: what to do.
+    """
+    names = names or [fact.name for fact in fields(DataFacts)]
+    changed = [name for name in names if not _same(getattr(noted, name), getattr(found, name))]
+    if changed:
+        raise RunError(
+            f"the data are not those that {origin}: their {' and '.join(changed)} changed; {remedy}"
+        )
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING)
+    return a == b
 
 
 class LabelledData(Data, Protocol):

@@ -165,8 +165,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _class_order(labels: Sequence[str]) -> Any:
-    """Numbers by their value, other labels by their letters."""
-    return int if all(label.isdecimal() for label in labels) else str
+    """Numbers by their value, and 01 before 1; other labels by their letters."""
+    numbers = all(label.isdecimal() for label in labels)
+    return (lambda label: (int(label), label)) if numbers else str
 
 
 def _count(files: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 NEIGHBOURS = 3  # the paper's k
 CHUNK = 2**22  # distances at a time: 32 MiB
-# A distance is a difference of squares: in float64 that of two equal features is up to 1e-7 of
-# their norm, instead of 0.
+# The square of a distance is a difference of squares, computed in float64: it is wrong by up to
+# (1e-7)² of the squared norms of its two features.
 ROUNDING = 1e-6
 
 
@@ -31,8 +31,10 @@ class Manifold:
                 f"{tuple(features.shape)}"
             )
         _require_finite(features)
-        self.mean = features.double().mean(0)
-        self.centres = features.double() - self.mean
+        # Small norms round little. One feature far from the others would move a mean to it.
+        self.origin = features.double().median(0).values
+        self.centres = features.double() - self.origin
+        self.norms = self.centres.norm(dim=1)
         # The nearest of all is the feature itself.
         nearest = [d.topk(k + 1, largest=False).values[:, k] for d in self._distances(self.centres)]
         self.radii = torch.cat(nearest)
@@ -45,15 +47,23 @@ class Manifold:
                 f"{tuple(features.shape)}"
             )
         _require_finite(features)
-        points = features.double() - self.mean
-        reach = self.radii + ROUNDING * max(_largest_norm(points), _largest_norm(self.centres))
-        inside = sum(int((d <= reach).any(1).sum()) for d in self._distances(points))
+        points = features.double() - self.origin
+        norms = points.norm(dim=1).split(self._rows)
+        inside = 0
+        for distances, own in zip(self._distances(points), norms, strict=True):
+            rounding = ROUNDING * torch.maximum(own[:, None], self.norms)
+            reach = self.radii.square() + rounding.square()
+            inside += int((distances.square() <= reach).any(1).sum())
         return inside / len(points)
+
+    @property
+    def _rows(self) -> int:
+        """The number of points whose distances are computed at a time."""
+        return max(1, CHUNK // len(self.centres))
 
     def _distances(self, points: Tensor) -> Iterator[Tensor]:
         """Distances (some of m, n) of points (m, dim) to the centres, a few rows at a time."""
-        rows = max(1, CHUNK // len(self.centres))
-        return (torch.cdist(chunk, self.centres) for chunk in points.split(rows))
+        return (torch.cdist(chunk, self.centres) for chunk in points.split(self._rows))
 
 
 def precision_and_recall(
@@ -61,10 +71,6 @@ def precision_and_recall(
 ) -> tuple[float, float]:
     """Of the features (n, dim) of samples; `real` is the manifold of real_features (m, dim)."""
     return real.coverage(samples), Manifold(samples).coverage(real_features)
-
-
-def _largest_norm(points: Tensor) -> float:
-    return float(points.norm(dim=1).max())
 
 
 def _require_finite(features: Tensor) -> None:

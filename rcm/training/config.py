@@ -17,6 +17,7 @@ from rcm.distributed.layout import MeshConfig
 from rcm.errors import OptionError, RunError
 from rcm.models.diffusers import DiffusersConfig
 from rcm.models.model import ModelConfig
+from rcm.training.files import readable
 from rcm.training.method import Distillation, Method
 from rcm.validation import MAX_SEED, require_integer
 
@@ -115,9 +116,10 @@ class FromScratchConfig(RunConfig):
 
         Raises:
             OptionError: a batch is larger than the data set.
-            RunError: the data cannot be used, or a sample contains NaN or infinity.
+            RunError: the data cannot be read or used, or a sample contains NaN or infinity.
         """
-        data = self.data.load()
+        with readable(f"a file of {self.data.name}"):
+            data = self.data.load()
         for name, batch in (("teacher", self.teacher.batch), ("student", self.student.batch)):
             if batch > len(data):
                 raise OptionError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -47,3 +50,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise RunError(
             f"{path} is damaged ({error}); delete it and repeat the command to make it again"
         ) from error
+
+
+@contextmanager
+def readable(what: str = "a file") -> Iterator[None]:
+    """Raise RunError, in one line, for what reading files raises; what: named in the message."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:  # the last two of a damaged .gz
+        raise RunError(f"{what} cannot be read: {error}") from error
+    except ImportError as error:  # of an optional package; the message says what to do
+        raise RunError(str(error)) from error

@@ -16,7 +16,8 @@ from rcm.training.trainer import Trainer
 
 def phase_text(name: str, method: Method, done: int = 0) -> str:
     """For `announce`: a phase, such as "teacher, 4000 iterations of 64"."""
-    text = f"{name}, {method.iterations} iterations of {method.batch}"
+    unit = "iteration" if method.iterations == 1 else "iterations"
+    text = f"{name}, {method.iterations} {unit} of {method.batch}"
     return f"{text} from iteration {done}" if done else text
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from rcm.data.dataset import OF_NETWORKS, DataFacts, require_same_facts
 from rcm.errors import OptionError, RunError
 from rcm.training.config import FromScratchConfig, RunConfig
 from rcm.training.files import load_weights
@@ -21,6 +22,7 @@ from rcm.training.run_folder import (
     START_WEIGHTS,
     STUDENT_WEIGHTS,
     TEACHER_WEIGHTS,
+    read_facts,
     read_settings,
 )
 from rcm.training.trainer import load_into
@@ -63,13 +65,15 @@ def with_teacher_settings(
 def weights_of_other_runs(
     config: FromScratchConfig,
     run: Path,
+    facts: DataFacts,
     *,
     build: Callable[[], nn.Module],
     read_config: ReadConfig,
 ) -> dict[str, bytes]:
     """The files that the config takes from other runs and that the folder `run` does not have yet.
 
-    build makes a network of the config, to check that the weights fit.
+    facts: of the data of this run; build makes a network of the config, to check that the weights
+    fit.
 
     Raises:
         RunError: the other run is missing or unfinished, or has other data or another model.
@@ -87,6 +91,13 @@ def weights_of_other_runs(
         _require_same_data(config, other, source.parent)
         if differences := config.model.differences(other.model):
             raise RunError(f"{source} are of another model: {'; '.join(differences)}")
+        require_same_facts(
+            read_facts(source.parent),
+            facts,
+            origin=f"{source.parent} was trained on",
+            remedy="restore them, or use a run on these data",
+            names=OF_NETWORKS,
+        )
         if not source.exists():
             raise RunError(f"{source} does not exist yet; wait until its run has written it")
         load_into(build(), load_weights(source), str(source))

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from rcm.data.dataset import DataFacts
+from rcm.data.dataset import DataFacts, require_same_facts
 from rcm.distributed.agreement import errors_on_every_rank
 from rcm.distributed.layout import Layout, MeshConfig
 from rcm.errors import OptionError, RunError
@@ -83,14 +83,18 @@ class RunFolder:
         return [line for line in map(json.loads, lines) if line["phase"] == phase]
 
     def save_facts(self, facts: DataFacts) -> None:
-        """Write data.json. Raises RunError if the run started with other data."""
+        """Write data.json before the first checkpoint.
+
+        Raises RunError if the run started with other data.
+        """
         if (self.path / DATA_FACTS).exists() and not _is_unstarted(self.path):
-            there, now = asdict(read_facts(self.path)), asdict(facts)
-            if changed := [name for name in there if there[name] != now[name]]:
-                raise RunError(
-                    "the data are not those that the run started with: their "
-                    f"{' and '.join(changed)} changed; restore them, or start another run"
-                )
+            require_same_facts(
+                read_facts(self.path),
+                facts,
+                origin="the run started with",
+                remedy="restore them, or start another run",
+            )
+            return
         content = json.dumps(asdict(facts), indent=2)
         write_atomically(self.path / DATA_FACTS, content.encode())
 

@@ -3,6 +3,7 @@
 evaluation.json and evaluation.safetensors    scores and samples of `python -m rcm.evaluate`
 report.json                                   the scores of a finished run that has no evaluation
 metrics.jsonl                                 curves, and the scores of an unfinished run
+data.json                                     what is drawn as black and as white
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from rcm.evaluation.page.scores import (
     rows_of_report,
 )
 from rcm.training.files import load_weights
-from rcm.training.run_folder import ANY_RANKS, flat_settings, read_settings
+from rcm.training.run_folder import (
+    ANY_RANKS,
+    DATA_FACTS,
+    flat_settings,
+    read_facts,
+    read_settings,
+)
 
 # Runs that differ only in these are repetitions of each other: only rounding depends on the others.
 REPETITION = ANY_RANKS | {
@@ -54,6 +61,8 @@ class Run:
     metrics: StudentMetrics
     samples: dict[str, Tensor]
     """evaluation.safetensors, or nothing."""
+    shades: tuple[float, float] | None
+    """The values of a sample that are drawn as black and as white, of data.json; None without."""
     notes: tuple[str, ...]
     """What a reader should know about its data."""
     group: int
@@ -201,10 +210,18 @@ def _read(number: int, label: str, path: Path, groups: _Groups) -> Run:
         rows=rows,
         metrics=metrics,
         samples=samples,
+        shades=_shades(path),
         notes=tuple(notes),
         group=group,
         member=member,
     )
+
+
+def _shades(path: Path) -> tuple[float, float] | None:
+    if not (path / DATA_FACTS).exists():
+        return None
+    facts = read_facts(path)
+    return facts.black, facts.white
 
 
 def _is_complete(rows: tuple[Row, ...]) -> bool:

@@ -54,18 +54,26 @@ def grids(runs: Sequence[Run]) -> Markup | None:
     groups = [("", [Panel("data", data, None), *_teachers(having)])]
     groups += [(run.label, _students(run)) for run in having]
     count = _count(data, classes, sum(len(panels) for _, panels in groups))
-    low, high = (bound.item() for bound in data.aminmax())
+    black, white = next((run.shades for run in having if run.shades), _shades_of(data))
     pictures = [
         element(
             "div",
             element("h4", title) if title else element("h4", "References"),
-            element("div", *(_picture(p, classes, count, low, high) for p in panels), class_="row"),
+            element(
+                "div", *(_picture(p, classes, count, black, white) for p in panels), class_="row"
+            ),
             class_="panels",
             data_run=panels[0].run.number if panels and panels[0].run else None,
         )
         for title, panels in groups
     ]
     return element("div", *pictures, class_="grids")
+
+
+def _shades_of(data: Tensor) -> tuple[float, float]:
+    """Black and white without data.json: one channel is ink on paper, its high values are black."""
+    low, high = (bound.item() for bound in data.aminmax())
+    return (low, high) if data.shape[1] == 3 else (high, low)
 
 
 def _require_valid(run: Run) -> None:
@@ -105,8 +113,8 @@ def _count(data: Tensor, classes: int, panels: int) -> int:
     return max(1, min(len(data) // classes, MAX_BYTES // (per_sample * classes * panels)))
 
 
-def _picture(panel: Panel, classes: int, count: int, low: float, high: float) -> Markup:
-    pixels = tiled(panel.samples, classes, count, low, high)
+def _picture(panel: Panel, classes: int, count: int, black: float, white: float) -> Markup:
+    pixels = tiled(panel.samples, classes, count, black, white)
     height, width = pixels.shape[:2]
     scale = max(1, round(WIDTH / width))
     name = f"{panel.run.label}, student, {panel.title}" if panel.run else panel.title
@@ -121,17 +129,16 @@ def _picture(panel: Panel, classes: int, count: int, low: float, high: float) ->
     return element("figure", frame, element("figcaption", panel.title))
 
 
-def tiled(samples: Tensor, classes: int, count: int, low: float, high: float) -> np.ndarray:
+def tiled(samples: Tensor, classes: int, count: int, black: float, white: float) -> np.ndarray:
     """Pixels (height, width) or (height, width, 3) uint8: a row for each class, white margins.
 
-    One channel is drawn as ink on paper: the high values are black. Of other numbers of channels
-    than 1 and 3 the first is drawn.
+    black and white are the values that are drawn so. Of other numbers of channels than 1 and 3 the
+    first is drawn.
     """
     channels = samples.shape[1] if samples.shape[1] in (1, 3) else 1
     shown = samples[:, :channels].unflatten(0, (classes, -1))[:, :count].double()
-    unit = ((shown - low) / ((high - low) or 1)).nan_to_num(0.0).clamp(0, 1)
-    ink = 1 - unit if channels == 1 else unit
-    bytes_ = (255 * ink).round().to(torch.uint8)
+    unit = ((shown - black) / ((white - black) or 1)).nan_to_num(0.0).clamp(0, 1)
+    bytes_ = (255 * unit).round().to(torch.uint8)
     padded = torch.nn.functional.pad(bytes_, (0, MARGIN, 0, MARGIN), value=PAPER)
     rows, columns, _, h, w = padded.shape
     picture = padded.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, channels)

@@ -3,14 +3,17 @@
 import fcntl
 import json
 import shutil
+import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rcm import evaluate
+from rcm import evaluate, train
+from rcm.data.digits import DigitsConfig
 from rcm.evaluation.evaluator import EVALUATION_SEED, NOISE_SEED, Evaluator
 from rcm.validation import MAX_INTEGER
 from tests.rcm.commands.tiny_run import one_line_of, start, start_method
@@ -250,6 +253,59 @@ def test_weights_that_are_missing_damaged_or_of_another_model_are_named(
         assert words in line
         assert name in line
         assert files(run).keys() <= before.keys()
+
+
+def test_too_few_samples_to_score_end_with_one_line(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation_samples": 6}))
+    assert evaluate.main([str(run), *FEW]) == 1
+    line = one_line_of(capsys)
+    assert line.startswith("error: the 6 real samples cannot be scored: ")
+    assert line.endswith("That takes a larger --samples or more images per class\n")
+
+
+def test_changed_data_are_not_scored(run: Path, capsys: pytest.CaptureFixture) -> None:
+    path = run / "data.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"samples": 199, "class_names": list("abcdefghij")}))
+    before = files(run)
+    assert evaluate.main([str(run), *FEW]) == 1
+    assert one_line_of(capsys) == (
+        f"error: the data are not those that {run} was trained on: their samples and class_names "
+        "changed; restore them\n"
+    )
+    assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "a.gz"), "a file of digits cannot be read: [Err"),
+        (EOFError("ended before"), "a file of digits cannot be read: ended before"),
+        (zlib.error("Error -3"), "a file of digits cannot be read: Error -3"),
+        (ImportError("pip install it"), "pip install it"),
+    ],
+)
+@pytest.mark.parametrize("command", [evaluate, train])
+def test_data_that_cannot_be_read_end_with_one_line(
+    command: ModuleType,
+    error: Exception,
+    words: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def load(config: DigitsConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(DigitsConfig, "load", load)
+    argv = [str(run)] if command is evaluate else ["--folder", str(tmp_path / "new")]
+    assert command.main(argv) == 1
+    assert words in one_line_of(capsys)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_that_cannot_be_written_does_not_lose_the_table(

@@ -126,6 +126,36 @@ def test_scores_use_some_samples_and_the_classifier_all(
     assert used == {"evaluator": [0] * 4 + [1] * 4, "classifier": 16}
 
 
+@pytest.mark.parametrize(
+    ("each", "options"),
+    [
+        (2, ("--teacher.batch", "4", "--student.batch", "4")),
+        (8, ("--evaluation-samples", "4")),
+        (8, ("--evaluation-samples", "6")),
+    ],
+)
+def test_too_few_samples_to_score_are_noticed_before_the_training(
+    each: int,
+    options: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def trained(*arguments: object, **options: object) -> None:
+        raise AssertionError("a network was trained")
+
+    monkeypatch.setattr(run_from_scratch, "train", trained)
+    folder = write_class_folders(tmp_path / "images")
+    for path in folder.glob("*/*.png"):
+        if int(path.stem) >= each:
+            path.unlink()
+    command = ["images", *SHORT, "--data.folder", str(folder), "--folder", str(tmp_path / "run")]
+    assert train.main([*command, *options]) == 1
+    line = one_line_of(capsys)
+    assert "real samples cannot be scored: each half of them must have at least 4" in line
+    assert "takes more images per class or a larger --evaluation-samples; there is no" in line
+
+
 def unequal(folder: Path) -> Path:
     write_class_folders(folder)
     save_image(folder / "dog" / "9.png", random_images(1, 12)[0])

@@ -56,6 +56,7 @@ VALUES = {
     "model.heads": (*NOT_POSITIVE_INTEGERS, "3", "128"),
     "model.patch": (*NOT_POSITIVE_INTEGERS, "3", "16"),
     "model.time-embedding": ("x", "Fourier"),
+    "model.precision": ("x", "float16", "Float32", ""),
     "model.label-std": ("-1", "101", "nan", "x"),
     "evaluation-samples": (*NOT_POSITIVE_INTEGERS, "3"),
     "teacher.iterations": NOT_POSITIVE_INTEGERS,

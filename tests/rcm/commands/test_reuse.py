@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcm import train
 from rcm.data.digits import DigitsConfig
-from tests.rcm.commands.tiny_run import metrics, one_line_of, start, start_method
+from tests.rcm.commands.tiny_run import ANY_METHOD, metrics, one_line_of, start, start_method
 
 pytestmark = pytest.mark.xdist_group("train")
 
 
 def edit_settings(run: Path, **changed: object) -> None:
-    path = run / "config.json"
+    edit(run / "config.json", changed)
+
+
+def edit_facts(run: Path, **changed: object) -> None:
+    edit(run / "data.json", changed)
+
+
+def edit(path: Path, changed: dict[str, object]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
@@ -102,6 +110,21 @@ def test_a_teacher_of_other_data_is_refused(
     monkeypatch.setattr(DigitsConfig, "__eq__", lambda self, other: False)
     assert start_method(tmp_path / "run", "scm", finished) == 1
     assert f"{finished} was trained on DigitsConfig()" in one_line_of(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--student.start"])
+def test_weights_for_other_classes_are_refused(
+    option: str, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As after a folder of a class was renamed: as many classes, in another order."""
+    edit_facts(other, samples=100, class_names=list("abcdefghij"))
+    command = ["--method", "dmd", "--folder", str(tmp_path / "run"), *ANY_METHOD]
+    assert train.main([*command, option, str(other)]) == 1
+    assert one_line_of(capsys) == (
+        f"error: the data are not those that {other} was trained on: their class_names changed; "
+        "restore them, or use a run on these data\n"
+    )
     assert not (tmp_path / "run").exists()
 
 

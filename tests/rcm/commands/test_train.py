@@ -1,6 +1,7 @@
 """What a user sees of `python -m rcm.train`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from rcm import run, train
 from rcm.evaluation.evaluator import Evaluator
+from rcm.presets import PRESETS
+from rcm.training.loop import phase_text
 from rcm.training.trainer import Trainer
 from tests.rcm.commands.tiny_run import TINY, error_of, metrics, start, stop_at
 
@@ -197,6 +200,11 @@ def test_a_run_says_what_is_next_and_can_be_interrupted_while_it_scores(
     assert "student-0000010; repeat the command to continue" in printed.err
     assert start(tmp_path / "run", *RARELY) == 0
     assert next_lines() == ["next: classifier of digits; then scores", "next: scores"]
+
+
+def test_one_iteration_is_singular() -> None:
+    teacher = replace(PRESETS["digits"].config("rcm").phases()[0], iterations=1, batch=16)
+    assert phase_text("teacher", teacher) == "teacher, 1 iteration of 16"
 
 
 def test_a_student_without_times_for_four_steps_is_sampled_in_fewer(tmp_path: Path) -> None:

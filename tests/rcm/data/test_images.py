@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from rcm.data.dataset import evenly_spaced, halves
+from rcm.data.image_folder import _class_order
 from rcm.data.images import ImagesConfig
 from rcm.data.pixels import PixelDataset, Pixels
 from tests.rcm.data.image_files import (
@@ -136,6 +137,13 @@ def test_classes_with_numbers_are_ordered_by_number(tmp_path: Path) -> None:
         for i, pixels in enumerate(random_images(2)):
             save_image(tmp_path / name / "more" / f"{i}.png", pixels)
     assert load(tmp_path).facts.class_names == ("2", "9", "10")
+
+
+def test_numbers_of_one_value_have_one_order() -> None:
+    names = [zeros * "0" + "1" for zeros in range(20)]
+    expected = sorted(names, key=len, reverse=True)  # 0 is before 1
+    for labels in (names, names[::-1]):
+        assert sorted(labels, key=_class_order(labels)) == expected
 
 
 def test_gray_images_among_coloured_ones_become_coloured(tmp_path: Path) -> None:

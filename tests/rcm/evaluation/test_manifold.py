@@ -84,6 +84,18 @@ def test_a_collapsed_student_covers_nothing() -> None:
     assert recall == 0
 
 
+@pytest.mark.parametrize("norm", [1e5, 1e8])
+def test_a_feature_far_away_does_not_change_what_others_cover(norm: float) -> None:
+    """Neither one among the points nor one among the centres."""
+    points, centres = 3 * torch.randn(24, 4).double(), torch.randn(20, 4).double()
+    points[5] = centres[7] = norm * torch.tensor([1.0, -1.0, 1.0, 0.5]).double()
+    points[5] *= -2
+    others = torch.cat([points[:5], points[6:]])
+    assert 0 < covered(others, centres, 3) < 0.5
+    for some in (points, others):
+        assert Manifold(centres).coverage(some) == covered(some, centres, 3)
+
+
 def test_invalid_features_raise() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"n > 3.*got \(3, 3\)"):

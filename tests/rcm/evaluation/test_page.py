@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from rcm.data.dataset import DataFacts
 from rcm.evaluation.page.collect import read_runs
 from rcm.evaluation.page.metrics_file import thinned
 from rcm.evaluation.page.page import page
@@ -230,6 +232,22 @@ def test_pictures_show_samples_in_the_range_of_the_data(channels: int, tmp_path:
         assert tiles[:, 3, :, 3, 0] == pytest.approx(expected.numpy(), abs=1)
     assert images["data"]["width"] == "146"  # twice the pixels
     assert "a, student, 1 step" in (images["1 step"]["alt"] or "")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("black", "white"), [(-1.5, 1.5), (1.5, -1.5)])
+def test_pictures_have_the_black_and_white_of_the_data(
+    channels: int, black: float, white: float, tmp_path: Path
+) -> None:
+    """As a run's own grid: gray photographs are no negatives."""
+    runs = [write_run(tmp_path / name, channels=channels) for name in "ab"]
+    facts = DataFacts(sample_shape=(1, 8, 8), classes=10, samples=80, black=black, white=white)
+    (runs[1] / "data.json").write_text(json.dumps(asdict(facts)))
+    picture = pixels(next(page_of(*runs).all("img")))
+    tiles = picture[1:, 1:].reshape(CLASSES, 9, COUNT, 9, -1)
+    expected = 255 * (samples()["data"][:, 0, 0, 0] - black) / (white - black)
+    found = tiles[:, 3, :, 3, 0].flatten()
+    assert found == pytest.approx(expected.numpy(), abs=1)
 
 
 def test_data_and_a_common_teacher_are_shown_once(tmp_path: Path) -> None:
