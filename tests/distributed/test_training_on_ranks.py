@@ -44,6 +44,7 @@ def test_two_ranks_print_each_line_once(folder: Path) -> None:
     assert ranks.codes() == [0]
     last = folder / "checkpoints" / "student-0000002"
     assert ranks.output.read_text() == (
+        "next: student (rcm), 2 iterations of 4\n"
         f"finished 2 iterations; the last intact checkpoint is {last}\n"
     )
 
