@@ -30,6 +30,7 @@ Training:
                       compares runs
     presets           functions that return a config
     run               a run: run_from_scratch trains its own teacher, run_pretrained takes one
+    trained_networks  the settings and networks of a run folder, for the commands below
     train, sample, evaluate, report
                       the commands; python -m rcm.data.check reads a data set
 
