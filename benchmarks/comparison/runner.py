@@ -120,9 +120,9 @@ class Runner:
                 return f"{other.name}: {problem}"
         weights: list[str] = []
         if run.teacher is not None:
-            weights += ["--teacher", str(self.folder / run.teacher.name)]
+            weights += ["--teacher", str(self._path(run.teacher))]
         if run.start is not None:
-            weights += ["--student.start", str(self.folder / run.start.name)]
+            weights += ["--student.start", str(self._path(run.start))]
         code, output = self._command(
             run,
             *("rcm.train", run.preset, "--folder", str(folder), "--method", run.method),
@@ -137,9 +137,12 @@ class Runner:
             raise self._failure(run, output)
         return None
 
+    def _path(self, run: Run) -> Path:
+        return self.folder / run.name
+
     def _folder(self, run: Run) -> Path:
         """The folder to train a run in: new, or with what these settings have made so far."""
-        folder, settings = self.folder / run.name, self._beside(run, "json")
+        folder, settings = self._path(run), self._beside(run, "json")
         key = run.training_key()
         if not folder.exists() or not settings.exists() or json.loads(settings.read_text()) != key:
             delete_run_folder(folder)
@@ -150,7 +153,7 @@ class Runner:
 
     def _beside(self, run: Run, kind: str) -> Path:
         """A file beside the folder of a run, since rcm.train refuses files of others in it."""
-        folder = self.folder / run.name
+        folder = self._path(run)
         return folder.with_name(f"{folder.name}.{kind}")
 
     def _result(self, run: Run, problem: str | None) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class Runner:
                 "diverged": problem,
                 "rows": [],
             }
-        folder = self.folder / run.name
+        folder = self._path(run)
         # The reference alone, unless the run asks for more rows of the teacher.
         options = ["--teacher-steps", "32", *run.evaluation]
         code, output = self._command(run, "rcm.evaluate", str(folder), *options)

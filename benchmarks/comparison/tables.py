@@ -133,19 +133,20 @@ def teachers(results: Results, preset: str) -> str:
 
 def mid_times(results: Results) -> str:
     """The FD of two and four steps by the schedule, at the chosen rate and with that seed."""
+    chosen = {chosen_name(method, rate) for method, rate in RATE.items()}
     found: dict[str, dict[tuple[float, ...], float]] = {}
-    for method, rate in RATE.items():
-        result = results.content["runs"].get(chosen_name(method, rate))
-        if result is not None and "--mid-times" in result["settings"]["evaluation"]:
-            found[method] = {
+    for run in runs_of("learning-rates", choice=True):
+        result = results.find(run) if run.name in chosen and run.evaluation else None
+        if result is not None:
+            found[run.method] = {
                 tuple(row["mid_times"]): row["frechet_distance"]
                 for row in result["rows"]
                 if row["network"] == "student" and row["mid_times"]
             }
-    schedules = sorted({times for distances in found.values() for times in distances})
+    schedules = {times for distances in found.values() for times in distances}
     head = [f"| mid times | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     lines = []
-    for times in sorted(schedules, key=len):
+    for times in sorted(schedules, key=lambda times: (len(times), times)):
         cells = [f"{d[times]:.2f}" if times in d else "" for d in found.values()]
         lines.append(f"| {', '.join(f'{t:g}' for t in times)} | {' | '.join(cells)} |")
     return _table(head, lines)

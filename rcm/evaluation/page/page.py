@@ -159,11 +159,7 @@ def _quality(runs: list[Run], key: str) -> list[Markup]:
         "2n − 1 evaluations. The dashed line is one half of the real data against the other; "
         "samples can be closer to the data than that, because there are more of them."
     )
-    return [
-        element("h3", "Quality against network evaluations"),
-        element("p", text),
-        element("div", *figures, class_="plots"),
-    ]
+    return _plots("Quality against network evaluations", text, figures)
 
 
 def _curves(runs: list[Run]) -> list[Markup]:
@@ -176,8 +172,13 @@ def _curves(runs: list[Run]) -> list[Markup]:
             "of iterations: the line is the median of a bin, the shaded area reaches from its "
             "smallest to its largest value, as far as the axis goes."
         )
+    return _plots("Training", text, figures)
+
+
+def _plots(title: str, text: str, figures: list[Markup]) -> list[Markup]:
+    """A heading, what the figures show, and the figures."""
     return [
-        element("h3", "Training"),
+        element("h3", title),
         element("p", text),
         element("div", *figures, class_="plots"),
     ]
