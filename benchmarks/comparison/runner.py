@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from comparison.cost import config_of
 from comparison.run import Run
 from comparison.samples import keep_samples
 from environment import environment
@@ -34,7 +35,8 @@ from rcm.training.run_folder import delete_run_folder
 
 COLLAPSED = re.compile(r"iteration (\d+): the student collapsed")
 DIVERGED = re.compile(r"error: iteration \d+: |the training diverged")
-REPORT_EVERY = "1000000"  # iterations: only the report at the end
+# Only the report at the end, of few samples: rcm.evaluate scores them all.
+FEW_REPORTS = ("--report-every", "1000000", "--evaluation-samples", "200")
 DIGITS = 5  # significant, of the scores that are kept
 
 
@@ -126,7 +128,7 @@ class Runner:
         code, output = self._command(
             run,
             *("rcm.train", run.preset, "--folder", str(folder), "--method", run.method),
-            *("--seed", str(run.seed), "--report-every", REPORT_EVERY, "--on-collapse", "continue"),
+            *("--seed", str(run.seed), "--on-collapse", "continue", *FEW_REPORTS),
             *weights,
             *run.options,
         )
@@ -167,7 +169,8 @@ class Runner:
             }
         folder = self._path(run)
         # The reference alone, unless the run asks for more rows of the teacher.
-        options = ["--teacher-steps", "32", *run.evaluation]
+        samples = config_of(run.preset, run.method).evaluation_samples
+        options = ["--samples", str(samples), "--teacher-steps", "32", *run.evaluation]
         code, output = self._command(run, "rcm.evaluate", str(folder), *options)
         if code:
             raise self._failure(run, output)

@@ -51,6 +51,7 @@ def random_weights() -> Weights:
 def save_teacher_run(folder: Path) -> None:
     """Write what other runs need of a run whose teacher is finished."""
     (folder / "config.json").write_text(json.dumps(asdict(digits_config("scm", 4))))
+    (folder / "data.json").write_text(json.dumps(asdict(load_digits().facts)))
     save_weights(folder / "teacher.safetensors", random_weights())
 
 
