@@ -44,7 +44,7 @@ BEST_DIFFERENCE = {"float32": 3e-3, "bfloat16": 3e-2}
 """The best step of central differences, by the study `differences`."""
 DISCRETE_STEPS = (8, 32, 128, 1024, 4096)
 MID_TIMES = ("0.5", "0.7", "0.9", "1.1", "1.3", "1.5")
-SCHEDULES = ("1.5,1.4,1.0", "1.3,1.0,0.6", "1.2,0.9,0.5", "1.1,0.8,0.5", "1.1,0.7,0.4")
+SCHEDULES = ("1.1,0.7,0.4", "1.1,0.4,0.1", "1.0,0.5,0.2", "0.9,0.6,0.3", "0.7,0.4,0.2")
 SHIFT = math.log(5.0)  # a shift of rectified flow's time by 5 adds this to log σ
 
 
