@@ -35,10 +35,12 @@ from rcm.evaluation.evaluator import (
     REFERENCE,
     REFERENCE_STEPS,
     Evaluator,
+    Reference,
     Source,
     student_source,
 )
 from rcm.evaluation.features import named_features
+from rcm.evaluation.kept_reference import load_reference, reference_file, save_reference
 from rcm.evaluation.report import table
 from rcm.trained_networks import load_network, read_config, reported_iteration
 from rcm.training.config import FromScratchConfig
@@ -71,6 +73,9 @@ class Arguments:
     features: str = "classifier"
     """Where samples are compared: classifier, pixels, inception, or package.module:function, a
     function of yours that returns a torch module or another callable: samples -> (n, dim)."""
+    reference_folder: Path | None = None
+    """A folder that keeps the teacher's samples with 32 steps, which all others are compared with:
+    those of one teacher, noise and data are then drawn once for all of its students."""
     out: Path | None = None
     """The JSON file to write instead of evaluation.json and evaluation.safetensors in the run
     folder."""
@@ -142,9 +147,15 @@ def evaluate(arguments: Arguments) -> None:
     rows = {f"real {config.data.name}, half against half": evaluator.real_row()}
     # Of the data, the reference and the student with the run's own times.
     panels = {"data": chosen.samples}
-    drawn = [REFERENCE, *(source for source in titled.values() if source != REFERENCE)]
+    drawn = [source for source in titled.values() if source != REFERENCE]
+    kept, reference = _kept_reference(arguments, evaluator, config)
+    if reference is None:
+        drawn.insert(0, REFERENCE)
     with evaluator.progress(f"scoring {arguments.run}", drawn, shown=True) as counted:
-        reference = evaluator.reference(counted(teacher))
+        if reference is None:
+            reference = evaluator.reference(counted(teacher))
+            if kept is not None:
+                save_reference(kept, reference.samples)
         panels[f"teacher-{REFERENCE_STEPS}"] = reference.samples
         for title, source in titled.items():
             if source.network == "teacher":
@@ -229,8 +240,24 @@ def _chosen(arguments: Arguments, config: FromScratchConfig, data: LabelledData)
     return data.subset(evenly_spaced(count, len(data)))
 
 
+def _kept_reference(
+    arguments: Arguments, evaluator: Evaluator, config: FromScratchConfig
+) -> tuple[Path | None, Reference | None]:
+    """The file of --reference-folder, and its reference if it is there. Raises RunError."""
+    folder = arguments.reference_folder
+    if folder is None:
+        return None, None
+    file = reference_file(folder, evaluator, config, arguments.run / TEACHER_WEIGHTS)
+    if not file.exists():
+        return file, None
+    return file, evaluator.as_reference(load_reference(file, evaluator.noise))
+
+
 def _require_writable(arguments: Arguments) -> None:
     """Raise OptionError if the results cannot be written, or would replace another file."""
+    folder = arguments.reference_folder
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise OptionError(f"--reference-folder is {folder}; it must be a folder")
     if arguments.out is None:
         command_line.require_writable(arguments.run / JSON)
         return

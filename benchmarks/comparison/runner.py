@@ -170,8 +170,11 @@ class Runner:
         folder = self._path(run)
         # The reference alone, unless the run asks for more rows of the teacher.
         samples = config_of(run.preset, run.method).evaluation_samples
-        options = ["--samples", str(samples), "--teacher-steps", "32", *run.evaluation]
-        code, output = self._command(run, "rcm.evaluate", str(folder), *options)
+        code, output = self._command(
+            run,
+            *("rcm.evaluate", str(folder), "--reference-folder", str(self.folder / "references")),
+            *("--samples", str(samples), "--teacher-steps", "32", *run.evaluation),
+        )
         if code:
             raise self._failure(run, output)
         evaluation = json.loads((folder / "evaluation.json").read_text())

@@ -173,7 +173,10 @@ class Evaluator:
 
     def reference(self, teacher: Network) -> Reference:
         """The teacher's samples with 32 steps."""
-        samples = self.teacher_samples(teacher, REFERENCE)
+        return self.as_reference(self.teacher_samples(teacher, REFERENCE))
+
+    def as_reference(self, samples: Tensor) -> Reference:
+        """Samples (n, ...) of the teacher with 32 steps that were drawn before."""
         return Reference(samples, _diversity(samples, self.data.labels))
 
     def teacher_samples(self, teacher: Network, source: Source) -> Tensor:

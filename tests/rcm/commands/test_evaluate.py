@@ -171,6 +171,35 @@ def test_fewer_samples_in_other_features_into_another_file(run: Path, tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "scores.json"]
 
 
+def test_evaluations_share_the_reference_of_one_teacher_and_noise(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "references"
+    options = ["--teacher-steps", "32", "--steps", "1", "--reference-folder", str(folder)]
+    without = scored(run, *options[:4])
+    first = scored(run, *options)
+    (file,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "reference", None)  # is not drawn again
+        assert scored(run, *options) == first == without
+
+    scored(run, *options, "--seed", "1")
+    scored(run, *options, "--samples", "100")
+    weights = load_file(run / "teacher.safetensors")
+    save_file({n: 0.5 * w for n, w in weights.items()}, run / "teacher.safetensors")
+    scored(run, *options)
+    assert len(list(folder.iterdir())) == 4
+
+    save_file(weights, run / "teacher.safetensors")
+    save_file({"samples": torch.zeros(3)}, file)
+    capsys.readouterr()
+    assert evaluate.main([str(run), *options]) == 1
+    assert f"{file} does not hold the samples of a teacher; delete it" in one_line_of(capsys)
+    (tmp_path / "file").touch()
+    assert evaluate.main([str(run), *options[:-1], str(tmp_path / "file" / "below")]) == 1
+    assert "Not a directory" in one_line_of(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -191,6 +220,7 @@ def test_fewer_samples_in_other_features_into_another_file(run: Path, tmp_path: 
         (["--features", "pixel"], "--features is 'pixel'; it must be classifier, pixels"),
         (["--out", "/nowhere/a.json"], "--out is /nowhere/a.json; its folder /nowhere does not"),
         (["--out", "/"], "--out is /; it must be a file, not a folder"),
+        (["--reference-folder", "/dev/null"], "--reference-folder is /dev/null; it must be a fol"),
         (["--sample", "40"], "perhaps you meant --samples"),
     ],
 )
