@@ -25,11 +25,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from comparison.cost import config_of
 from comparison.run import Run
 from comparison.samples import keep_samples
 from environment import environment
 
+from rcm.presets.from_scratch import FROM_SCRATCH
 from rcm.training.files import write_atomically
 from rcm.training.run_folder import delete_run_folder
 
@@ -169,7 +169,7 @@ class Runner:
             }
         folder = self._path(run)
         # The reference alone, unless the run asks for more rows of the teacher.
-        samples = config_of(run.preset, run.method).evaluation_samples
+        samples = FROM_SCRATCH[run.preset].evaluation_samples
         code, output = self._command(
             run,
             *("rcm.evaluate", str(folder), "--reference-folder", str(self.folder / "references")),

@@ -13,14 +13,13 @@ from comparison.runner import Results
 from comparison.studies import CHOICE_SEED, RATE, STUDIES, chosen_name, teacher
 
 STEPS = (1, 2, 4)
-METRICS: dict[str, str] = {
-    "frechet_distance": ".2f",
-    "label_agreement": ".3f",
-    "diversity_ratio": ".2f",
-    "recall": ".2f",
-    "same_noise_rmse": ".3f",
+METRICS: dict[str, tuple[str, str]] = {  # the head and the format of a column
+    "frechet_distance": ("FD ↓", ".2f"),
+    "label_agreement": ("label agreement ↑", ".3f"),
+    "diversity_ratio": ("diversity ratio", ".2f"),
+    "recall": ("recall ↑", ".2f"),
+    "same_noise_rmse": ("RMSE ↓", ".3f"),
 }
-CELL = "FD ↓ / label agreement ↑ / diversity ratio / recall ↑ / RMSE ↓"
 
 
 def rows_of(result: dict[str, Any], network: str, steps: int) -> list[dict[str, Any]]:
@@ -58,50 +57,39 @@ def _amiss(seeds: list[dict[str, Any]], planned: int) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def cell(rows: list[dict[str, Any]]) -> str:
+def cells(rows: list[dict[str, Any]]) -> list[str]:
     """Means over seeds of every metric; the FD with the lowest and the highest of several seeds."""
     parts = []
-    for name, form in METRICS.items():
+    for name, (_, form) in METRICS.items():
         values = [row[name] for row in rows]
         text = f"{mean(values):{form}}"
         if name == "frechet_distance" and len(values) > 1:
             text += f" ({min(values):{form}}–{max(values):{form}})"
         parts.append(text)
-    return " / ".join(parts)
+    return parts
 
 
 def methods(results: Results, study: str) -> str:
-    """Every method at 1, 2 and 4 steps: means over the seeds that have not diverged."""
+    """Every kind of run at 1, 2 and 4 steps: means over the seeds that have not diverged."""
     runs = runs_of(study)
     found = by_what(results, runs)
     titled = titles(runs, found)
-    head = [f"| method | iterations | {' | '.join(map(_steps, STEPS))} |", "|---|---|---|---|---|"]
-    return _table(
-        head,
-        [
-            f"| {titled[what]} | {seeds[0]['iterations']} | {_cells(seeds)} |"
-            for what, seeds in found.items()
-        ],
-    )
-
-
-def _table(head: list[str], lines: list[str]) -> str:
-    return "\n".join(head + lines) if lines else ""
-
-
-def _steps(steps: int) -> str:
-    return f"{steps} step{'s' if steps > 1 else ''}"
-
-
-def _cells(seeds: list[dict[str, Any]]) -> str:
-    finished = [seed for seed in seeds if seed["rows"]]
-    if not finished:
-        return " | ".join(["diverged"] * len(STEPS))
-    cells = []
+    lines = []
     for steps in STEPS:
-        rows = [rows_of(seed, "student", steps)[0] for seed in finished]
-        cells.append(cell(rows))
-    return " | ".join(cells)
+        for what, seeds in found.items():
+            rows = [rows_of(seed, "student", steps)[0] for seed in seeds if seed["rows"]]
+            scores = cells(rows) if rows else ["diverged"] + [""] * (len(METRICS) - 1)
+            lines.append([str(steps), titled[what], str(seeds[0]["iterations"]), *scores])
+    return _table(["steps", "run", "iterations", *_METRIC_HEADS], lines)
+
+
+_METRIC_HEADS = [head for head, _ in METRICS.values()]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown; without lines it is empty."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if lines else ""
 
 
 def learning_rates(results: Results) -> str:
@@ -117,8 +105,8 @@ def learning_rates(results: Results) -> str:
             else "diverged"
             for steps in STEPS
         ]
-        lines.append(f"| {titled[what]} | {' | '.join(distances)} |")
-    return _table(["| run | FD at 1 step | 2 steps | 4 steps |", "|---|---|---|---|"], lines)
+        lines.append([titled[what], *distances])
+    return _table(["run", "FD at 1 step", "2 steps", "4 steps"], lines)
 
 
 def teachers(results: Results, preset: str) -> str:
@@ -126,8 +114,8 @@ def teachers(results: Results, preset: str) -> str:
     result = results.find(teacher(preset))
     rows = [] if result is None else [r for r in result["rows"] if r["network"] == "teacher"]
     return _table(
-        [f"| Heun steps | network evaluations | {CELL} |", "|---|---|---|"],
-        [f"| {row['steps']} | {row['evaluations']} | {cell([row])} |" for row in rows],
+        ["Heun steps", "network evaluations", *_METRIC_HEADS],
+        [[str(row["steps"]), str(row["evaluations"]), *cells([row])] for row in rows],
     )
 
 
@@ -144,29 +132,23 @@ def mid_times(results: Results) -> str:
                 if row["network"] == "student" and row["mid_times"]
             }
     schedules = {times for distances in found.values() for times in distances}
-    head = [f"| mid times | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     lines = []
     for times in sorted(schedules, key=lambda times: (len(times), times)):
-        cells = [f"{d[times]:.2f}" if times in d else "" for d in found.values()]
-        lines.append(f"| {', '.join(f'{t:g}' for t in times)} | {' | '.join(cells)} |")
-    return _table(head, lines)
+        scores = [f"{d[times]:.2f}" if times in d else "" for d in found.values()]
+        lines.append([", ".join(f"{t:g}" for t in times), *scores])
+    return _table(["mid times", *found], lines)
 
 
 def costs(results: Results) -> str:
     """Network evaluations of an iteration, and its time in the last phase."""
-    head = [
-        "| preset | method | evaluations per iteration, mean over a run "
-        "| ms per iteration, last phase | time relative to scm |",
-        "|---|---|---|---|---|",
-    ]
+    head = ["preset", "method", "evaluations per iteration, mean over a run"]
+    head += ["ms per iteration, last phase", "time relative to scm"]
     lines = []
     for preset, costs in results.content.get("costs", {}).items():
         unit = costs["scm"]["seconds"]
         for method, cost in costs.items():
-            lines.append(
-                f"| {preset} | {method} | {cost['evaluations']:.1f} | {1000 * cost['seconds']:.0f} "
-                f"| {cost['seconds'] / unit:.2f} |"
-            )
+            times = [f"{1000 * cost['seconds']:.0f}", f"{cost['seconds'] / unit:.2f}"]
+            lines.append([preset, method, f"{cost['evaluations']:.1f}", *times])
     return _table(head, lines)
 
 

@@ -47,11 +47,14 @@ def test_a_table_says_how_many_seeds_diverged_collapsed_or_are_missing(results: 
     results.add(RUNS[2], DIVERGED)
     results.add(RUNS[3], FINISHED | {"collapsed": 5})
     table = tables.methods(results, "digits")
-    assert "| scm (2 of 3 diverged) | 7 | 2.00 / " in table
-    assert "| dmd (1 of 3 seeds, 1 of 1 collapsed) | 7 | 2.00 / " in table
+    assert "| 1 | scm (2 of 3 diverged) | 7 | 2.00 | " in table
+    assert "| 4 | dmd (1 of 3 seeds, 1 of 1 collapsed) | 7 | 2.00 | " in table
     for run in RUNS[:3]:
         results.add(run, FINISHED)
-    assert "| scm | 7 | 2.00 (2.00–2.00) / " in tables.methods(results, "digits")
+    assert "| 2 | scm | 7 | 2.00 (2.00–2.00) | " in tables.methods(results, "digits")
+    for run in RUNS[:3]:
+        results.add(run, DIVERGED)
+    assert "| 2 | scm (3 of 3 diverged) | 7 | diverged |" in tables.methods(results, "digits")
 
 
 def test_the_figure_leaves_out_seeds_that_diverged(
