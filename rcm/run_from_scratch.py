@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from itertools import chain
 
 import torch
@@ -100,9 +101,12 @@ def run_from_scratch(
     with evaluator.progress("sampling the teacher", [REFERENCE], shown=layout.is_main) as counted:
         reference = evaluator.reference(counted(teacher))
 
+    @cache  # the report of the last iteration has its final scores
+    def student_rows(iteration: int) -> dict[str, Row]:
+        return _evaluate_student(distillation, evaluator, reference, folder, facts)
+
     def report() -> None:
-        found = _evaluate_student(distillation, evaluator, reference, folder, facts)
-        for name, row in found.items():
+        for name, row in student_rows(distillation.iteration).items():
             metrics = {"samples": name, **row.scores.as_dict()}
             folder.log(distillation.name, distillation.iteration, metrics)
             if layout.is_main:
@@ -128,7 +132,7 @@ def run_from_scratch(
     with evaluator.progress("scoring the teacher", sources, shown=layout.is_main) as counted:
         for source in sources:
             rows[str(source)] = evaluator.teacher_row(counted(teacher), source, reference)
-    rows |= _evaluate_student(distillation, evaluator, reference, folder, facts)
+    rows |= student_rows(distillation.iteration)
     origin = {
         "preset": config.preset,
         "method": config.method,

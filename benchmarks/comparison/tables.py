@@ -8,9 +8,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from comparison.cost import config_of
 from comparison.run import Run
 from comparison.runner import Results
-from comparison.studies import CHOICE_SEED, RATE, STUDIES, chosen_name, teacher
+from comparison.studies import CHOICE_SEED, RATE, RATES, STUDIES, chosen_name, teacher
+
+from rcm.evaluation.evaluator import student_source
 
 STEPS = (1, 2, 4)
 METRICS: dict[str, tuple[str, str]] = {  # the head and the format of a column
@@ -93,20 +96,35 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def learning_rates(results: Results) -> str:
-    """The FD of every method by its learning rate, with the seed that chooses."""
+    """The FD at 1, 2 and 4 steps by method and learning rate, with the seed that chooses."""
+    runs = {run.name: run for run in runs_of("learning-rates", choice=True)}
     lines = []
-    runs = runs_of("learning-rates", choice=True)
-    found = by_what(results, runs)
-    titled = titles(runs, found)
-    for what, (result, *_) in found.items():
-        distances = [
-            f"{rows_of(result, 'student', steps)[0]['frechet_distance']:.2f}"
-            if result["rows"]
-            else "diverged"
-            for steps in STEPS
-        ]
-        lines.append([titled[what], *distances])
-    return _table(["run", "FD at 1 step", "2 steps", "4 steps"], lines)
+    for method, chosen in RATE.items():
+        tried = {rate: runs.get(chosen_name(method, rate)) for rate in RATES}
+        if any(run is not None and results.find(run) for run in tried.values()):
+            scores = {
+                r: "" if run is None else _distances(results, run) for r, run in tried.items()
+            }
+            scores[chosen] = f"**{scores[chosen]}**"
+            lines.append([method, *scores.values()])
+    return _table(["method", *(f"{rate:g}" for rate in RATES)], lines)
+
+
+def _distances(results: Results, run: Run) -> str:
+    """The FD at each number of steps, and whether the run collapsed or diverged."""
+    result = results.find(run)
+    if result is None:
+        return ""
+    if not result["rows"]:
+        return "diverged"
+    student = config_of(run.preset, run.method).student
+    scores = []
+    for steps in STEPS:
+        wanted = student_source(student, steps).mid_times  # of the preset today
+        rows = rows_of(result, "student", steps)
+        row = next(r for r in rows if wanted is None or r["mid_times"] == list(wanted))
+        scores.append(f"{row['frechet_distance']:.2f}")
+    return " / ".join(scores) + ("" if result.get("collapsed") is None else ", collapsed")
 
 
 def teachers(results: Results, preset: str) -> str:

@@ -238,11 +238,13 @@ def _decoded(path: Path, mode: str, size: int) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image]:
-    """An image file whose pixels are not read yet. Raises RunError for whatever fails inside."""
-    from PIL import Image
+    """An image file, turned upright as its EXIF data say. Its pixels are not read yet unless it was
+    turned. Raises RunError for whatever fails inside."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path, formats=FORMATS) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RunError(f"{path} cannot be read as an image ({error})") from error

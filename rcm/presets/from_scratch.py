@@ -95,7 +95,7 @@ MNIST_14 = FromScratch(
     data=MNISTConfig(side=14),
     model=DiTConfig(patch=2, dim=96, depth=3, heads=4, label_std=1.0),
     teacher=FlowMatching(
-        iterations=6000,
+        iterations=10_000,
         batch=64,
         optimizer=OptimizerConfig(lr=2e-3, warmup=100),
         times=LogNormal(mean=0.2, std=1.4),

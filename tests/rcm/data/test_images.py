@@ -167,6 +167,20 @@ def test_size_crops_the_middle_and_resizes(tmp_path: Path) -> None:
     torch.testing.assert_close(last, torch.full_like(last, data.facts.white))
 
 
+def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
+    """Cameras store the turn of a photo in its EXIF data."""
+    write_class_folders(tmp_path, side=4)
+    upright = random_images(2)[1]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: stored lying on its left side
+    stored = Image.fromarray(np.rot90(upright))
+    stored.save(tmp_path / "dog" / "photo.png", exif=exif)
+    Image.fromarray(upright).save(tmp_path / "dog" / "photo2.png")
+    data = load(tmp_path, size=4)
+    photo, expected = data.subset(torch.arange(len(data) - 2, len(data))).samples
+    torch.testing.assert_close(photo, expected)
+
+
 def test_files_that_pillow_must_not_guess_are_refused(tmp_path: Path) -> None:
     """An image of a format that is not in the list, under a name that is."""
     write_class_folders(tmp_path)
