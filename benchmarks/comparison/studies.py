@@ -37,8 +37,17 @@ HIGHEST = dict.fromkeys(METHODS["digits"], 4e-4)
 HIGHEST |= dict.fromkeys(("rcm", "meanflow", "ayf"), 8e-4)
 HIGHEST |= dict.fromkeys(("lcm", "imeanflow", "tvm"), 1.6e-3)
 RATE = {
-    **{"scm": 2e-4, "sct": 2e-4, "rcm": 4e-4, "rcm-staged": 2e-4, "dmd": 1e-4, "dcm": 2e-4},
-    **{"lcm": 8e-4, "meanflow": 4e-4, "imeanflow": 8e-4, "ayf": 4e-4, "tvm": 4e-4},
+    "scm": 2e-4,
+    "sct": 2e-4,
+    "rcm": 4e-4,
+    "rcm-staged": 2e-4,
+    "dmd": 1e-4,
+    "dcm": 2e-4,
+    "lcm": 8e-4,
+    "meanflow": 4e-4,
+    "imeanflow": 8e-4,
+    "ayf": 4e-4,
+    "tvm": 4e-4,
 }
 """The best of RATES for each method, by the study `learning-rates`."""
 CRITIC = {"dmd": 4.0, "rcm": 1.0, "rcm-staged": 1.0}  # learning rate, in units of the student's
