@@ -89,8 +89,8 @@ def test_it_scores_teacher_and_student(run: Path, capsys: pytest.CaptureFixture)
         ("real", None, None, None),
         *(("teacher", n, 2 * n - 1, None) for n in (1, 2, 4, 8, 16, 32)),
         ("student", 1, 1, []),
-        ("student", 2, 2, [1.5]),
-        ("student", 4, 4, [1.5, 1.4, 1.0]),
+        ("student", 2, 2, [0.9]),
+        ("student", 4, 4, [0.9, 0.6, 0.3]),
     ]
     nulls = [(r["network"], name) for r in rows for name in sorted(ROW) if r[name] is None]
     real = ("diversity_ratio", "evaluations", "mid_times", "same_noise_rmse", "steps")
@@ -135,10 +135,10 @@ def test_no_seed_repeats_the_noise_of_a_report(run: Path) -> None:
 
 
 def test_each_schedule_is_a_row(run: Path, capsys: pytest.CaptureFixture) -> None:
-    schedules = ["--mid-times", "0.5", "1.5", "1.3,1.0,0.6"]
+    schedules = ["--mid-times", "0.5", "0.9", "1.3,1.0,0.6"]
     rows = scored(run, "--teacher-steps", "1", "--steps", "2", *schedules)["rows"]
     found = [(row["steps"], row["mid_times"]) for row in rows if row["network"] == "student"]
-    assert found == [(2, [1.5]), (2, [0.5]), (4, [1.3, 1.0, 0.6])]  # 1.5 is the run's own
+    assert found == [(2, [0.9]), (2, [0.5]), (4, [1.3, 1.0, 0.6])]  # 0.9 is the run's own
     assert rows[2]["frechet_distance"] != rows[3]["frechet_distance"]
     assert "| student, 4 steps, mid times 1.3, 1, 0.6 | 4 |" in capsys.readouterr().out
     assert "student-4" not in load_file(run / "evaluation.safetensors")
