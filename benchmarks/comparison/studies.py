@@ -43,11 +43,11 @@ RATE = {
     "rcm-staged": 2e-4,
     "dmd": 1e-4,
     "dcm": 2e-4,
-    "lcm": 8e-4,
+    "lcm": 1.6e-3,
     "meanflow": 4e-4,
-    "imeanflow": 8e-4,
+    "imeanflow": 3.2e-3,
     "ayf": 8e-4,
-    "tvm": 4e-4,
+    "tvm": 3.2e-3,
 }
 """The best of RATES for each method, by the study `learning-rates`."""
 CRITIC = {"dmd": 4.0, "rcm": 1.0, "rcm-staged": 1.0}  # learning rate, in units of the student's

@@ -71,7 +71,11 @@ def test_the_exact_ode_leads_noise_to_the_modes(generator: Generator) -> None:
 LARGEST_ERRORS = {True: (0.08, 0.25, 0.3, 0.4, 0.47), False: (0.2, 0.35, 0.3, 0.4, 0.47)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+# A consistency model and a flow map, ten seconds each; the others take two minutes.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(m, marks=() if m in ("scm", "ayf") else pytest.mark.slow) for m in METHODS],
+)
 def test_a_student_learns_the_exact_map_and_all_modes(name: str, start: PlaneNetwork) -> None:
     method = mixture_method(name)
     student = distilled(method, start)
