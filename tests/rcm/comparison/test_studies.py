@@ -65,6 +65,10 @@ def test_every_method_is_compared_and_the_choice_seed_is_not_reported(
         assert len(compared) == count
         assert {run.method for run in compared} == set(METHODS[preset])
     assert {run.seed for run in cheap_plan["learning-rates"]} == {CHOICE_SEED}
+    # Of the noise of its samples too: --seed 0 is the default of rcm.evaluate.
+    for run in (run for study in cheap_plan.values() for run in study):
+        assert ("--seed" in run.evaluation) == (run.seed != CHOICE_SEED)
+        assert run.teacher is not None and run.teacher.evaluation[-2:] == ("--seed", "1")
 
 
 def test_runs_from_one_student_start_from_that_of_their_seed(
