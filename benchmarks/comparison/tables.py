@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from comparison.choices import CHOICE_SEED, RATE, RATES
 from comparison.cost import config_of
 from comparison.run import Run
 from comparison.runner import Results
-from comparison.studies import CHOICE_SEED, RATE, RATES, STUDIES, chosen_name, teacher
+from comparison.studies import STUDIES, chosen_name, teacher
 
 from rcm.evaluation.evaluator import student_source
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 from comparison import cost, studies
+from comparison.choices import CHOICE_SEED
 from comparison.cost import config_of, evaluations
 from comparison.run import Run
-from comparison.studies import BUDGET, CHOICE_SEED, METHODS, SEEDS, STUDIES, within_budget
+from comparison.studies import BUDGET, METHODS, SEEDS, STUDIES, within_budget
 
 from rcm.presets import PRESETS
 from rcm.train import parse
