@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     except (OptionError, RunError) as error:
         return command_line.report(error)
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted; no scores were written", file=sys.stderr)
         return 130
     return 0
 
