@@ -74,8 +74,13 @@ def cells(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def methods(results: Results, study: str) -> str:
-    """Every kind of run at 1, 2 and 4 steps: means over the seeds that have not diverged."""
+    """Every kind of run at 1, 2 and 4 steps: means over the seeds that have not diverged.
+
+    Changes of sCM are beside sCM without a change.
+    """
     runs = runs_of(study)
+    if study == "ablations":
+        runs = [run for run in runs_of("digits") if run.what == "scm"] + runs
     found = by_what(results, runs)
     titled = titles(runs, found)
     lines = []
