@@ -144,7 +144,7 @@ def chosen_name(method: str, rate: float) -> str:
 
 
 def methods(preset: str) -> Iterator[Run]:
-    """Every method at its learning rate, and some on other data than those of the choice at others."""
+    """Every method at its learning rate, and some at another one where that is unstable."""
     for seed in SEEDS[preset]:
         for method in METHODS[preset]:
             yield student("methods", preset, method, seed)
