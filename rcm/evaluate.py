@@ -1,7 +1,7 @@
 """Score the networks of a run again, with every metric and with noise that the run has not seen.
 
     python -m rcm.evaluate runs/digits                                  # teacher and student
-    python -m rcm.evaluate runs/digits --mid-times 0.7 1.1 1.3,1.0,0.6  # other schedules
+    python -m rcm.evaluate runs/digits-scm --mid-times 0.7 1.1 1.3,1.0,0.6  # other schedules
     python -m rcm.evaluate runs/digits --features pixels --seed 1
 
 It prints a table and writes evaluation.json and evaluation.safetensors into the run folder. The run
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     except (OptionError, RunError) as error:
         return command_line.report(error)
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted; no scores were written", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,7 @@
 """Train a teacher and distil it into a few-step student, or distil a pretrained network.
 
     python -m rcm.train                              the preset `digits`, in runs/digits
-    python -m rcm.train digits --method meanflow     another method, in runs/digits-meanflow
+    python -m rcm.train digits --method rcm          another method, in runs/digits-rcm
     python -m rcm.train digits --method scm --teacher runs/digits    with the teacher of that run
     python -m rcm.train wan-tiny                     a tiny Wan with random weights, on a laptop
     python -m rcm.train wan-tiny --dry-run           build everything, run a few steps

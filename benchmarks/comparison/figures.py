@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from comparison.runner import Results
 from comparison.samples import PER_CLASS, SEED
-from comparison.studies import teacher
+from comparison.studies import METHODS, teacher
 from comparison.tables import STEPS, by_what, rows_of, runs_of, titles
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 PANELS = {
@@ -58,6 +59,9 @@ def draw_quality(path: Path, results: Results, study: str, preset: str) -> None:
         axis.set_xscale("log", base=2)
         if metric == "frechet_distance":
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
         axis.set_xlabel("network evaluations per sample")
         axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
         axis.set_title(title)
@@ -82,7 +86,8 @@ def draw_grid(path: Path, kept: dict[str, Tensor], study: str, preset: str) -> N
     Without samples there is no figure.
     """
     start = f"{study}/{preset}/"
-    methods = list(dict.fromkeys(n.split("/")[2] for n in kept if n.startswith(start)))
+    there = {name.split("/")[2] for name in kept if name.startswith(start)}
+    methods = [method for method in METHODS[preset] if method in there]
     if not methods:
         return
     first = f"{start}{methods[0]}/{SEED}"

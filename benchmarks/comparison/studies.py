@@ -1,9 +1,7 @@
 """The studies of the comparison: each is a list of runs, which share teachers.
 
 Every student of a study has the same budget in network evaluations (cost.py), so that methods whose
-iterations cost more get fewer of them. Warm-ups and phases are fractions of a run. Learning rates,
-steps of differences and mid times were chosen on CHOICE_SEED, which is not among the seeds that are
-reported.
+iterations cost more get fewer of them. Warm-ups and phases are fractions of a run.
 """
 
 from __future__ import annotations
@@ -13,13 +11,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
+from comparison.choices import (
+    BEST_DIFFERENCE,
+    CHOICE_SEED,
+    CRITIC,
+    MID_TIMES,
+    RATE,
+    REPORTED_NOISE,
+    SCHEDULES,
+    STEPS_OF_DIFFERENCES,
+    rates_of,
+)
 from comparison.cost import config_of, evaluations
 from comparison.run import Run
 
 from rcm.methods.samplers import ConsistencyModel
 
-CHOICE_SEED = 9
-REPORTED_NOISE = ("--seed", "1")  # of rcm.evaluate; runs that choose are scored with that of seed 0
 SEEDS = {"digits": (0, 1, 2), "mnist-14": (0, 1)}
 BUDGET = 6000.0  # network evaluations for each sample of a batch: 1200 iterations of scm or so
 SHORT = 0.25  # fraction of the budget of runs that start from a student
@@ -32,43 +39,8 @@ METHODS = {
     ),
     "mnist-14": ("scm", "rcm", "dmd", "ayf", "meanflow"),
 }
-RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
-# The highest of RATES that is tried: above the best one, or where training fails.
-HIGHEST = dict.fromkeys(METHODS["digits"], 4e-4)
-HIGHEST |= {"rcm": 8e-4, "meanflow": 8e-4, "ayf": 1.6e-3}
-HIGHEST |= {"lcm": 3.2e-3, "imeanflow": 3.2e-3, "tvm": 3.2e-3}
-RATE = {
-    "scm": 2e-4,
-    "sct": 2e-4,
-    "rcm": 4e-4,
-    "rcm-staged": 2e-4,
-    "dmd": 1e-4,
-    "dcm": 2e-4,
-    "lcm": 1.6e-3,
-    "meanflow": 4e-4,
-    "imeanflow": 3.2e-3,
-    "ayf": 8e-4,
-    "tvm": 3.2e-3,
-}
-"""The best of RATES for each method, by the study `learning-rates`."""
-CRITIC = {"dmd": 4.0, "rcm": 1.0, "rcm-staged": 1.0}  # learning rate, in units of the student's
-
-STEPS_OF_DIFFERENCES = {
-    "float32": (1e-3, 3e-3, 1e-2, 3e-2),
-    "bfloat16": (1e-3, 1e-2, 3e-2, 1e-1),
-}
-BEST_DIFFERENCE = {"float32": 3e-3, "bfloat16": 3e-2}
-"""The best step of central differences, by the study `differences`."""
+OTHER_RATES = {"mnist-14": {"scm": 1e-4, "rcm": 1e-4}}  # those of the digits are unstable there
 DISCRETE_STEPS = (8, 32, 128, 1024, 4096)
-MID_TIMES = ("0.5", "0.7", "0.9", "1.1", "1.3", "1.5")
-SCHEDULES = (
-    "1.5,1.4,1.0",
-    "1.1,0.7,0.4",
-    "1.1,0.4,0.1",
-    "1.0,0.5,0.2",
-    "0.9,0.6,0.3",
-    "0.7,0.4,0.2",
-)
 SHIFT = math.log(5.0)  # a shift of rectified flow's time by 5 adds this to log σ
 
 
@@ -160,7 +132,7 @@ def learning_rates() -> Iterator[Run]:
     for method in METHODS["digits"]:
         has_mid_times = isinstance(config_of("digits", method).student, ConsistencyModel)
         evaluation = ("--mid-times", *MID_TIMES, *SCHEDULES) if has_mid_times else ()
-        for rate in RATES[: RATES.index(HIGHEST[method]) + 1]:
+        for rate in rates_of(method):
             run = student("learning-rates", "digits", method, CHOICE_SEED, rate=rate)
             name = chosen_name(method, rate)
             yield replace(run, name=name, evaluation=evaluation)
@@ -172,10 +144,12 @@ def chosen_name(method: str, rate: float) -> str:
 
 
 def methods(preset: str) -> Iterator[Run]:
-    """Every method at its learning rate."""
+    """Every method at its learning rate, and some at another one where that is unstable."""
     for seed in SEEDS[preset]:
         for method in METHODS[preset]:
             yield student("methods", preset, method, seed)
+        for method, rate in OTHER_RATES.get(preset, {}).items():
+            yield student("methods", preset, method, seed, what=f"{method}-{rate:g}", rate=rate)
 
 
 def from_one_student() -> Iterator[Run]:

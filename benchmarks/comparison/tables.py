@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from comparison.choices import CHOICE_SEED, RATE, RATES
 from comparison.cost import config_of
 from comparison.run import Run
 from comparison.runner import Results
-from comparison.studies import CHOICE_SEED, RATE, RATES, STUDIES, chosen_name, teacher
+from comparison.studies import STUDIES, chosen_name, teacher
 
 from rcm.evaluation.evaluator import student_source
 
@@ -73,8 +74,13 @@ def cells(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def methods(results: Results, study: str) -> str:
-    """Every kind of run at 1, 2 and 4 steps: means over the seeds that have not diverged."""
+    """Every kind of run at 1, 2 and 4 steps: means over the seeds that have not diverged.
+
+    Changes of sCM are beside sCM without a change.
+    """
     runs = runs_of(study)
+    if study == "ablations":
+        runs = [run for run in runs_of("digits") if run.what == "scm"] + runs
     found = by_what(results, runs)
     titled = titles(runs, found)
     lines = []

@@ -87,6 +87,7 @@ DIGITS = FromScratch(
         ema=EMAConfig(std=0.1),
     ),
     methods=METHODS,
+    default_method="meanflow",  # the best one of docs/methods.md
     evaluation_samples=1797,
 )
 # 49 tokens in both cases, and about 550k parameters. With label embeddings of standard deviation

@@ -362,7 +362,7 @@ def test_an_interrupt_ends_with_one_line(
     before = files(run)
     monkeypatch.setattr(Evaluator, "student_samples", interrupted)
     assert evaluate.main([str(run), *FEW]) == 130
-    assert capsys.readouterr() == ("", "\ninterrupted; nothing was written\n")
+    assert capsys.readouterr() == ("", "\ninterrupted; no scores were written\n")
     assert files(run) == before
 
 

@@ -100,6 +100,8 @@ FLAGS = {
     *("model.null-class", "model.guidance-input", "model.auxiliary-head"),
 }
 
+RCM = ("--method", "rcm")  # the method with the most options
+
 
 @pytest.fixture(autouse=True)
 def _train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +130,7 @@ def test_a_value_that_is_not_allowed_is_rejected(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for value in VALUES[option]:
-        assert train.main([f"--{option}", *(value.split() or [""])]) == 2, value
+        assert train.main([*RCM, f"--{option}", *(value.split() or [""])]) == 2, value
         assert f"--{option}" in one_line_of(capsys), value
         assert list(tmp_path.iterdir()) == [], value
 
@@ -138,7 +140,7 @@ def test_a_flag_takes_no_value(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train.main([f"--{flag}", "x"]) == 2
+    assert train.main([*RCM, f"--{flag}", "x"]) == 2
     assert "Unrecognized options: x" in one_line_of(capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -162,9 +164,9 @@ def test_a_flag_takes_no_value(
         (["--teacher.ema.std", "x"], "--teacher.ema.std is 'x'; it must be a number"),
         (["--model.heads", "3"], "--model.heads is 3; it must divide dim, which is 64"),
         (["--model.dim", "0"], "--model.dim is 0; it must be an integer in 1..65536"),
-        (["--student.sigma-max", "1"], "from below atan(sigma_max) = 0.7854 to above 0"),
+        ([*RCM, "--student.sigma-max", "1"], "from below atan(sigma_max) = 0.7854 to above 0"),
         (
-            ["--student.critic-optimizer.weight-decay", "-1"],
+            [*RCM, "--student.critic-optimizer.weight-decay", "-1"],
             "--student.critic-optimizer.weight-decay is -1.0; it must be a number in [0, inf)",
         ),
         (

@@ -20,7 +20,7 @@ ANY_METHOD = [
 ]
 TINY = [
     *ANY_METHOD,
-    *("--teacher.iterations", "12", "--teacher.batch", "16"),
+    *("--method", "rcm", "--teacher.iterations", "12", "--teacher.batch", "16"),
     *("--student.tangent-warmup", "4", "--student.critic-start", "2"),
 ]
 
