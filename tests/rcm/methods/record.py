@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.rcm.methods.record
 
-They are computed in float64, so that they hardly depend on the processor, and at learning rates that
-do not change with the presets.
+They are computed in float64, so that they hardly depend on the processor, and at learning rates
+that do not change with the presets.
 """
 
 import json
