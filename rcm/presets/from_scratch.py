@@ -47,7 +47,7 @@ class FromScratch:
     model: DiTConfig
     teacher: FlowMatching
     methods: Mapping[str, Distillation]
-    default_method: str = "rcm"
+    default_method: str = "meanflow"  # the best one of docs/methods.md
     evaluation_samples: int = 2000
     report_every: int = 300
     probe_every: int = 10
@@ -87,7 +87,6 @@ DIGITS = FromScratch(
         ema=EMAConfig(std=0.1),
     ),
     methods=METHODS,
-    default_method="meanflow",  # the best one of docs/methods.md
     evaluation_samples=1797,
 )
 # 49 tokens in both cases, and about 550k parameters. With label embeddings of standard deviation

@@ -101,7 +101,9 @@ def test_the_last_iteration_is_saved_after_an_exceeding_probe(
     assert student_checkpoints(tmp_path)[-1] == "student-0000020"
 
 
-@pytest.mark.parametrize("iteration", [1, 8, 13])
+@pytest.mark.parametrize(
+    "iteration", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 13))]
+)
 def test_a_killed_run_continues_to_the_same_probes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
 ) -> None:

@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.rcm.methods.record
 
-They are computed in float64, so that they hardly depend on the processor.
+They are computed in float64, so that they hardly depend on the processor, and at learning rates
+that do not change with the presets.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rcm.training.optimization import OptimizerConfig
 from tests.rcm.methods.digits_methods import METHODS, digits_trainer
 
 RECORD = Path(__file__).with_name("recorded_losses.json")
@@ -20,7 +22,8 @@ def losses(method: str) -> list[dict[str, float]]:
     """The losses of every iteration, by the name of the metric."""
     torch.set_default_dtype(torch.float64)
     try:
-        trainer = digits_trainer(method, ITERATIONS)
+        optimizer = OptimizerConfig(lr=5e-5 if method == "dmd" else 1e-4)
+        trainer = digits_trainer(method, ITERATIONS, optimizer=optimizer)
         metrics = [trainer.step() for _ in range(ITERATIONS)]
     finally:
         torch.set_default_dtype(torch.float32)
