@@ -168,8 +168,8 @@ class Runner:
                 "rows": [],
             }
         folder = self._path(run)
-        # The reference alone, unless the run asks for more rows of the teacher.
         samples = FROM_SCRATCH[run.preset].evaluation_samples
+        # Of the teacher the reference alone, unless the run asks for more rows.
         code, output = self._command(
             run,
             *("rcm.evaluate", str(folder), "--reference-folder", str(self.folder / "references")),

@@ -9,12 +9,12 @@ from statistics import mean
 from typing import Any
 
 from comparison.choices import CHOICE_SEED, RATE, RATES
-from comparison.cost import config_of
 from comparison.run import Run
 from comparison.runner import Results
 from comparison.studies import STUDIES, chosen_name, teacher
 
 from rcm.evaluation.evaluator import student_source
+from rcm.presets.from_scratch import FROM_SCRATCH
 
 STEPS = (1, 2, 4)
 METRICS: dict[str, tuple[str, str]] = {  # the head and the format of a column
@@ -24,6 +24,7 @@ METRICS: dict[str, tuple[str, str]] = {  # the head and the format of a column
     "recall": ("recall ↑", ".2f"),
     "same_noise_rmse": ("RMSE ↓", ".3f"),
 }
+METRIC_HEADS = [head for head, _ in METRICS.values()]
 
 
 def rows_of(result: dict[str, Any], network: str, steps: int) -> list[dict[str, Any]]:
@@ -89,10 +90,7 @@ def methods(results: Results, study: str) -> str:
             rows = [rows_of(seed, "student", steps)[0] for seed in seeds if seed["rows"]]
             scores = cells(rows) if rows else ["diverged"] + [""] * (len(METRICS) - 1)
             lines.append([str(steps), titled[what], str(seeds[0]["iterations"]), *scores])
-    return _table(["steps", "run", "iterations", *_METRIC_HEADS], lines)
-
-
-_METRIC_HEADS = [head for head, _ in METRICS.values()]
+    return _table(["steps", "run", "iterations", *METRIC_HEADS], lines)
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
@@ -106,24 +104,21 @@ def learning_rates(results: Results) -> str:
     runs = {run.name: run for run in runs_of("learning-rates", choice=True)}
     lines = []
     for method, chosen in RATE.items():
-        tried = {rate: runs.get(chosen_name(method, rate)) for rate in RATES}
-        if any(run is not None and results.find(run) for run in tried.values()):
-            scores = {
-                r: "" if run is None else _distances(results, run) for r, run in tried.items()
-            }
+        scores = {r: _distances(results, runs.get(chosen_name(method, r))) for r in RATES}
+        if any(scores.values()):
             scores[chosen] = f"**{scores[chosen]}**"
             lines.append([method, *scores.values()])
     return _table(["method", *(f"{rate:g}" for rate in RATES)], lines)
 
 
-def _distances(results: Results, run: Run) -> str:
+def _distances(results: Results, run: Run | None) -> str:
     """The FD at each number of steps, and whether the run collapsed or diverged."""
-    result = results.find(run)
-    if result is None:
+    result = None if run is None else results.find(run)
+    if run is None or result is None:
         return ""
     if not result["rows"]:
         return "diverged"
-    student = config_of(run.preset, run.method).student
+    student = FROM_SCRATCH[run.preset].methods[run.method]
     scores = []
     for steps in STEPS:
         wanted = student_source(student, steps).mid_times  # of the preset today
@@ -138,7 +133,7 @@ def teachers(results: Results, preset: str) -> str:
     result = results.find(teacher(preset))
     rows = [] if result is None else [r for r in result["rows"] if r["network"] == "teacher"]
     return _table(
-        ["Heun steps", "network evaluations", *_METRIC_HEADS],
+        ["Heun steps", "network evaluations", *METRIC_HEADS],
         [[str(row["steps"]), str(row["evaluations"]), *cells([row])] for row in rows],
     )
 
