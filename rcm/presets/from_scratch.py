@@ -47,7 +47,7 @@ class FromScratch:
     model: DiTConfig
     teacher: FlowMatching
     methods: Mapping[str, Distillation]
-    default_method: str = "meanflow"  # the best one of docs/methods.md
+    default_method: str = "meanflow"  # one of the two best of docs/methods.md
     evaluation_samples: int = 2000
     report_every: int = 300
     probe_every: int = 10
